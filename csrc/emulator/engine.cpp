@@ -1,0 +1,274 @@
+#include "emulator/engine.h"
+
+namespace kda::emulator {
+
+Engine::Engine(dim3 g, dim3 b, size_t dynamic_bytes, Options const& o)
+    : grid(g), block(b), options_(o), threads_(int(b.x * b.y * b.z)), warps_((threads_ + 31) / 32),
+      dynamic_bytes_(dynamic_bytes) {
+  if (threads_ < 1 || threads_ > 1024) throw Error("a block has 1 to 1024 threads, not " + std::to_string(threads_));
+  if (dynamic_bytes > o.shared_limit) throw Error("dynamic shared memory over the limit");
+  window_ = static_cast<char*>(std::aligned_alloc(1024, kSharedWindow));
+  fibers_.resize(threads_);
+  for (Fiber& f : fibers_) f.context.allocate(o.stack_bytes);
+  launcher_.adopt_os_thread();
+}
+
+Engine::~Engine() {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(window_, kSharedWindow);
+#endif
+  for (Fiber& f : fibers_) f.context.free();
+  std::free(window_);
+}
+
+// ---- scheduling ------------------------------------------------------------------------------------------------
+
+static KDA_NO_TSAN uint32_t nth_bit(uint32_t mask, uint32_t n) {
+  while (n--) mask &= mask - 1;
+  return uint32_t(__builtin_ctz(mask));
+}
+
+KDA_NO_TSAN Fiber* Engine::pick() {
+  EngineOnly scope;
+  if (!warps_ready_) return nullptr;
+  int warp = running ? running->warp : 0;
+  const bool seeded = options_.seed != 0;
+  if (!seeded) {
+    if (!ready_[warp]) {
+      const uint32_t above = warp == 31 ? 0 : warps_ready_ & ~((2u << warp) - 1);
+      warp = __builtin_ctz(above ? above : warps_ready_);
+    }
+  } else if (!ready_[warp] || schedule_ == 2 || (schedule_ == 1 && random() % 8 == 0)) {
+    warp = int(nth_bit(warps_ready_, random() % uint32_t(__builtin_popcount(warps_ready_))));
+  }
+  const uint32_t lanes = ready_[warp];
+  const uint32_t lane = seeded ? nth_bit(lanes, random() % uint32_t(__builtin_popcount(lanes))) : __builtin_ctz(lanes);
+  ready_[warp] &= ~(1u << lane);
+  if (!ready_[warp]) warps_ready_ &= ~(1u << warp);
+  return &fibers_[size_t(warp) * 32 + lane];
+}
+
+/// Null: back to the launcher.
+KDA_NO_TSAN void Engine::jump(Fiber* to) {
+  Fiber* from = running;
+  running = to;
+  switch_context(from ? from->context : launcher_, to ? to->context : launcher_, from && from->done);
+}
+
+/// The caller has queued itself for wake-up.
+KDA_NO_TSAN void Engine::block_on(const char* operation, int id, Location location) {
+  running->operation = operation, running->operation_id = id, running->location = location;
+  Fiber* next = pick();
+  if (!next) fail("deadlock: every live thread waits" + who_waits_where());
+  if (next != running) jump(next);
+}
+
+KDA_NO_TSAN void Engine::thread_entry() {
+  Engine& engine = current();
+  finish_first_switch(engine.launcher_);
+  acquire(engine.running);
+  (*engine.body_)();
+  engine.finish_thread();
+}
+
+KDA_NO_TSAN void Engine::finish_thread() {
+  {
+    EngineOnly scope;
+    if (!running->copies.empty()) fail("a thread exits with cp.async copies that were never waited for");
+  }
+  running->done = true;
+  --live_;
+  release(running);
+  Fiber* next = pick();
+  if (!next && live_) fail("deadlock: every live thread waits" + who_waits_where());
+  jump(next);
+  std::abort();
+}
+
+/// Abandons the block; run_block throws.
+KDA_NO_TSAN void Engine::fail(std::string const& what) {
+  char where[128];
+  std::snprintf(where, sizeof where, " [block %u,%u,%u thread %u,%u,%u]", block_index.x, block_index.y, block_index.z,
+                running ? running->thread.x : 0, running ? running->thread.y : 0, running ? running->thread.z : 0);
+  error_ = what + where;
+  jump(nullptr);
+  std::abort();
+}
+
+std::string Engine::who_waits_where() const {
+  std::map<std::string, int> count;
+  for (Fiber const& f : fibers_)
+    ++count[f.done ? "exited"
+                   : std::string(f.operation) + "(" + std::to_string(f.operation_id) + ") at " + f.location.text()];
+  std::string text;
+  for (auto const& [where, n] : count) text += "\n    " + std::to_string(n) + " threads: " + where;
+  return text;
+}
+
+void Engine::reset_block(uint3 index) {
+  current_slot() = this;
+  block_index = index;
+  error_.clear();
+  live_ = threads_;
+  running = nullptr;
+  statics_.clear();
+  random_ = (options_.seed * 0x9E3779B97F4A7C15ull) ^ (index.x * 0x85EBCA6Bull + index.y * 0xC2B2AE35ull + index.z + 1);
+  random(), random();
+  schedule_ = int(random() % 3);
+  for (NamedBarrier& b : barriers_) b = NamedBarrier{};
+  for (auto& warp : meetings_)
+    for (WarpMeeting& m : warp) m.arrived = 0;
+  window_top_ = kDynamicOffset + (dynamic_bytes_ + 1023) / 1024 * 1024 + 1024;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(window_, kSharedWindow);
+#endif
+  std::memset(dynamic_shared(), 0xFF, dynamic_bytes_);
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_poison_memory_region(window_, kSharedWindow);
+  __asan_unpoison_memory_region(dynamic_shared(), dynamic_bytes_);
+#endif
+  for (uint32_t& lanes : ready_) lanes = 0;
+  warps_ready_ = 0;
+  for (int i = 0; i < threads_; ++i) {
+    Fiber& f = fibers_[size_t(i)];
+    f.done = false, f.warp = i / 32, f.lane = i % 32, f.copies = {};
+    f.thread = uint3{unsigned(i) % block.x, unsigned(i) / block.x % block.y, unsigned(i) / (block.x * block.y)};
+    f.context.restart(&Engine::thread_entry);
+    make_ready(f.warp, 1u << f.lane);
+    release(&f);
+  }
+}
+
+void Engine::run_block(uint3 index, std::function<void()> const& body) {
+  body_ = &body;
+  reset_block(index);
+  jump(pick());
+  for (Fiber& f : fibers_) acquire(&f);
+  running = nullptr;
+  if (!error_.empty()) throw Error(error_);
+}
+
+// ---- collectives -----------------------------------------------------------------------------------------------
+
+/// The meeting, for the lane that completes it; null for the others, once they have been woken.
+KDA_NO_TSAN WarpMeeting* Engine::meet(const char* operation, uint32_t mask, void* arguments, Location location) {
+  const int warp = running->warp, lane = running->lane;
+  if (!(mask >> lane & 1)) fail(std::string(operation) + ": the calling lane is not in its own mask");
+  WarpMeeting* meeting = nullptr;
+  for (WarpMeeting& m : meetings_[warp]) {
+    if (m.arrived && (m.wanted & mask)) {
+      if (m.wanted != mask || std::strcmp(m.operation, operation) != 0)
+        fail("divergent warp: lane " + std::to_string(lane) + " at " + operation + " " + location.text() +
+             ", others wait at " + m.operation + " " + m.location.text());
+      meeting = &m;
+      break;
+    }
+    if (!m.arrived && !meeting) meeting = &m;
+  }
+  if (!meeting) fail(std::string(operation) + ": more than four groups of one warp at different collectives");
+  if (!meeting->arrived) meeting->wanted = mask, meeting->operation = operation, meeting->location = location;
+  meeting->arrived |= 1u << lane;
+  meeting->arguments[lane] = arguments;
+  if (meeting->arrived != meeting->wanted) {
+    block_on(operation, warp, location);
+    return nullptr;
+  }
+  meeting->arrived = 0;
+  return meeting;
+}
+
+KDA_NO_TSAN void Engine::sync_warp(uint32_t mask, Location location) {
+  const int warp = running->warp;
+  void* sync = &warp_sync_[warp][warp_phase_[warp] & 1];
+  release(sync);
+  if (meet("__syncwarp", mask, nullptr, location)) {
+    ++warp_phase_[warp];
+    make_ready(warp, mask & ~(1u << running->lane));
+  }
+  acquire(sync);
+}
+
+KDA_NO_TSAN void Engine::named_barrier(int id, uint32_t threads, bool wait, const char* operation, Location location) {
+  if (id < 0 || id >= kNamedBarriers) fail("barrier id " + std::to_string(id) + " is not in 0..15");
+  if (threads % 32 || !threads || threads > uint32_t(warps_) * 32)
+    fail("barrier " + std::to_string(id) + ": thread count " + std::to_string(threads) +
+         " is not a multiple of 32 within the block");
+  NamedBarrier& b = barriers_[id];
+  if (b.arrived && b.expected != threads) fail("barrier " + std::to_string(id) + " used with two different counts");
+  const int warp = running->warp;
+  const uint32_t bit = 1u << running->lane;
+  if (b.lanes[warp] & bit) fail("a thread arrives twice at barrier " + std::to_string(id) + " in one phase");
+  b.expected = threads;
+  ++b.arrived;
+  b.lanes[warp] |= bit;
+  if (wait) b.waiting[warp] |= bit;
+  void* sync = &b.sync[b.phase & 1];
+  release(sync);
+  if (b.arrived == threads) release_barrier(b, wait);
+  else if (wait) block_on(operation, id, location);
+  if (wait) acquire(sync);
+}
+
+KDA_NO_TSAN void Engine::release_barrier(NamedBarrier& b, bool wait) {
+  for (int w = 0; w < warps_; ++w) {
+    const int lanes_in_warp = threads_ - w * 32 < 32 ? threads_ - w * 32 : 32;
+    const uint32_t all = lanes_in_warp == 32 ? ~0u : (1u << lanes_in_warp) - 1;
+    if (b.lanes[w] && b.lanes[w] != all)
+      fail("bar.sync reached by part of warp " + std::to_string(w) + " (undefined on the device)");
+    if (w == running->warp && wait) b.waiting[w] &= ~(1u << running->lane);
+    make_ready(w, b.waiting[w]);
+    b.waiting[w] = b.lanes[w] = 0;
+  }
+  b.arrived = 0;
+  ++b.phase;
+}
+
+// ---- shared memory and asynchronous copies -----------------------------------------------------------------------
+
+uint32_t Engine::shared_offset(void const* p) {
+  const ptrdiff_t offset = static_cast<char const*>(p) - window_;
+  if (offset < 0 || offset >= ptrdiff_t(kSharedWindow)) fail("address is not in shared memory");
+  return uint32_t(offset);
+}
+
+char* Engine::static_shared(void const* key, size_t bytes, size_t align) {
+  EngineOnly scope;
+  for (auto const& [k, p] : statics_)
+    if (k == key) return p;
+  const size_t at = (window_top_ + 64 + align - 1) / align * align;
+  window_top_ = at + bytes;
+  if (window_top_ > kSharedWindow || window_top_ - kDynamicOffset > options_.shared_limit + 4096)
+    fail("shared memory over the limit");
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(window_ + at, bytes);
+#endif
+  std::memset(window_ + at, 0xFF, bytes);
+  statics_.emplace_back(key, window_ + at);
+  return window_ + at;
+}
+
+/// Poisons the destination: what is read before the covering wait is NaN.
+void Engine::copy_async(Copy copy) {
+  for (uint32_t i = 0; i < copy.bytes; ++i) copy.to[i] = char(0xFF);
+  EngineOnly scope;
+  running->copies.open.push_back(copy);
+}
+void Engine::commit_copies() {
+  EngineOnly scope;
+  CopyQueue& q = running->copies;
+  q.groups.push_back(std::move(q.open));
+  q.open.clear();
+}
+/// Lands the copies of all but the newest `keep` groups; instrumented, so that the sanitizers see the accesses.
+void Engine::wait_copies(size_t keep) {
+  CopyQueue& q = running->copies;
+  while (q.groups.size() > keep) {
+    for (Copy const& c : q.groups.front()) {
+      for (uint32_t i = 0; i < c.valid; ++i) c.to[i] = c.from[i];
+      for (uint32_t i = c.valid; i < c.bytes; ++i) c.to[i] = 0;
+    }
+    q.groups.erase(q.groups.begin());
+  }
+}
+
+}  // namespace kda::emulator

@@ -1,0 +1,166 @@
+// Runs the threads of one CUDA block as fibers of one OS thread.
+//
+// A fiber runs until it reaches a collective (shuffle, mma, barrier, ...); there it waits for the others. Which fiber
+// runs next is the schedule's choice (Options::seed). Copies are asynchronous in earnest: they take effect at the wait
+// that covers them, and until then their destination is poisoned.
+//
+// Not modelled, so to be proven on a GPU: proxy fences, the accumulation order of the tensor cores, ordering of plain
+// global flags between blocks, clusters, speed.
+#pragma once
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "emulator/context.h"
+#include "vector_types.h"
+
+namespace kda::emulator {
+
+/// Where in a kernel's source a collective stands.
+struct Location {
+  const char* file;
+  int line;
+  static constexpr Location here(const char* f = __builtin_FILE(), int l = __builtin_LINE()) { return {f, l}; }
+  std::string text() const { return std::string(file) + ":" + std::to_string(line); }
+};
+
+/// What a kernel did wrong; thrown by launch.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Options {
+  uint64_t seed = 0;  // 0: threads in ascending order; otherwise a random schedule of this seed
+  int os_threads = 1;
+  size_t stack_bytes = 256 * 1024;
+  size_t shared_limit = 227 * 1024;
+};
+inline Options& options() {
+  static Options o;
+  return o;
+}
+
+inline constexpr size_t kSharedWindow = 256 * 1024;
+inline constexpr int kMaxWarps = 32, kNamedBarriers = 16;
+
+struct Copy {
+  char* to;
+  const char* from;
+  uint32_t bytes, valid;  // the rest is zero-filled
+};
+struct CopyQueue {
+  std::vector<Copy> open;
+  std::vector<std::vector<Copy>> groups;
+  bool empty() const { return open.empty() && groups.empty(); }
+};
+
+struct Fiber {
+  Context context;
+  bool done = true;
+  uint3 thread{};
+  int warp = 0, lane = 0;
+  const char* operation = "";  // where it is blocked
+  int operation_id = 0;
+  Location location{"", 0};
+  CopyQueue copies;
+};
+
+/// Lanes of one warp on their way into one collective.
+struct WarpMeeting {
+  uint32_t wanted = 0, arrived = 0;
+  const char* operation = "";
+  Location location{"", 0};
+  void* arguments[32];
+};
+
+/// Synchronisation objects alternate with the phase: a thread already in the next phase must not leak order into this.
+struct NamedBarrier {
+  uint64_t sync[2] = {};
+  uint32_t phase = 0, expected = 0, arrived = 0;
+  uint32_t lanes[kMaxWarps] = {}, waiting[kMaxWarps] = {};
+};
+
+class Engine {
+ public:
+  static Engine*& current_slot() {
+    static thread_local Engine* engine = nullptr;
+    return engine;
+  }
+  static Engine& current() { return *current_slot(); }
+
+  Engine(dim3 grid, dim3 block, size_t dynamic_bytes, Options const& options);
+  ~Engine();
+  void run_block(uint3 index, std::function<void()> const& body);
+
+  // What a kernel sees.
+  dim3 grid, block;
+  uint3 block_index{};
+  Fiber* running = nullptr;
+  char* dynamic_shared() { return window_ + kDynamicOffset; }
+  char* static_shared(void const* key, size_t bytes, size_t align);
+  uint32_t shared_offset(void const* p);
+
+  [[noreturn]] KDA_NO_TSAN void fail(std::string const& what);
+
+  /// Every lane of `mask` arrives with its arguments; the last one runs `exchange` over all of them.
+  template <class A>
+  KDA_NO_TSAN void warp_collective(const char* operation, uint32_t mask, A* arguments, void (*exchange)(A**, uint32_t),
+                                   Location location) {
+    if (WarpMeeting* m = meet(operation, mask, arguments, location)) {
+      if (exchange) exchange(reinterpret_cast<A**>(m->arguments), mask);
+      make_ready(running->warp, mask & ~(1u << running->lane));
+    }
+  }
+  KDA_NO_TSAN void sync_warp(uint32_t mask, Location location);
+  KDA_NO_TSAN void named_barrier(int id, uint32_t threads, bool wait, const char* operation, Location location);
+
+  void copy_async(Copy copy);
+  void commit_copies();
+  void wait_copies(size_t keep);
+
+ private:
+  static constexpr size_t kDynamicOffset = 1024;
+  Options options_;
+  int threads_, warps_, live_ = 0;
+  size_t dynamic_bytes_, window_top_ = 0;
+  std::vector<Fiber> fibers_;
+  Context launcher_;
+  char* window_ = nullptr;  // the block's shared memory
+  std::vector<std::pair<void const*, char*>> statics_;
+  uint32_t ready_[kMaxWarps] = {}, warps_ready_ = 0;
+  WarpMeeting meetings_[kMaxWarps][4];
+  uint64_t warp_sync_[kMaxWarps][2] = {};
+  uint32_t warp_phase_[kMaxWarps] = {};
+  NamedBarrier barriers_[kNamedBarriers];
+  std::string error_;
+  uint64_t random_ = 1;
+  int schedule_ = 0;  // 0: a warp runs as far as it can; 1: sometimes another; 2: any
+  std::function<void()> const* body_ = nullptr;
+
+  KDA_NO_TSAN uint32_t random() {
+    random_ ^= random_ << 13, random_ ^= random_ >> 7, random_ ^= random_ << 17;
+    return uint32_t(random_ >> 32);
+  }
+  KDA_NO_TSAN void make_ready(int warp, uint32_t lanes) {
+    if (lanes) ready_[warp] |= lanes, warps_ready_ |= 1u << warp;
+  }
+  void reset_block(uint3 index);
+  KDA_NO_TSAN Fiber* pick();
+  KDA_NO_TSAN void jump(Fiber* to);
+  KDA_NO_TSAN void block_on(const char* operation, int id, Location location);
+  KDA_NO_TSAN WarpMeeting* meet(const char* operation, uint32_t mask, void* arguments, Location location);
+  KDA_NO_TSAN void release_barrier(NamedBarrier& barrier, bool wait);
+  KDA_NO_TSAN void finish_thread();
+  std::string who_waits_where() const;
+  static KDA_NO_TSAN void thread_entry();
+};
+
+/// Runs `body` for every thread of the grid; throws Error for the first misuse. Records `kernel` as having run.
+void run_grid(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> const& body);
+
+}  // namespace kda::emulator

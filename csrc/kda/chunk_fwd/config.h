@@ -1,0 +1,30 @@
+// The numbers that tell one variant of the chunkwise forward from another.
+#pragma once
+#include "platform/platform.h"
+
+namespace kda {
+
+/// A variant is a named struct with `Element` and `static constexpr ChunkFwdConfig config`.
+struct ChunkFwdConfig {
+  int chunk = 64;      // C, tokens per chunk: 16, 32 or 64
+  int key_tile = 128;  // K rounded up to 64, 128 or 256; channels beyond key_dim are zero
+  int stages = 2;      // chunks that the producers may be ahead
+};
+
+inline constexpr int kTokensPerThread = 16;  // of one pair of key channels
+inline constexpr int kValueTile = 64;        // columns of V per block of the scan
+inline constexpr int kConsumerWarps = kValueTile / 16;
+
+template <class Variant>
+struct ChunkShape {
+  static constexpr ChunkFwdConfig kConfig = Variant::config;
+  static constexpr int kChunk = kConfig.chunk;
+  static constexpr int kKeyTile = kConfig.key_tile;
+  static constexpr int kPairs = kKeyTile / 2;                   // pairs of key channels
+  static constexpr int kGroups = kChunk / kTokensPerThread;     // groups of 16 tokens
+  static constexpr int kColumnThreads = kPairs * kGroups;       // threads that hold a chunk in registers
+  static constexpr int kWarpsPerGroup = kPairs / 32;
+  static_assert(kPairs % 32 == 0 && kChunk % 16 == 0 && kChunk <= 64);
+};
+
+}  // namespace kda

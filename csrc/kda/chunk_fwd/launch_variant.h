@@ -1,0 +1,35 @@
+// The launch of one variant; included by its file in variants/ alone.
+#pragma once
+#include "kda/chunk_fwd/kernel.h"
+#include "kda/chunk_fwd/launch.h"
+#include "kda/chunk_fwd/variants.h"
+#include "platform/launch.h"
+
+namespace kda {
+
+template <class Variant>
+void launch_chunk_fwd(ChunkFwdParams const& p, cudaStream_t stream) {
+  const unsigned value_tiles = unsigned((p.value_dim + kValueTile - 1) / kValueTile);
+  const unsigned slots = unsigned(p.plan.slots()), heads = unsigned(p.value_heads);
+  if (slots)
+    launch("chunk_fwd_prepare", chunk_fwd_prepare_kernel<Variant>, dim3(slots, heads), dim3(Prepare<Variant>::kThreads),
+           sizeof(PrepareStorage<Variant>), stream, p);
+  launch("chunk_fwd_scan", chunk_fwd_scan_kernel<Variant>, dim3(unsigned(p.plan.sequences), heads, value_tiles),
+         dim3(ScanShape<Variant>::kThreads), sizeof(ScanStorage<Variant>), stream, p);
+}
+
+template <class Variant>
+ChunkFwdVariant describe_chunk_fwd() {
+  return {Variant::name,
+          dtype_of<typename Variant::Element>(),
+          Variant::config.chunk,
+          Variant::config.key_tile,
+          sizeof(ChunkRecord<Variant>),
+          sizeof(PrepareStorage<Variant>),
+          sizeof(ScanStorage<Variant>),
+          Prepare<Variant>::kThreads,
+          ScanShape<Variant>::kThreads,
+          &launch_chunk_fwd<Variant>};
+}
+
+}  // namespace kda

@@ -1,0 +1,67 @@
+// The compiled variants of the chunkwise forward. This table is the dispatcher: a variant whose file is missing does
+// not link.
+#pragma once
+#include "kda/chunk_fwd/config.h"
+
+namespace kda {
+
+// 16-bit elements, K <= 64 / 128 / 256. C = 64 amortises the state products best; where two stages of it exceed 99 KB
+// of shared memory (compute capability 8.6, 8.9, 12.0) C = 32 serves.
+struct Bf16K64 {
+  using Element = Bf16;
+  static constexpr char const* name = "bf16_k64";
+  static constexpr ChunkFwdConfig config{64, 64, 2};
+};
+struct Bf16K128 {
+  using Element = Bf16;
+  static constexpr char const* name = "bf16_k128";
+  static constexpr ChunkFwdConfig config{64, 128, 2};
+};
+struct Bf16K128C32 {
+  using Element = Bf16;
+  static constexpr char const* name = "bf16_k128_c32";
+  static constexpr ChunkFwdConfig config{32, 128, 2};
+};
+struct Bf16K256 {
+  using Element = Bf16;
+  static constexpr char const* name = "bf16_k256";
+  static constexpr ChunkFwdConfig config{32, 256, 1};
+};
+struct Fp16K64 {
+  using Element = Fp16;
+  static constexpr char const* name = "fp16_k64";
+  static constexpr ChunkFwdConfig config{64, 64, 2};
+};
+struct Fp16K128 {
+  using Element = Fp16;
+  static constexpr char const* name = "fp16_k128";
+  static constexpr ChunkFwdConfig config{64, 128, 2};
+};
+struct Fp16K128C32 {
+  using Element = Fp16;
+  static constexpr char const* name = "fp16_k128_c32";
+  static constexpr ChunkFwdConfig config{32, 128, 2};
+};
+struct Fp16K256 {
+  using Element = Fp16;
+  static constexpr char const* name = "fp16_k256";
+  static constexpr ChunkFwdConfig config{32, 256, 1};
+};
+// fp32 through three tf32 products.
+struct Fp32K64 {
+  using Element = float;
+  static constexpr char const* name = "fp32_k64";
+  static constexpr ChunkFwdConfig config{32, 64, 1};
+};
+struct Fp32K128 {
+  using Element = float;
+  static constexpr char const* name = "fp32_k128";
+  static constexpr ChunkFwdConfig config{32, 128, 1};
+};
+struct Fp32K256 {
+  using Element = float;
+  static constexpr char const* name = "fp32_k256";
+  static constexpr ChunkFwdConfig config{16, 256, 1};
+};
+
+}  // namespace kda

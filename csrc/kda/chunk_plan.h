@@ -1,0 +1,59 @@
+// Which chunk of which sequence is whose work, and where it lies in the workspace: said once, for host and device.
+//
+// Sequence n has ceil(length / chunk) chunks. With cu_seqlens their workspace slots begin at begin / chunk + n, which
+// needs no prefix sum over the sequences (floor(a) + ceil(b - a) <= floor(b) + 1), so the host never reads cu_seqlens.
+#pragma once
+#include <cstdint>
+
+#include "platform/platform.h"
+
+namespace kda {
+
+/// One sequence as the kernels see it; always inside the tensors, whatever cu_seqlens contains.
+struct Sequence {
+  int64_t batch_row;
+  int64_t begin;  // first token in its batch row
+  int64_t length;
+  int64_t first_slot;
+};
+
+struct ChunkPlan {
+  int64_t tokens;          // per batch row
+  int32_t sequences;       // batch rows, or entries of cu_seqlens less one
+  void const* cu_seqlens;  // [sequences + 1], int32 or int64; null: every batch row is one sequence
+  bool cu_seqlens_is_int64;
+  int32_t chunk;
+
+  KDA_HOST_DEVICE int64_t chunks_of(int64_t length) const { return (length + chunk - 1) / chunk; }
+
+  /// Workspace slots, used or not; each holds one chunk of every head.
+  KDA_HOST_DEVICE int64_t slots() const {
+    return cu_seqlens ? tokens / chunk + sequences : int64_t(sequences) * chunks_of(tokens);
+  }
+
+  KDA_DEVICE int64_t boundary(int32_t n) const {
+    const int64_t t = cu_seqlens_is_int64 ? static_cast<int64_t const*>(cu_seqlens)[n]
+                                          : static_cast<int32_t const*>(cu_seqlens)[n];
+    return t < 0 ? 0 : t > tokens ? tokens : t;
+  }
+
+  KDA_DEVICE Sequence sequence(int32_t n) const {
+    if (!cu_seqlens) return {n, 0, tokens, n * chunks_of(tokens)};
+    const int64_t begin = boundary(n), end = boundary(n + 1);
+    return {0, begin, end > begin ? end - begin : 0, begin / chunk + n};
+  }
+
+  /// The sequence whose slots contain `slot`: the last one that starts at or before it.
+  KDA_DEVICE int32_t sequence_of_slot(int64_t slot) const {
+    if (!cu_seqlens) return int32_t(slot / chunks_of(tokens));
+    int32_t low = 0, high = sequences - 1;
+    while (low < high) {
+      const int32_t middle = (low + high + 1) / 2;
+      if (boundary(middle) / chunk + middle <= slot) low = middle;
+      else high = middle - 1;
+    }
+    return low;
+  }
+};
+
+}  // namespace kda

@@ -1,0 +1,45 @@
+// Barriers within a block.
+#pragma once
+#include "platform/macros.h"
+
+namespace kda {
+
+/// All threads of the block. PTX: barrier.sync 0
+KDA_DEVICE void sync_block(KDA_WHERE_ONLY) {
+#if defined(KDA_EMULATE)
+  auto& engine = emulator::Engine::current();
+  const uint32_t threads = engine.block.x * engine.block.y * engine.block.z;
+  engine.named_barrier(0, (threads + 31) / 32 * 32, true, "sync_block", where);
+#else
+  __syncthreads();
+#endif
+}
+
+/// `threads` threads (whole warps) meet at barrier `id` in 1..15. PTX: bar.sync
+KDA_DEVICE void sync_named(int id, int threads KDA_WHERE) {
+#if defined(KDA_EMULATE)
+  emulator::Engine::current().named_barrier(id, uint32_t(threads), true, "sync_named", where);
+#else
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#endif
+}
+
+/// As sync_named, but does not wait. PTX: bar.arrive
+KDA_DEVICE void arrive_named(int id, int threads KDA_WHERE) {
+#if defined(KDA_EMULATE)
+  emulator::Engine::current().named_barrier(id, uint32_t(threads), false, "arrive_named", where);
+#else
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#endif
+}
+
+/// The lanes of `mask`. PTX: bar.warp.sync
+KDA_DEVICE void sync_warp(uint32_t mask = ~0u KDA_WHERE) {
+#if defined(KDA_EMULATE)
+  emulator::Engine::current().sync_warp(mask, where);
+#else
+  __syncwarp(mask);
+#endif
+}
+
+}  // namespace kda

@@ -1,0 +1,46 @@
+// One spelling for both compilers.
+#pragma once
+#include <cuda_runtime.h>  // first: its headers use threadIdx, gridDim, ... as parameter names
+
+#include <cstdint>
+#include <type_traits>
+
+#if defined(KDA_EMULATE)
+#include "emulator/engine.h"
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#define KDA_DEVICE inline
+#define KDA_HOST_DEVICE inline
+#define KDA_GLOBAL inline
+#define threadIdx (::kda::emulator::Engine::current().running->thread)
+#define blockIdx (::kda::emulator::Engine::current().block_index)
+#define blockDim (::kda::emulator::Engine::current().block)
+#define gridDim (::kda::emulator::Engine::current().grid)
+/// Last parameter of a primitive that can block: where the kernel calls it.
+#define KDA_WHERE , ::kda::emulator::Location where = ::kda::emulator::Location::here()
+#define KDA_WHERE_ONLY ::kda::emulator::Location where = ::kda::emulator::Location::here()
+/// T* name: the block's dynamic shared memory.
+#define KDA_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(::kda::emulator::Engine::current().dynamic_shared())
+/// T& name: one object per block and place in the source; poisoned at first, fenced for AddressSanitizer.
+#define KDA_SHARED(T, name)                                                                       \
+  static char name##_key;                                                                         \
+  T& name = *reinterpret_cast<T*>(::kda::emulator::Engine::current().static_shared(&name##_key, sizeof(T), \
+                                                                                   alignof(T) < 16 ? 16 : alignof(T)))
+#else
+#define KDA_DEVICE __device__ __forceinline__
+#define KDA_HOST_DEVICE __host__ __device__ __forceinline__
+#define KDA_GLOBAL __global__
+#define KDA_WHERE
+#define KDA_WHERE_ONLY
+#define KDA_DYNAMIC_SHARED(T, name)                             \
+  extern __shared__ __align__(1024) unsigned char kda_shared[]; \
+  T* name = reinterpret_cast<T*>(kda_shared)
+#define KDA_SHARED(T, name)                                                  \
+  __shared__ __align__(16) unsigned char name##_bytes[sizeof(T)];            \
+  T& name = *reinterpret_cast<T*>(name##_bytes)
+#endif
+
+namespace kda {
+KDA_DEVICE int thread_index() { return int(threadIdx.x); }
+KDA_DEVICE int lane_index() { return int(threadIdx.x % 32); }
+}  // namespace kda

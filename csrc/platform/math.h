@@ -1,0 +1,43 @@
+// Scalar functions. "Fast" ones use the special function units (relative error a few 2^-22); the others are accurate
+// to a few units in the last place of fp32.
+#pragma once
+#include <cmath>
+
+#include "platform/macros.h"
+
+namespace kda {
+
+KDA_DEVICE float2 operator*(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
+
+/// 2^x, subnormal results become zero. PTX: ex2.approx.ftz.f32
+KDA_DEVICE float exp2_fast(float x) {
+#if defined(KDA_EMULATE)
+  const float y = std::exp2(x);
+  return y < 1.17549435e-38f ? 0.f : y;
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+/// log2(x), subnormal arguments count as zero. PTX: lg2.approx.ftz.f32
+KDA_DEVICE float log2_fast(float x) {
+#if defined(KDA_EMULATE)
+  return std::log2(x < 1.17549435e-38f ? 0.f : x);
+#else
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+KDA_DEVICE float exp_accurate(float x) { return expf(x); }
+KDA_DEVICE float log1p_accurate(float x) { return log1pf(x); }
+KDA_DEVICE float rsqrt_accurate(float x) {
+#if defined(KDA_EMULATE)
+  return 1.f / std::sqrt(x);
+#else
+  return rsqrtf(x);
+#endif
+}
+
+}  // namespace kda

@@ -1,0 +1,130 @@
+// Copies into shared memory and the matrix moves between it and registers.
+#pragma once
+#include "platform/macros.h"
+
+namespace kda {
+
+/// Address in the shared window. PTX: cvta.to.shared
+KDA_DEVICE uint32_t shared_address(void const* p) {
+#if defined(KDA_EMULATE)
+  return emulator::Engine::current().shared_offset(p);
+#else
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+#endif
+}
+
+/// 16 bytes from global to shared memory, of which `valid` are read and the rest is zero.
+/// PTX: cp.async.cg.shared.global
+KDA_DEVICE void cp_async_16(void* to, void const* from, int valid = 16) {
+#if defined(KDA_EMULATE)
+  auto& engine = emulator::Engine::current();
+  if (engine.shared_offset(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    engine.fail("cp.async: an address is not a multiple of 16 bytes");
+  engine.copy_async({static_cast<char*>(to), static_cast<char const*>(from), 16, uint32_t(valid)});
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
+               : "memory");
+#endif
+}
+/// PTX: cp.async.commit_group
+KDA_DEVICE void cp_async_commit() {
+#if defined(KDA_EMULATE)
+  emulator::Engine::current().commit_copies();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+/// Until at most kPending of this thread's groups are on their way. PTX: cp.async.wait_group
+template <int kPending>
+KDA_DEVICE void cp_async_wait() {
+#if defined(KDA_EMULATE)
+  emulator::Engine::current().wait_copies(kPending);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+#if defined(KDA_EMULATE)
+namespace emulator {
+struct MatrixLoad {
+  uint32_t row[4], result[4];  // the 16 bytes at this lane's address; its four registers
+};
+/// Register m of lane l: row l/4, columns 2(l%4), 2(l%4)+1 of matrix m, whose row r lies at the address of lane 8m + r.
+inline KDA_NO_TSAN void exchange_ldmatrix(MatrixLoad** lanes, uint32_t) {
+  for (int l = 0; l < 32; ++l)
+    for (int m = 0; m < 4; ++m) lanes[l]->result[m] = lanes[m * 8 + l / 4]->row[l % 4];
+}
+inline KDA_NO_TSAN void exchange_ldmatrix_trans(MatrixLoad** lanes, uint32_t) {
+  for (int l = 0; l < 32; ++l)
+    for (int m = 0; m < 4; ++m) {
+      uint32_t pair = 0;
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t word = lanes[m * 8 + l % 4 * 2 + h]->row[l / 4 / 2];
+        pair |= (l / 4 % 2 ? word >> 16 : word & 0xFFFFu) << (16 * h);
+      }
+      lanes[l]->result[m] = pair;
+    }
+}
+inline void load_matrices(uint32_t (&registers)[4], void const* row, bool transpose, Location where) {
+  MatrixLoad a;
+  Engine& engine = Engine::current();
+  if (engine.shared_offset(row) % 16) engine.fail("ldmatrix: row address is not a multiple of 16 bytes");
+  for (int i = 0; i < 4; ++i) a.row[i] = static_cast<uint32_t const*>(row)[i];  // own row: the sanitizers see it
+  engine.warp_collective<MatrixLoad>(transpose ? "ldmatrix.trans" : "ldmatrix", ~0u, &a,
+                                     transpose ? exchange_ldmatrix_trans : exchange_ldmatrix, where);
+  for (int i = 0; i < 4; ++i) registers[i] = a.result[i];
+}
+struct MatrixTranspose {
+  uint32_t row, result;
+};
+inline KDA_NO_TSAN void exchange_movmatrix(MatrixTranspose** lanes, uint32_t) {
+  for (int l = 0; l < 32; ++l) {
+    uint32_t pair = 0;
+    for (int h = 0; h < 2; ++h) {  // element (2(l%4) + h, l/4) of the source
+      const uint32_t word = lanes[(l % 4 * 2 + h) * 4 + l / 4 / 2]->row;
+      pair |= (l / 4 % 2 ? word >> 16 : word & 0xFFFFu) << (16 * h);
+    }
+    lanes[l]->result = pair;
+  }
+}
+}  // namespace emulator
+#endif
+
+/// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+/// PTX: ldmatrix.sync.aligned.m8n8.x4.shared.b16
+KDA_DEVICE void ldmatrix_x4(uint32_t (&registers)[4], void const* row KDA_WHERE) {
+#if defined(KDA_EMULATE)
+  emulator::load_matrices(registers, row, false, where);
+#else
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+               : "r"(shared_address(row))
+               : "memory");
+#endif
+}
+/// The same, each matrix transposed. PTX: ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16
+KDA_DEVICE void ldmatrix_x4_trans(uint32_t (&registers)[4], void const* row KDA_WHERE) {
+#if defined(KDA_EMULATE)
+  emulator::load_matrices(registers, row, true, where);
+#else
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+               : "r"(shared_address(row))
+               : "memory");
+#endif
+}
+/// The transpose of an 8 x 8 matrix of 16-bit elements, in registers. PTX: movmatrix.sync.aligned.m8n8.trans.b16
+KDA_DEVICE uint32_t movmatrix_trans(uint32_t row KDA_WHERE) {
+#if defined(KDA_EMULATE)
+  emulator::MatrixTranspose a{row, 0};
+  emulator::Engine::current().warp_collective<emulator::MatrixTranspose>("movmatrix", ~0u, &a,
+                                                                         emulator::exchange_movmatrix, where);
+  return a.result;
+#else
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(row));
+  return result;
+#endif
+}
+
+}  // namespace kda

@@ -1,0 +1,79 @@
+// Exchange between the 32 lanes of a warp. Shuffles order nothing in memory.
+#pragma once
+#include "platform/macros.h"
+
+namespace kda {
+
+#if defined(KDA_EMULATE)
+namespace emulator {
+template <class T>
+struct Shuffle {
+  T value, result;
+  int source;
+};
+template <class T>
+KDA_NO_TSAN void exchange_shuffle(Shuffle<T>** lanes, uint32_t) {
+  for (int l = 0; l < 32; ++l) lanes[l]->result = lanes[lanes[l]->source]->value;
+}
+}  // namespace emulator
+#endif
+
+/// The value of lane `source`. All lanes. PTX: shfl.sync.idx.b32
+template <class T>
+KDA_DEVICE T shuffle(T value, int source KDA_WHERE) {
+#if defined(KDA_EMULATE)
+  emulator::Shuffle<T> s{value, value, source & 31};
+  emulator::Engine::current().warp_collective<emulator::Shuffle<T>>("shuffle", ~0u, &s, emulator::exchange_shuffle<T>,
+                                                                    where);
+  return s.result;
+#else
+  return __shfl_sync(~0u, value, source);
+#endif
+}
+
+/// The value of the lane whose index differs by `bits`. All lanes. PTX: shfl.sync.bfly.b32
+template <class T>
+KDA_DEVICE T shuffle_xor(T value, int bits KDA_WHERE) {
+#if defined(KDA_EMULATE)
+  return shuffle(value, lane_index() ^ bits, where);
+#else
+  return __shfl_xor_sync(~0u, value, bits);
+#endif
+}
+
+/// The sum over all lanes, the same bits in every lane.
+template <class T>
+KDA_DEVICE T warp_sum(T x KDA_WHERE) {
+#pragma unroll
+  for (int bits = 16; bits; bits /= 2) {
+#if defined(KDA_EMULATE)
+    x += shuffle_xor(x, bits, where);
+#else
+    x += shuffle_xor(x, bits);
+#endif
+  }
+  return x;
+}
+
+/// Sums kCount (a power of two up to 32) values over the lanes; lane l returns the sum of x[l % kCount].
+/// kCount - 1 shuffles, where one by one it would take 5 kCount. Destroys x.
+template <int kCount>
+KDA_DEVICE float warp_sum_scattered(float (&x)[kCount]) {
+  static_assert(kCount >= 1 && kCount <= 32 && (kCount & (kCount - 1)) == 0);
+  const int lane = lane_index();
+#pragma unroll
+  for (int half = kCount / 2; half; half /= 2) {
+    const bool upper = lane & half;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float keep = upper ? x[i + half] : x[i], give = upper ? x[i] : x[i + half];
+      x[i] = keep + shuffle_xor(give, half);
+    }
+  }
+  float sum = x[0];
+#pragma unroll
+  for (int bits = kCount; bits < 32; bits *= 2) sum += shuffle_xor(sum, bits);
+  return sum;
+}
+
+}  // namespace kda

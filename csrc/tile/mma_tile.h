@@ -1,0 +1,197 @@
+// Products of 16-row tiles: operands from shared memory or from the accumulators of an earlier product.
+//
+// One warp computes D[16 x N] += A[16 x 16] B[16 x N]. An accumulator is the 16 x 8 fp32 fragment of mma.sync: lane l
+// holds rows l/4 and l/4 + 8, columns 2(l%4) and 2(l%4) + 1. Two neighbouring accumulators are, without moving
+// anything between lanes, a left operand of depth 16; chains of products therefore stay in registers.
+//
+// The element type selects the instruction: Bf16, Fp16 (m16n8k16), Tf32 (m16n8k8, fp32 storage rounded to tf32) and
+// float (three tf32 products: hi*hi + hi*lo + lo*hi, relative error about 2^-21).
+#pragma once
+#include <type_traits>
+
+#include "platform/platform.h"
+#include "tile/shared_tile.h"
+
+namespace kda::tile {
+
+/// Storage type of tf32 operands: fp32 whose product is taken in tf32.
+struct Tf32 {
+  float value;
+};
+
+struct Accumulator {
+  float x[4];
+};
+
+/// A[16 x 16] of one warp.
+template <class E>
+struct LeftFragment {
+  uint32_t x[4];
+};
+/// B[16 x 16] of one warp: two right operands of 8 columns.
+template <class E>
+struct RightFragment {
+  uint32_t x[4];
+};
+
+/// Split of an fp32 operand: value = hi + lo, both tf32. `lo` is dropped for Tf32.
+struct SplitFragment {
+  uint32_t hi[8], lo[8];
+};
+template <>
+struct LeftFragment<float> : SplitFragment {};
+template <>
+struct LeftFragment<Tf32> : SplitFragment {};
+template <>
+struct RightFragment<float> : SplitFragment {};
+template <>
+struct RightFragment<Tf32> : SplitFragment {};
+
+template <class E>
+inline constexpr bool kIsFp32Storage = sizeof(E) == 4;
+
+/// hi = x rounded to tf32, lo = the rest (float only).
+template <class E>
+KDA_DEVICE void split(SplitFragment& f, int i, float x) {
+  f.hi[i] = float_to_tf32(x);
+  if constexpr (std::is_same_v<E, float>) f.lo[i] = float_to_tf32(x - bits_to_float(f.hi[i]));
+}
+KDA_DEVICE float to_fp32(float x) { return x; }
+KDA_DEVICE float to_fp32(Tf32 x) { return x.value; }
+
+/// The two accumulators of columns [c, c + 8) and [c + 8, c + 16) as a left operand of depth 16.
+/// For fp32 storage the depth index is permuted (t -> column 2t, t + 4 -> column 2t + 1); load_right permutes alike.
+template <class E>
+KDA_DEVICE LeftFragment<E> left_from(Accumulator const& a, Accumulator const& b) {
+  LeftFragment<E> f;
+  if constexpr (kIsFp32Storage<E>) {
+    float const x[8] = {a.x[0], a.x[2], a.x[1], a.x[3], b.x[0], b.x[2], b.x[1], b.x[3]};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) split<E>(f, i, x[i]);
+  } else {
+    f.x[0] = pack2<E>(a.x[0], a.x[1]);
+    f.x[1] = pack2<E>(a.x[2], a.x[3]);
+    f.x[2] = pack2<E>(b.x[0], b.x[1]);
+    f.x[3] = pack2<E>(b.x[2], b.x[3]);
+  }
+  return f;
+}
+
+/// A[16 x 16] = tile[row0 + .., col0 + ..].
+template <class E, class Tile>
+KDA_DEVICE LeftFragment<E> load_left(Tile const& tile, int row0, int col0) {
+  const int lane = lane_index();
+  LeftFragment<E> f;
+  if constexpr (kIsFp32Storage<E>) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int row = row0 + lane / 4 + i % 2 * 8;
+      const int col = col0 + i / 4 * 8 + lane % 4 * 2 + i / 2 % 2;
+      split<E>(f, i, to_fp32(tile.at(row, col)));
+    }
+  } else {
+    ldmatrix_x4(f.x, &tile.at(row0 + lane % 16, col0 + lane / 16 * 8));
+  }
+  return f;
+}
+
+/// B[16 x 16] with B[depth, n] = tile[n0 + n, depth0 + depth].
+template <class E, class Tile>
+KDA_DEVICE RightFragment<E> load_right(Tile const& tile, int n0, int depth0) {
+  const int lane = lane_index();
+  RightFragment<E> f;
+  if constexpr (kIsFp32Storage<E>) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {  // (i / 4: columns n), (i / 2 % 2: depth half), (i % 2: depth within the pair)
+      const int row = n0 + i / 4 * 8 + lane / 4;
+      split<E>(f, i, to_fp32(tile.at(row, depth0 + i / 2 % 2 * 8 + lane % 4 * 2 + i % 2)));
+    }
+  } else {
+    ldmatrix_x4(f.x, &tile.at(n0 + lane % 8 + lane / 16 * 8, depth0 + lane / 8 % 2 * 8));
+  }
+  return f;
+}
+
+/// B[16 x 16] with B[depth, n] = tile[depth0 + depth, n0 + n].
+template <class E, class Tile>
+KDA_DEVICE RightFragment<E> load_right_transposed(Tile const& tile, int depth0, int n0) {
+  const int lane = lane_index();
+  RightFragment<E> f;
+  if constexpr (kIsFp32Storage<E>) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int row = depth0 + i / 2 % 2 * 8 + lane % 4 * 2 + i % 2;
+      split<E>(f, i, to_fp32(tile.at(row, n0 + i / 4 * 8 + lane / 4)));
+    }
+  } else {
+    ldmatrix_x4_trans(f.x, &tile.at(depth0 + lane % 8 + lane / 8 % 2 * 8, n0 + lane / 16 * 8));
+  }
+  return f;
+}
+
+/// D[:, 8j .. 8j + 8) += A B[:, 8j .. 8j + 8) for j = `half` of the right fragment.
+template <class E>
+KDA_DEVICE void multiply_half(Accumulator& d, LeftFragment<E> const& a, RightFragment<E> const& b, int half) {
+  if constexpr (kIsFp32Storage<E>) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const int bi = half * 4 + s * 2;
+      if constexpr (std::is_same_v<E, float>) {
+        mma_m16n8k8_tf32(d.x, a.lo + s * 4, b.hi[bi], b.hi[bi + 1]);
+        mma_m16n8k8_tf32(d.x, a.hi + s * 4, b.lo[bi], b.lo[bi + 1]);
+      }
+      mma_m16n8k8_tf32(d.x, a.hi + s * 4, b.hi[bi], b.hi[bi + 1]);
+    }
+  } else {
+    mma_m16n8k16<E>(d.x, a.x, b.x[half * 2], b.x[half * 2 + 1]);
+  }
+}
+
+/// D[16 x 16] += A[16 x 16] B[16 x 16]; d0 and d1 are the accumulators of the left and the right eight columns.
+template <class E>
+KDA_DEVICE void multiply(Accumulator& d0, Accumulator& d1, LeftFragment<E> const& a, RightFragment<E> const& b) {
+  multiply_half<E>(d0, a, b, 0);
+  multiply_half<E>(d1, a, b, 1);
+}
+
+/// The transpose of tile[row0 .. row0 + 16, col0 .. col0 + 16) as accumulators: d0 has tile rows row0 .. row0 + 8 as
+/// its columns, d1 the next eight.
+template <class E, class Tile>
+KDA_DEVICE void load_transposed(Accumulator& d0, Accumulator& d1, Tile const& tile, int row0, int col0) {
+  const int lane = lane_index();
+  if constexpr (kIsFp32Storage<E>) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int row = row0 + i / 4 * 8 + lane % 4 * 2 + i % 2;
+      (i < 4 ? d0 : d1).x[i % 4] = tile.at(row, col0 + lane / 4 + i / 2 % 2 * 8);
+    }
+  } else {
+    uint32_t x[4];
+    ldmatrix_x4_trans(x, &tile.at(row0 + lane % 8 + lane / 16 * 8, col0 + lane / 8 % 2 * 8));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float2 const pair = unpack2<E>(x[i]);
+      Accumulator& d = i < 2 ? d0 : d1;
+      d.x[i % 2 * 2] = pair.x;
+      d.x[i % 2 * 2 + 1] = pair.y;
+    }
+  }
+}
+
+/// The inverse of load_transposed for one accumulator: tile[row0 .. row0 + 8, col0 .. col0 + 16) = d^T.
+template <class E, class Tile>
+KDA_DEVICE void store_transposed(Tile& tile, int row0, int col0, Accumulator const& d) {
+  const int lane = lane_index();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if constexpr (kIsFp32Storage<E>) {
+      tile.at(row0 + lane % 4 * 2, col0 + half * 8 + lane / 4) = d.x[half * 2];
+      tile.at(row0 + lane % 4 * 2 + 1, col0 + half * 8 + lane / 4) = d.x[half * 2 + 1];
+    } else {
+      uint32_t const pair = movmatrix_trans(pack2<E>(d.x[half * 2], d.x[half * 2 + 1]));
+      store_pair(&tile.at(row0 + lane / 4, col0 + half * 8 + lane % 4 * 2), pair);
+    }
+  }
+}
+
+}  // namespace kda::tile

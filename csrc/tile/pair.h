@@ -1,0 +1,44 @@
+// Two neighbouring elements, moved and converted together.
+#pragma once
+#include "platform/platform.h"
+
+namespace kda::tile {
+
+template <class E>
+struct PairOf {
+  using Type = uint32_t;  // two 16-bit values, the first in the low half
+};
+template <>
+struct PairOf<float> {
+  using Type = float2;
+};
+template <class E>
+using Pair = typename PairOf<E>::Type;
+
+template <class E>
+KDA_DEVICE float2 to_float2(Pair<E> x) {
+  if constexpr (sizeof(E) == 4) return x;
+  else return unpack2<E>(x);
+}
+
+template <class E>
+KDA_DEVICE Pair<E> to_pair(float x, float y) {
+  if constexpr (sizeof(E) == 4) return float2{x, y};
+  else return pack2<E>(x, y);
+}
+
+/// Elements i and i + 1 of a row of `count`; zero beyond it. `aligned`: the row and its length are even.
+template <class E>
+KDA_DEVICE Pair<E> load_pair(E const* row, int i, int count, bool aligned) {
+  if (aligned) return i < count ? *reinterpret_cast<Pair<E> const*>(row + i) : Pair<E>{};
+  const float x = i < count ? to_float(row[i]) : 0.f;
+  const float y = i + 1 < count ? to_float(row[i + 1]) : 0.f;
+  return to_pair<E>(x, y);
+}
+
+template <class E>
+KDA_DEVICE void store_pair(E* at, Pair<E> x) {
+  *reinterpret_cast<Pair<E>*>(at) = x;
+}
+
+}  // namespace kda::tile

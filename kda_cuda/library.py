@@ -1,0 +1,198 @@
+"""The torch ops: schemas, fakes and autograd, said once for three namespaces.
+
+``kda_cuda``            CPU key: the reference; CUDA key: the kernels of ``_ops.so`` (implementations only, no schemas)
+``kda_cuda_reference``  the reference on any device: what CUDA tensors run where no kernel serves them
+``kda_cuda_emulated``   CPU key: the kernels compiled for the CPU, in tests only (:mod:`kda_cuda.testing`)
+
+Raw ops (``*_fwd``, ``*_bwd``) carry no autograd; ``chunk`` and ``kda_gate`` do and save nothing but their inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference.gates import compute_dtype
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor? initial_state, "
+    "Tensor? cu_seqlens, float scale, bool use_qk_l2norm, bool use_gate, bool use_beta_sigmoid, "
+    "bool allow_neg_eigval, float? lower_bound, bool state_v_first"
+)
+_CHUNK = f"({_INPUTS}, bool output_final_state, int chunk_size, bool output_chunk_states) -> (Tensor, Tensor, Tensor)"
+_GATE = "(Tensor g, Tensor? A_log, Tensor? dt_bias, float? lower_bound, ScalarType dtype) -> Tensor"
+
+SCHEMAS = {
+    "kda_gate_fwd": _GATE,
+    "kda_gate_bwd": "(Tensor dy, Tensor g, Tensor? A_log, Tensor? dt_bias, float? lower_bound) "
+    "-> (Tensor, Tensor, Tensor)",
+    "kda_gate": _GATE,
+    "chunk_fwd": _CHUNK,
+    "chunk_bwd": f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, int chunk_size) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "chunk": _CHUNK,
+    "recurrent_fwd": f"({_INPUTS}, bool output_final_state) -> (Tensor, Tensor)",
+}
+REFERENCE = {
+    "kda_gate_fwd": reference.kda_gate_fwd,
+    "kda_gate_bwd": reference.kda_gate_bwd,
+    "kda_gate": reference.kda_gate_fwd,
+    "chunk_fwd": reference.chunk_fwd,
+    "chunk_bwd": reference.chunk_bwd,
+    "chunk": reference.chunk_fwd,
+    "recurrent_fwd": reference.recurrent_fwd,
+}
+FUNCTIONAL = {"chunk": "chunk_fwd", "kda_gate": "kda_gate_fwd"}  # op with autograd -> its raw forward
+
+NAMESPACE, NAMESPACE_REFERENCE, NAMESPACE_EMULATED = "kda_cuda", "kda_cuda_reference", "kda_cuda_emulated"
+_libraries: list[torch.library.Library] = []  # an implementation lives as long as its library
+
+
+# ---- fakes ---------------------------------------------------------------------------------------------------------
+
+
+def _fake_gate_fwd(g, A_log, dt_bias, lower_bound, dtype):
+    return g.new_empty(g.shape, dtype=dtype)
+
+
+def _like_or_empty(x: Tensor | None, owner: Tensor) -> Tensor:
+    return owner.new_empty(0, dtype=compute_dtype(owner.dtype)) if x is None else x.new_empty(x.shape)
+
+
+def _fake_gate_bwd(dy, g, A_log, dt_bias, lower_bound):
+    return g.new_empty(g.shape), _like_or_empty(A_log, g), _like_or_empty(dt_bias, g)
+
+
+def _state_shape(q, v, cu_seqlens, v_first):
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dims = (v.shape[-1], q.shape[-1]) if v_first else (q.shape[-1], v.shape[-1])
+    return (sequences, v.shape[2], *dims)
+
+
+def _fake_chunk_fwd(
+    q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, use_qk_l2norm, use_gate, use_beta_sigmoid,
+    allow_neg_eigval, lower_bound, state_v_first, output_final_state, chunk_size, output_chunk_states,
+):  # fmt: skip
+    dtype = compute_dtype(q.dtype)
+    final_state = q.new_empty(0, dtype=dtype)
+    if output_final_state:
+        final_state = q.new_empty(_state_shape(q, v, cu_seqlens, state_v_first), dtype=dtype)
+    h = k.new_empty(0)
+    if output_chunk_states:
+        _, *state = _state_shape(q, v, cu_seqlens, state_v_first)
+        if cu_seqlens is None:
+            rows = (q.shape[0], -(-q.shape[1] // chunk_size))
+        else:
+            rows = (1, torch.library.get_ctx().new_dynamic_size())
+        h = k.new_empty((*rows, *state))
+    return v.new_empty(v.shape), final_state, h
+
+
+def _fake_recurrent_fwd(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, *rest):
+    *_, state_v_first, output_final_state = rest
+    dtype = compute_dtype(q.dtype)
+    shape = _state_shape(q, v, cu_seqlens, state_v_first) if output_final_state else (0,)
+    return v.new_empty(v.shape), q.new_empty(shape, dtype=dtype)
+
+
+def _fake_chunk_bwd(do, dfinal_state, q, k, v, g, beta, A_log, dt_bias, initial_state, *rest):
+    grads = [x.new_empty(x.shape) for x in (q, k, v, g, beta)]
+    return *grads, *(_like_or_empty(x, q) for x in (A_log, dt_bias, initial_state))
+
+
+FAKES: dict[str, Callable] = {
+    "kda_gate_fwd": _fake_gate_fwd,
+    "kda_gate_bwd": _fake_gate_bwd,
+    "kda_gate": _fake_gate_fwd,
+    "chunk_fwd": _fake_chunk_fwd,
+    "chunk_bwd": _fake_chunk_bwd,
+    "chunk": _fake_chunk_fwd,
+    "recurrent_fwd": _fake_recurrent_fwd,
+}
+
+# ---- autograd ------------------------------------------------------------------------------------------------------
+
+
+def _present(gradient: Tensor, argument) -> Tensor | None:
+    return gradient if isinstance(argument, Tensor) else None
+
+
+def _save_gate(ctx, inputs, output):
+    g, A_log, dt_bias, ctx.lower_bound, _ = inputs
+    ctx.save_for_backward(g, A_log, dt_bias)
+
+
+def _gate_backward(namespace: str, ctx, dy):
+    g, A_log, dt_bias = ctx.saved_tensors
+    dg, dA_log, ddt_bias = backward_op(namespace, "kda_gate_bwd", g)(dy, g, A_log, dt_bias, ctx.lower_bound)
+    return dg, _present(dA_log, A_log), _present(ddt_bias, dt_bias), None, None
+
+
+def _save_chunk(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:9])
+    *ctx.options, _, ctx.chunk_size, _ = inputs[9:]
+    ctx.set_materialize_grads(False)
+
+
+def _chunk_backward(namespace: str, ctx, do, dfinal_state, dh):
+    tensors = ctx.saved_tensors
+    q, v = tensors[0], tensors[2]
+    do = v.new_zeros(v.shape) if do is None else do
+    if dfinal_state is not None and dfinal_state.numel() == 0:
+        dfinal_state = None
+    op = backward_op(namespace, "chunk_bwd", q)
+    gradients = op(do, dfinal_state, *tensors, *ctx.options, ctx.chunk_size)
+    gradients = [_present(d, x) for d, x in zip(gradients, tensors[:8], strict=True)]
+    return *gradients, *([None] * 11)
+
+
+_AUTOGRAD = {"chunk": (_chunk_backward, _save_chunk), "kda_gate": (_gate_backward, _save_gate)}
+
+
+def backward_op(namespace: str, name: str, x: Tensor) -> Callable:
+    """The backward of the same namespace where it has one for this device, else the reference's."""
+    from .variants import has_kernel, warn_no_kernel
+
+    if namespace == NAMESPACE_EMULATED or (namespace == NAMESPACE and x.is_cuda):
+        if not has_kernel(name, emulated=namespace == NAMESPACE_EMULATED):
+            warn_no_kernel(name, "its backward kernel is not written yet")
+            namespace = NAMESPACE_REFERENCE
+    return getattr(getattr(torch.ops, namespace), name)
+
+
+# ---- registration --------------------------------------------------------------------------------------------------
+
+
+def _functional_of(namespace: str, raw: str) -> Callable:
+    """A functional op runs the raw forward of its namespace, whichever language that is written in."""
+
+    def forward(*args):
+        return getattr(getattr(torch.ops, namespace), raw)(*args)
+
+    return forward
+
+
+def define_namespace(namespace: str, reference_key: str | None) -> None:
+    """Defines every op in ``namespace``; ``reference_key``: the dispatch key that gets the reference."""
+    library = torch.library.Library(namespace, "DEF")
+    _libraries.append(library)
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        qualified = f"{namespace}::{name}"
+        torch.library.register_fake(qualified, FAKES[name], lib=library)
+        if name in FUNCTIONAL:
+            library.impl(name, _functional_of(namespace, FUNCTIONAL[name]), "CompositeExplicitAutograd")
+            backward, setup_context = _AUTOGRAD[name]
+            torch.library.register_autograd(
+                qualified, functools.partial(backward, namespace), setup_context=setup_context, lib=library
+            )
+        elif reference_key:
+            library.impl(name, REFERENCE[name], reference_key)
+
+
+define_namespace(NAMESPACE, "CPU")
+define_namespace(NAMESPACE_REFERENCE, "CompositeExplicitAutograd")
