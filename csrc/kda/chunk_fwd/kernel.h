@@ -42,13 +42,13 @@ KDA_DEVICE void produce_chunks(ChunkFwdParams const& p, ScanStorage<Variant>& s,
   const int64_t chunks = p.plan.chunks_of(sequence.length);
   if (chunks) producer.load(chunk_of_head(p, sequence, 0, value_head), record(0));
   for (int64_t i = 0; i < chunks; ++i) {
-    const int stage = int(i % kStages);
-    producer.announce(chunk_of_head(p, sequence, i, value_head), stage);
+    const int stage = int(i % kStages), parity = int(i % 2);
+    producer.announce(chunk_of_head(p, sequence, i, value_head), parity);
     if (i >= kStages) sync_named(ScanBarrier::empty(stage), Shape::kThreads);
     producer.copy_record(record(i), stage);
     auto current = producer;
     if (i + 1 < chunks) producer.load(chunk_of_head(p, sequence, i + 1, value_head), record(i + 1));
-    current.build(stage);
+    current.build(stage, parity);
     cp_async_wait<0>();
     arrive_named(ScanBarrier::full(stage), Shape::kThreads);
   }

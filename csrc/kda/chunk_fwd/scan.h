@@ -25,8 +25,10 @@ struct ScanStorage {
     float gamma_c[Shape::kKeyTile];                  // decay over the chunk
   } stage[Shape::kConfig.stages];
   tile::SharedTile<E, Shape::kChunk, kValueTile> v[2];          // V of a chunk, later its O; a warp owns 16 columns
-  float2 total[Shape::kConfig.stages][Shape::kGroups][Shape::kPairs];
-  float norm[Shape::kConfig.stages][2][Shape::kChunk];
+  struct Announcement {                              // between producers; alternates, as they may be a chunk apart
+    float2 total[Shape::kGroups][Shape::kPairs];     // decay over each group of 16 tokens
+    float norm[2][Shape::kChunk];                    // reciprocal norms of q and k
+  } announced[2];
 };
 
 /// Named barriers; 0 is sync_block. Full(s): producers arrive, consumers wait; empty(s): the reverse.
@@ -62,10 +64,11 @@ struct ScanProducer {
   }
 
   /// Consumes the loaded columns: the decays of this group of tokens, announced to the other groups.
-  KDA_DEVICE void announce(ChunkOfHead const& chunk, int stage) {
+  KDA_DEVICE void announce(ChunkOfHead const& chunk, int parity) {
     columns.decay_from_gate(p, chunk, group, pair);
-    s.total[stage][group][pair] = columns.total();
-    if (thread < 2 * kChunk) s.norm[stage][thread / kChunk][thread % kChunk] = norm;
+    auto& out = s.announced[parity];
+    out.total[group][pair] = columns.total();
+    if (thread < 2 * kChunk) out.norm[thread / kChunk][thread % kChunk] = norm;
     sync_named(ScanBarrier::kProducers, Shape::kProducers);
   }
 
@@ -75,16 +78,17 @@ struct ScanProducer {
     cp_async_commit();
   }
 
-  KDA_DEVICE void build(int stage) {
+  KDA_DEVICE void build(int stage, int parity) {
     auto& out = s.stage[stage];
+    auto const& in = s.announced[parity];
     float2 before{1.f, 1.f}, after{1.f, 1.f};
 #pragma unroll
     for (int i = 0; i < Shape::kGroups; ++i) {
-      if (i < group) before = before * s.total[stage][i][pair];
-      if (i > group) after = after * s.total[stage][i][pair];
+      if (i < group) before = before * in.total[i][pair];
+      if (i > group) after = after * in.total[i][pair];
     }
     if (group == 0) {
-      const float2 whole = after * s.total[stage][0][pair];
+      const float2 whole = after * in.total[0][pair];
       out.gamma_c[2 * pair] = whole.x;
       out.gamma_c[2 * pair + 1] = whole.y;
     }
@@ -92,12 +96,12 @@ struct ScanProducer {
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
       before = before * columns.g[j];
-      store(out.gamma_q, row0 + j, tile::to_float2<E>(columns.q[j]) * before, p.scale * s.norm[stage][0][row0 + j]);
-      store(out.gamma_k, row0 + j, tile::to_float2<E>(columns.k[j]) * before, s.norm[stage][1][row0 + j]);
+      store(out.gamma_q, row0 + j, tile::to_float2<E>(columns.q[j]) * before, p.scale * in.norm[0][row0 + j]);
+      store(out.gamma_k, row0 + j, tile::to_float2<E>(columns.k[j]) * before, in.norm[1][row0 + j]);
     }
 #pragma unroll
     for (int j = kTokensPerThread - 1; j >= 0; --j) {
-      store(out.k_tilde, row0 + j, tile::to_float2<E>(columns.k[j]) * after, s.norm[stage][1][row0 + j]);
+      store(out.k_tilde, row0 + j, tile::to_float2<E>(columns.k[j]) * after, in.norm[1][row0 + j]);
       after = after * columns.g[j];
     }
   }

@@ -1,0 +1,67 @@
+"""Runs the compiled kernels on the CPU, for tests: every kernel's own source, emulated thread by thread.
+
+The library that does so is built by ``make test`` into ``build/emulator`` and is never part of the wheel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from . import library, variants
+
+_NAME = "libkda_cuda_emulated.so"
+
+
+def emulator_path() -> Path:
+    """Where the emulated library is: KDA_CUDA_EMULATE_LIB, or ``build/emulator`` of the checkout."""
+    given = os.environ.get("KDA_CUDA_EMULATE_LIB")
+    return Path(given) if given else Path(__file__).parent.parent / "build" / "emulator" / _NAME
+
+
+@functools.cache
+def load_emulator() -> ctypes.CDLL:
+    """Defines ``torch.ops.kda_cuda_emulated``. FileNotFoundError if the library was not built."""
+    path = emulator_path()
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: build it with `make emulator`, or set KDA_CUDA_EMULATE_LIB")
+    library.define_namespace(library.NAMESPACE_EMULATED, None)
+    torch.ops.load_library(str(path))
+    handle = ctypes.CDLL(str(path))
+    handle.kda_emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_int]
+    return handle
+
+
+@contextlib.contextmanager
+def emulated(seed: int = 0, threads: int = 2) -> Iterator[None]:
+    """Inside, the public functions serve CPU tensors with the emulated kernels, and raise where there is none.
+
+    Args:
+        seed: 0 runs the threads of a block in order; any other number is a random schedule of its own.
+        threads: OS threads that share the blocks of a grid.
+    """
+    handle = load_emulator()
+    handle.kda_emulator_configure(seed, threads)
+    take_record()
+    before = variants.set_emulating(True)
+    try:
+        yield
+    finally:
+        variants.set_emulating(before)
+
+
+def take_record() -> list[str]:
+    """The kernels that ran since the last call, in order."""
+    buffer = ctypes.create_string_buffer(1 << 20)
+    load_emulator().kda_emulator_take_record(buffer, len(buffer))
+    return buffer.value.decode().split()
+
+
+if variants.emulating():  # KDA_CUDA_EMULATE=1
+    load_emulator()
