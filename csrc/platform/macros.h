@@ -40,7 +40,11 @@
   T& name = *reinterpret_cast<T*>(name##_bytes)
 #endif
 
+// The glue in csrc/torch reaches the parameters through a plain host compiler, which has no threads to speak of.
+#if defined(KDA_EMULATE) || defined(__CUDACC__)
+#define KDA_DEVICE_CODE
 namespace kda {
 KDA_DEVICE int thread_index() { return int(threadIdx.x); }
 KDA_DEVICE int lane_index() { return int(threadIdx.x % 32); }
 }  // namespace kda
+#endif

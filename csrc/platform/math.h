@@ -33,10 +33,10 @@ KDA_DEVICE float log2_fast(float x) {
 KDA_DEVICE float exp_accurate(float x) { return expf(x); }
 KDA_DEVICE float log1p_accurate(float x) { return log1pf(x); }
 KDA_DEVICE float rsqrt_accurate(float x) {
-#if defined(KDA_EMULATE)
-  return 1.f / std::sqrt(x);
-#else
+#if defined(__CUDACC__)
   return rsqrtf(x);
+#else
+  return 1.f / std::sqrt(x);
 #endif
 }
 

@@ -13,10 +13,12 @@
 // nvcc compiles it for the GPU. g++ with KDA_EMULATE compiles the same source for the CPU: every primitive here has a
 // host twin beside its PTX, and the twins meet in csrc/emulator.
 #pragma once
-#include "platform/barriers.h"
 #include "platform/macros.h"
 #include "platform/math.h"
+#include "platform/types.h"
+#if defined(KDA_DEVICE_CODE)
+#include "platform/barriers.h"
 #include "platform/memory.h"
 #include "platform/mma.h"
-#include "platform/types.h"
 #include "platform/warp.h"
+#endif

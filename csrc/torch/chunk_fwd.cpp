@@ -1,6 +1,6 @@
 // torch.ops.kda_cuda.chunk_fwd
 #include "kda/chunk_fwd/dispatch.h"
-#include "platform/launch.h"
+#include "platform/device.h"
 #include "torch/common.h"
 
 namespace kda {

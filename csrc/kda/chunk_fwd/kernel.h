@@ -46,9 +46,17 @@ KDA_DEVICE void produce_chunks(ChunkFwdParams const& p, ScanStorage<Variant>& s,
     producer.announce(chunk_of_head(p, sequence, i, value_head), parity);
     if (i >= kStages) sync_named(ScanBarrier::empty(stage), Shape::kThreads);
     producer.copy_record(record(i), stage);
-    auto current = producer;
-    if (i + 1 < chunks) producer.load(chunk_of_head(p, sequence, i + 1, value_head), record(i + 1));
-    current.build(stage, parity);
+    const auto load_next = [&] {
+      if (i + 1 < chunks) producer.load(chunk_of_head(p, sequence, i + 1, value_head), record(i + 1));
+    };
+    if constexpr (sizeof(typename Variant::Element) == 2) {  // two chunks fit into the registers
+      auto current = producer;
+      load_next();
+      current.build(stage, parity);
+    } else {
+      producer.build(stage, parity);
+      load_next();
+    }
     cp_async_wait<0>();
     arrive_named(ScanBarrier::full(stage), Shape::kThreads);
   }

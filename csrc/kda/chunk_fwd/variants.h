@@ -6,7 +6,8 @@
 namespace kda {
 
 // 16-bit elements, K <= 64 / 128 / 256. C = 64 amortises the state products best; where two stages of it exceed 99 KB
-// of shared memory (compute capability 8.6, 8.9, 12.0) C = 32 serves.
+// of shared memory (compute capability 8.6, 8.9, 12.0) C = 32 serves. At K = 256 the state takes 128 registers of a
+// thread: C = 16 leaves room for the rest, and few enough producers that 255 registers a thread exist.
 struct Bf16K64 {
   using Element = Bf16;
   static constexpr char const* name = "bf16_k64";
@@ -25,7 +26,7 @@ struct Bf16K128C32 {
 struct Bf16K256 {
   using Element = Bf16;
   static constexpr char const* name = "bf16_k256";
-  static constexpr ChunkFwdConfig config{32, 256, 1};
+  static constexpr ChunkFwdConfig config{16, 256, 2};
 };
 struct Fp16K64 {
   using Element = Fp16;
@@ -45,7 +46,7 @@ struct Fp16K128C32 {
 struct Fp16K256 {
   using Element = Fp16;
   static constexpr char const* name = "fp16_k256";
-  static constexpr ChunkFwdConfig config{32, 256, 1};
+  static constexpr ChunkFwdConfig config{16, 256, 2};
 };
 // fp32 through three tf32 products.
 struct Fp32K64 {

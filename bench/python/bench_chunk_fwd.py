@@ -1,0 +1,124 @@
+"""Chunkwise forward, side by side with its peers, in both gate regimes; outputs are verified before anything is timed.
+
+    python -m bench.python.bench_chunk_fwd [--json FILE] [--shapes ten|large|all] [--no-peers]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import kda_cuda
+
+from .shapes import LARGE, REGIMES, TEN, Shape, inputs, traffic_bytes
+
+
+def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((x.float() - truth.float()).norm() / truth.float().norm()).item()
+
+
+def truth(arguments: dict) -> torch.Tensor:
+    """The fp32 reference on the same device."""
+    wide = {n: a.float() if n in ("q", "k", "v", "g", "beta") else a for n, a in arguments.items()}
+    with torch.inference_mode():
+        from kda_cuda.ops import Checker, _checked_inputs
+
+        flags = {n: wide.pop(n) for n in list(wide) if n.startswith(("use_", "output_"))}
+        flags["allow_neg_eigval"] = False
+        gate = {n: wide.pop(n) for n in ("A_log", "dt_bias", "lower_bound", "cu_seqlens")}
+        common = _checked_inputs(
+            Checker("chunk_kda"), *wide.values(), gate["A_log"], gate["dt_bias"], None, None, flags,
+            gate["lower_bound"], False, gate["cu_seqlens"], None,
+        )  # fmt: skip
+        return torch.ops.kda_cuda_reference.chunk_fwd(*common, False, 64, False)[0]
+
+
+def peers() -> dict[str, Callable]:
+    found: dict[str, Callable] = {}
+    try:
+        from fla.ops.kda import chunk_kda as fla_chunk_kda
+    except ImportError:
+        return found
+
+    def fla(**a):
+        return fla_chunk_kda(**a, safe_gate=a["lower_bound"] is not None)
+
+    found["fla"] = fla
+    return found
+
+
+def microseconds(run: Callable[[dict], object], sets: list[dict], budget_s: float = 0.4) -> float:
+    """Median time of one call on the GPU, over input sets that together exceed the L2."""
+    for a in sets[:2]:
+        run(a)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run(sets[0])
+    torch.cuda.synchronize()
+    count = max(5, min(100, int(budget_s / max(1e-5, time.perf_counter() - begin))))
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for i, (start, end) in enumerate(events):
+        start.record()
+        run(sets[i % len(sets)])
+        end.record()
+    torch.cuda.synchronize()
+    return 1000 * sorted(s.elapsed_time(e) for s, e in events)[count // 2]
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read plus written, of a large device copy."""
+    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    y = torch.empty_like(x)
+    return 2 * x.numel() / (microseconds(lambda a: y.copy_(a["x"]), [{"x": x}]) * 1e-6)
+
+
+def bench(shape: Shape, regime: str, providers: dict[str, Callable], bandwidth: float) -> dict:
+    element = 2
+    need = traffic_bytes(shape, 128, element)
+    sets = [inputs(shape, regime, "cuda", torch.bfloat16, seed=i) for i in range(max(2, min(8, (150 << 20) // need)))]
+    reference = truth(sets[0])
+    row = {"shape": str(shape), "regime": regime, "floor_us": round(1e6 * need / bandwidth, 1)}
+    for name, provider in providers.items():
+        try:
+            with torch.inference_mode():
+                error = relative_error(provider(**sets[0])[0], reference)
+                row[f"{name}_error"] = float(f"{error:.2e}")
+                row[f"{name}_us"] = round(microseconds(lambda a, f=provider: f(**a), sets), 1)
+        except Exception as e:  # a peer that cannot run this shape is a result, not a failure of the benchmark
+            row[f"{name}_failed"] = f"{type(e).__name__}: {str(e)[:120]}"
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--shapes", choices=("ten", "large", "all"), default="all")
+    parser.add_argument("--no-peers", action="store_true")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a CUDA device")
+    providers = {"kda_cuda": kda_cuda.chunk_kda, **({} if args.no_peers else peers())}
+    bandwidth = copy_bandwidth()
+    rows = []
+    for shape in {"ten": TEN, "large": LARGE, "all": TEN + LARGE}[args.shapes]:
+        for regime in REGIMES:
+            rows.append(bench(shape, regime, providers, bandwidth))
+            print(rows[-1], flush=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    result = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit,
+        "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3), "dtype": "bfloat16", "head_dim": 128, "rows": rows,
+    }  # fmt: skip
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
