@@ -100,6 +100,18 @@ def architectures() -> str:
     return "80;90a"
 
 
+def kernel_options(cuda: Cuda, torch: Path, archs: str) -> dict:
+    """What csrc/torch/ops.cmake wants to know."""
+    return {
+        "KDA_BUILD_OPS": "ON",
+        "KDA_NVCC": cuda.nvcc,
+        "KDA_CUDART": cuda.cudart,
+        "CUDA_INCLUDE": cuda.include,
+        "KDA_ARCHS": archs,
+        "TORCH_DIR": torch,
+    }
+
+
 class CMakeBuild(build_ext):
     def run(self) -> None:
         mode = os.environ.get("KDA_CUDA_BUILD", "auto")
@@ -128,7 +140,7 @@ class CMakeBuild(build_ext):
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "KDA_OUTPUT": out,
-            "KDA_BUILD_OPS": "ON" if cuda else "OFF",
+            "KDA_BUILD_OPS": "OFF",
             "KDA_BUILD_PYTHON": "ON",
             "KDA_PYTHON": sys.executable,
             "PYTHON_INCLUDE": sysconfig.get_path("include"),
@@ -137,9 +149,7 @@ class CMakeBuild(build_ext):
         }
         if cuda:
             info.update(cuda=cuda.version(), architectures=archs.split(";"), torch_target="2.10")
-            options.update(
-                KDA_NVCC=cuda.nvcc, KDA_CUDART=cuda.cudart, CUDA_INCLUDE=cuda.include, KDA_ARCHS=archs, TORCH_DIR=torch
-            )
+            options.update(kernel_options(cuda, torch, archs))
             say(f"architectures {archs}")
         options["KDA_BUILD_INFO"] = json.dumps(info)
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
@@ -148,7 +158,8 @@ class CMakeBuild(build_ext):
         subprocess.run(
             ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())], check=True
         )
-        subprocess.run(["cmake", "--build", build, "--parallel", os.environ.get("MAX_JOBS", str(os.cpu_count()))], check=True)
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
+        subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
 
     def get_outputs(self) -> list[str]:
         return []
@@ -167,6 +178,16 @@ class BinaryDistribution(Distribution):
     def has_ext_modules(self) -> bool:
         return True
 
+
+# For the Makefile and .ci/run, which build with CMake alone.
+if "--print-cuda-include" in sys.argv:
+    found = find_cuda()
+    print(found.include if found else "")
+    sys.exit(0 if found else 1)
+if "--print-kernel-options" in sys.argv:
+    options = kernel_options(find_cuda(), package_dir("torch"), sys.argv[-1])
+    print(*(f"'-D{k}={v}'" for k, v in options.items()), f"'-DKDA_OUTPUT={ROOT / 'build' / 'other-archs'}'")
+    sys.exit(0)
 
 setup(
     version=VERSION,

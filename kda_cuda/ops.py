@@ -272,7 +272,9 @@ def kda_gate(
     c.dtype("g", g, (torch.float32, torch.float16, torch.bfloat16, torch.float64))
     if head_dim is not None:
         if g.dim() < 1 or head_dim < 1 or g.shape[-1] % head_dim:
-            raise c.value_error(f"g has shape {list(g.shape)}, expected a last dimension that head_dim={head_dim} divides")
+            raise c.value_error(
+                f"g has shape {list(g.shape)}, expected a last dimension that head_dim={head_dim} divides"
+            )
         g = g.unflatten(-1, (-1, head_dim))
     if g.dim() < 2:
         raise c.value_error(f"g has shape {list(g.shape)}, expected [..., HV, K]")

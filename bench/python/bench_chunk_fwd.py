@@ -1,6 +1,6 @@
 """Chunkwise forward, side by side with its peers, in both gate regimes; outputs are verified before anything is timed.
 
-    python -m bench.python.bench_chunk_fwd [--json FILE] [--shapes ten|large|all] [--no-peers]
+python -m bench.python.bench_chunk_fwd [--json FILE] [--shapes ten|large|all] [--no-peers]
 """
 
 from __future__ import annotations

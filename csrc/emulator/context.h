@@ -18,10 +18,10 @@ void* __tsan_get_current_fiber();
 void __tsan_switch_to_fiber(void*, unsigned);
 void __tsan_acquire(void*);
 void __tsan_release(void*);
-void AnnotateIgnoreReadsBegin(const char*, int);
-void AnnotateIgnoreReadsEnd(const char*, int);
-void AnnotateIgnoreWritesBegin(const char*, int);
-void AnnotateIgnoreWritesEnd(const char*, int);
+void AnnotateIgnoreReadsBegin(char const*, int);
+void AnnotateIgnoreReadsEnd(char const*, int);
+void AnnotateIgnoreWritesBegin(char const*, int);
+void AnnotateIgnoreWritesEnd(char const*, int);
 }
 #define KDA_NO_TSAN __attribute__((no_sanitize("thread")))
 #else
@@ -132,8 +132,8 @@ struct Context {
 #endif
     fake_stack = nullptr;
     void** top = reinterpret_cast<void**>(stack + stack_bytes);
-    *--top = nullptr;                             // return address of entry(): never used
-    for (int i = 0; i < 6; ++i) *--top = nullptr; // callee-saved registers
+    *--top = nullptr;                              // return address of entry(): never used
+    for (int i = 0; i < 6; ++i) *--top = nullptr;  // callee-saved registers
     *--top = reinterpret_cast<void*>(entry);
     stack_pointer = top;
   }
@@ -147,7 +147,7 @@ struct Context {
 /// Called first on a fresh fiber: tells AddressSanitizer that the switch is complete.
 inline KDA_NO_TSAN void finish_first_switch([[maybe_unused]] Context& os_thread) {
 #if defined(__SANITIZE_ADDRESS__)
-  const void* bottom;
+  void const* bottom;
   size_t size;
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
   if (!os_thread.os_stack) os_thread.os_stack = bottom, os_thread.stack_bytes = size;
@@ -165,7 +165,7 @@ inline KDA_NO_TSAN void switch_context(Context& from, Context& to, [[maybe_unuse
 #endif
   kda_switch_stack(&from.stack_pointer, to.stack_pointer);
 #if defined(__SANITIZE_ADDRESS__)
-  const void* bottom;
+  void const* bottom;
   size_t size;
   __sanitizer_finish_switch_fiber(from.fake_stack, &bottom, &size);
 #endif

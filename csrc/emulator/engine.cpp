@@ -3,7 +3,11 @@
 namespace kda::emulator {
 
 Engine::Engine(dim3 g, dim3 b, size_t dynamic_bytes, Options const& o)
-    : grid(g), block(b), options_(o), threads_(int(b.x * b.y * b.z)), warps_((threads_ + 31) / 32),
+    : grid(g),
+      block(b),
+      options_(o),
+      threads_(int(b.x * b.y * b.z)),
+      warps_((threads_ + 31) / 32),
       dynamic_bytes_(dynamic_bytes) {
   if (threads_ < 1 || threads_ > 1024) throw Error("a block has 1 to 1024 threads, not " + std::to_string(threads_));
   if (dynamic_bytes > o.shared_limit) throw Error("dynamic shared memory over the limit");
@@ -32,17 +36,17 @@ KDA_NO_TSAN Fiber* Engine::pick() {
   EngineOnly scope;
   if (!warps_ready_) return nullptr;
   int warp = running ? running->warp : 0;
-  const bool seeded = options_.seed != 0;
+  bool const seeded = options_.seed != 0;
   if (!seeded) {
     if (!ready_[warp]) {
-      const uint32_t above = warp == 31 ? 0 : warps_ready_ & ~((2u << warp) - 1);
+      uint32_t const above = warp == 31 ? 0 : warps_ready_ & ~((2u << warp) - 1);
       warp = __builtin_ctz(above ? above : warps_ready_);
     }
   } else if (!ready_[warp] || schedule_ == 2 || (schedule_ == 1 && random() % 8 == 0)) {
     warp = int(nth_bit(warps_ready_, random() % uint32_t(__builtin_popcount(warps_ready_))));
   }
-  const uint32_t lanes = ready_[warp];
-  const uint32_t lane = seeded ? nth_bit(lanes, random() % uint32_t(__builtin_popcount(lanes))) : __builtin_ctz(lanes);
+  uint32_t const lanes = ready_[warp];
+  uint32_t const lane = seeded ? nth_bit(lanes, random() % uint32_t(__builtin_popcount(lanes))) : __builtin_ctz(lanes);
   ready_[warp] &= ~(1u << lane);
   if (!ready_[warp]) warps_ready_ &= ~(1u << warp);
   return &fibers_[size_t(warp) * 32 + lane];
@@ -56,7 +60,7 @@ KDA_NO_TSAN void Engine::jump(Fiber* to) {
 }
 
 /// The caller has queued itself for wake-up.
-KDA_NO_TSAN void Engine::block_on(const char* operation, int id, Location location) {
+KDA_NO_TSAN void Engine::block_on(char const* operation, int id, Location location) {
   running->operation = operation, running->operation_id = id, running->location = location;
   Fiber* next = pick();
   if (!next) fail("deadlock: every live thread waits" + who_waits_where());
@@ -151,8 +155,8 @@ void Engine::run_block(uint3 index, std::function<void()> const& body) {
 // ---- collectives -----------------------------------------------------------------------------------------------
 
 /// The meeting, for the lane that completes it; null for the others, once they have been woken.
-KDA_NO_TSAN WarpMeeting* Engine::meet(const char* operation, uint32_t mask, void* arguments, Location location) {
-  const int warp = running->warp, lane = running->lane;
+KDA_NO_TSAN WarpMeeting* Engine::meet(char const* operation, uint32_t mask, void* arguments, Location location) {
+  int const warp = running->warp, lane = running->lane;
   if (!(mask >> lane & 1)) fail(std::string(operation) + ": the calling lane is not in its own mask");
   WarpMeeting* meeting = nullptr;
   for (WarpMeeting& m : meetings_[warp]) {
@@ -178,7 +182,7 @@ KDA_NO_TSAN WarpMeeting* Engine::meet(const char* operation, uint32_t mask, void
 }
 
 KDA_NO_TSAN void Engine::sync_warp(uint32_t mask, Location location) {
-  const int warp = running->warp;
+  int const warp = running->warp;
   void* sync = &warp_sync_[warp][warp_phase_[warp] & 1];
   release(sync);
   if (meet("__syncwarp", mask, nullptr, location)) {
@@ -188,15 +192,15 @@ KDA_NO_TSAN void Engine::sync_warp(uint32_t mask, Location location) {
   acquire(sync);
 }
 
-KDA_NO_TSAN void Engine::named_barrier(int id, uint32_t threads, bool wait, const char* operation, Location location) {
+KDA_NO_TSAN void Engine::named_barrier(int id, uint32_t threads, bool wait, char const* operation, Location location) {
   if (id < 0 || id >= kNamedBarriers) fail("barrier id " + std::to_string(id) + " is not in 0..15");
   if (threads % 32 || !threads || threads > uint32_t(warps_) * 32)
     fail("barrier " + std::to_string(id) + ": thread count " + std::to_string(threads) +
          " is not a multiple of 32 within the block");
   NamedBarrier& b = barriers_[id];
   if (b.arrived && b.expected != threads) fail("barrier " + std::to_string(id) + " used with two different counts");
-  const int warp = running->warp;
-  const uint32_t bit = 1u << running->lane;
+  int const warp = running->warp;
+  uint32_t const bit = 1u << running->lane;
   if (b.lanes[warp] & bit) fail("a thread arrives twice at barrier " + std::to_string(id) + " in one phase");
   b.expected = threads;
   ++b.arrived;
@@ -211,8 +215,8 @@ KDA_NO_TSAN void Engine::named_barrier(int id, uint32_t threads, bool wait, cons
 
 KDA_NO_TSAN void Engine::release_barrier(NamedBarrier& b, bool wait) {
   for (int w = 0; w < warps_; ++w) {
-    const int lanes_in_warp = threads_ - w * 32 < 32 ? threads_ - w * 32 : 32;
-    const uint32_t all = lanes_in_warp == 32 ? ~0u : (1u << lanes_in_warp) - 1;
+    int const lanes_in_warp = threads_ - w * 32 < 32 ? threads_ - w * 32 : 32;
+    uint32_t const all = lanes_in_warp == 32 ? ~0u : (1u << lanes_in_warp) - 1;
     if (b.lanes[w] && b.lanes[w] != all)
       fail("bar.sync reached by part of warp " + std::to_string(w) + " (undefined on the device)");
     if (w == running->warp && wait) b.waiting[w] &= ~(1u << running->lane);
@@ -226,7 +230,7 @@ KDA_NO_TSAN void Engine::release_barrier(NamedBarrier& b, bool wait) {
 // ---- shared memory and asynchronous copies -----------------------------------------------------------------------
 
 uint32_t Engine::shared_offset(void const* p) {
-  const ptrdiff_t offset = static_cast<char const*>(p) - window_;
+  ptrdiff_t const offset = static_cast<char const*>(p) - window_;
   if (offset < 0 || offset >= ptrdiff_t(kSharedWindow)) fail("address is not in shared memory");
   return uint32_t(offset);
 }
@@ -235,7 +239,7 @@ char* Engine::static_shared(void const* key, size_t bytes, size_t align) {
   EngineOnly scope;
   for (auto const& [k, p] : statics_)
     if (k == key) return p;
-  const size_t at = (window_top_ + 64 + align - 1) / align * align;
+  size_t const at = (window_top_ + 64 + align - 1) / align * align;
   window_top_ = at + bytes;
   if (window_top_ > kSharedWindow || window_top_ - kDynamicOffset > options_.shared_limit + 4096)
     fail("shared memory over the limit");

@@ -23,9 +23,9 @@ namespace kda::emulator {
 
 /// Where in a kernel's source a collective stands.
 struct Location {
-  const char* file;
+  char const* file;
   int line;
-  static constexpr Location here(const char* f = __builtin_FILE(), int l = __builtin_LINE()) { return {f, l}; }
+  static constexpr Location here(char const* f = __builtin_FILE(), int l = __builtin_LINE()) { return {f, l}; }
   std::string text() const { return std::string(file) + ":" + std::to_string(line); }
 };
 
@@ -50,7 +50,7 @@ inline constexpr int kMaxWarps = 32, kNamedBarriers = 16;
 
 struct Copy {
   char* to;
-  const char* from;
+  char const* from;
   uint32_t bytes, valid;  // the rest is zero-filled
 };
 struct CopyQueue {
@@ -64,7 +64,7 @@ struct Fiber {
   bool done = true;
   uint3 thread{};
   int warp = 0, lane = 0;
-  const char* operation = "";  // where it is blocked
+  char const* operation = "";  // where it is blocked
   int operation_id = 0;
   Location location{"", 0};
   CopyQueue copies;
@@ -73,7 +73,7 @@ struct Fiber {
 /// Lanes of one warp on their way into one collective.
 struct WarpMeeting {
   uint32_t wanted = 0, arrived = 0;
-  const char* operation = "";
+  char const* operation = "";
   Location location{"", 0};
   void* arguments[32];
 };
@@ -109,7 +109,7 @@ class Engine {
 
   /// Every lane of `mask` arrives with its arguments; the last one runs `exchange` over all of them.
   template <class A>
-  KDA_NO_TSAN void warp_collective(const char* operation, uint32_t mask, A* arguments, void (*exchange)(A**, uint32_t),
+  KDA_NO_TSAN void warp_collective(char const* operation, uint32_t mask, A* arguments, void (*exchange)(A**, uint32_t),
                                    Location location) {
     if (WarpMeeting* m = meet(operation, mask, arguments, location)) {
       if (exchange) exchange(reinterpret_cast<A**>(m->arguments), mask);
@@ -117,7 +117,7 @@ class Engine {
     }
   }
   KDA_NO_TSAN void sync_warp(uint32_t mask, Location location);
-  KDA_NO_TSAN void named_barrier(int id, uint32_t threads, bool wait, const char* operation, Location location);
+  KDA_NO_TSAN void named_barrier(int id, uint32_t threads, bool wait, char const* operation, Location location);
 
   void copy_async(Copy copy);
   void commit_copies();
@@ -152,8 +152,8 @@ class Engine {
   void reset_block(uint3 index);
   KDA_NO_TSAN Fiber* pick();
   KDA_NO_TSAN void jump(Fiber* to);
-  KDA_NO_TSAN void block_on(const char* operation, int id, Location location);
-  KDA_NO_TSAN WarpMeeting* meet(const char* operation, uint32_t mask, void* arguments, Location location);
+  KDA_NO_TSAN void block_on(char const* operation, int id, Location location);
+  KDA_NO_TSAN WarpMeeting* meet(char const* operation, uint32_t mask, void* arguments, Location location);
   KDA_NO_TSAN void release_barrier(NamedBarrier& barrier, bool wait);
   KDA_NO_TSAN void finish_thread();
   std::string who_waits_where() const;
@@ -161,6 +161,6 @@ class Engine {
 };
 
 /// Runs `body` for every thread of the grid; throws Error for the first misuse. Records `kernel` as having run.
-void run_grid(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> const& body);
+void run_grid(char const* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> const& body);
 
 }  // namespace kda::emulator

@@ -13,15 +13,15 @@ std::mutex record_mutex;
 std::string record;  // names of the kernels that ran, one a line
 }  // namespace
 
-static void remember(const char* kernel) {
+static void remember(char const* kernel) {
   std::lock_guard<std::mutex> lock(record_mutex);
   record += kernel;
   record += '\n';
 }
 
-void run_grid(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> const& body) {
-  const Options opt = options();
-  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+void run_grid(char const* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> const& body) {
+  Options const opt = options();
+  uint64_t const blocks = uint64_t(grid.x) * grid.y * grid.z;
   std::atomic<uint64_t> next{0};
   std::exception_ptr failure;
   std::mutex mutex;
@@ -30,8 +30,9 @@ void run_grid(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, s
     try {
       Engine engine(grid, block, dynamic_bytes, opt);
       for (uint64_t i; (i = next++) < blocks;) {
-        const uint64_t k = opt.seed & 1 ? blocks - 1 - i : i;  // odd seeds visit the blocks backwards
-        engine.run_block(uint3{unsigned(k % grid.x), unsigned(k / grid.x % grid.y), unsigned(k / grid.x / grid.y)}, body);
+        uint64_t const k = opt.seed & 1 ? blocks - 1 - i : i;  // odd seeds visit the blocks backwards
+        engine.run_block(uint3{unsigned(k % grid.x), unsigned(k / grid.x % grid.y), unsigned(k / grid.x / grid.y)},
+                         body);
       }
     } catch (...) {
       std::lock_guard<std::mutex> lock(mutex);
@@ -68,7 +69,7 @@ __attribute__((visibility("default"))) void kda_emulator_configure(uint64_t seed
 __attribute__((visibility("default"))) int kda_emulator_take_record(char* to, int capacity) {
   using namespace kda::emulator;
   std::lock_guard<std::mutex> lock(record_mutex);
-  const int n = int(record.size()) < capacity - 1 ? int(record.size()) : capacity - 1;
+  int const n = int(record.size()) < capacity - 1 ? int(record.size()) : capacity - 1;
   std::memcpy(to, record.data(), size_t(n));
   to[n] = 0;
   record.clear();

@@ -32,14 +32,14 @@ struct ChunkPlan {
   }
 
   KDA_DEVICE int64_t boundary(int32_t n) const {
-    const int64_t t = cu_seqlens_is_int64 ? static_cast<int64_t const*>(cu_seqlens)[n]
-                                          : static_cast<int32_t const*>(cu_seqlens)[n];
+    int64_t const t =
+        cu_seqlens_is_int64 ? static_cast<int64_t const*>(cu_seqlens)[n] : static_cast<int32_t const*>(cu_seqlens)[n];
     return t < 0 ? 0 : t > tokens ? tokens : t;
   }
 
   KDA_DEVICE Sequence sequence(int32_t n) const {
     if (!cu_seqlens) return {n, 0, tokens, n * chunks_of(tokens)};
-    const int64_t begin = boundary(n), end = boundary(n + 1);
+    int64_t const begin = boundary(n), end = boundary(n + 1);
     return {0, begin, end > begin ? end - begin : 0, begin / chunk + n};
   }
 
@@ -48,7 +48,7 @@ struct ChunkPlan {
     if (!cu_seqlens) return int32_t(slot / chunks_of(tokens));
     int32_t low = 0, high = sequences - 1;
     while (low < high) {
-      const int32_t middle = (low + high + 1) / 2;
+      int32_t const middle = (low + high + 1) / 2;
       if (boundary(middle) / chunk + middle <= slot) low = middle;
       else high = middle - 1;
     }

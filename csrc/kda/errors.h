@@ -10,7 +10,7 @@ namespace kda {
   throw std::invalid_argument("kda_cuda::" + op + ": " + what);
 }
 
-inline void require(bool holds, const char* op, std::string const& what) {
+inline void require(bool holds, char const* op, std::string const& what) {
   if (!holds) bad_argument(op, what);
 }
 

@@ -8,7 +8,7 @@ namespace kda {
 KDA_DEVICE void sync_block(KDA_WHERE_ONLY) {
 #if defined(KDA_EMULATE)
   auto& engine = emulator::Engine::current();
-  const uint32_t threads = engine.block.x * engine.block.y * engine.block.z;
+  uint32_t const threads = engine.block.x * engine.block.y * engine.block.z;
   engine.named_barrier(0, (threads + 31) / 32 * 32, true, "sync_block", where);
 #else
   __syncthreads();

@@ -14,7 +14,7 @@ inline size_t shared_memory_limit() { return emulator::options().shared_limit; }
 
 #else
 
-inline void check_cuda(cudaError_t error, const char* what) {
+inline void check_cuda(cudaError_t error, char const* what) {
   if (error == cudaSuccess) return;
   (void)cudaGetLastError();
   throw std::runtime_error(std::string("kda_cuda: ") + what + ": " + cudaGetErrorString(error));
@@ -29,9 +29,10 @@ inline int current_device() {
 /// Shared memory that a block of the current device may have, in bytes.
 inline size_t shared_memory_limit() {
   static int limit[64] = {};
-  const int device = current_device();
+  int const device = current_device();
   int& known = limit[device & 63];
-  if (!known) check_cuda(cudaDeviceGetAttribute(&known, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device query");
+  if (!known)
+    check_cuda(cudaDeviceGetAttribute(&known, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device query");
   return size_t(known);
 }
 

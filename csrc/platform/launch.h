@@ -11,7 +11,7 @@ namespace kda {
 
 /// Runs the grid on the CPU before it returns; throws emulator::Error where the kernel misuses the machine.
 template <class... P, class... A>
-void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+void launch(char const* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
             A&&... arguments) {
   std::tuple<std::decay_t<P>...> by_value(std::forward<A>(arguments)...);
   emulator::run_grid(name, grid, block, shared_bytes, [&] { std::apply(kernel, by_value); });
@@ -21,13 +21,13 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
 
 /// Launches on `stream`; throws std::runtime_error with the kernel's name.
 template <class... P, class... A>
-void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+void launch(char const* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             A&&... arguments) {
   if (shared_bytes > 48 * 1024)
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     int(shared_bytes)),
                name);
-  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<P>(std::forward<A>(arguments))...);
+  kernel<<<grid, block, shared_bytes, stream> > >(static_cast<P>(std::forward<A>(arguments))...);
   check_cuda(cudaGetLastError(), name);
 }
 

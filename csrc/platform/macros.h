@@ -22,10 +22,10 @@
 /// T* name: the block's dynamic shared memory.
 #define KDA_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(::kda::emulator::Engine::current().dynamic_shared())
 /// T& name: one object per block and place in the source; poisoned at first, fenced for AddressSanitizer.
-#define KDA_SHARED(T, name)                                                                       \
-  static char name##_key;                                                                         \
-  T& name = *reinterpret_cast<T*>(::kda::emulator::Engine::current().static_shared(&name##_key, sizeof(T), \
-                                                                                   alignof(T) < 16 ? 16 : alignof(T)))
+#define KDA_SHARED(T, name)        \
+  static char name##_key;          \
+  T& name = *reinterpret_cast<T*>( \
+      ::kda::emulator::Engine::current().static_shared(&name##_key, sizeof(T), alignof(T) < 16 ? 16 : alignof(T)))
 #else
 #define KDA_DEVICE __device__ __forceinline__
 #define KDA_HOST_DEVICE __host__ __device__ __forceinline__
@@ -35,8 +35,8 @@
 #define KDA_DYNAMIC_SHARED(T, name)                             \
   extern __shared__ __align__(1024) unsigned char kda_shared[]; \
   T* name = reinterpret_cast<T*>(kda_shared)
-#define KDA_SHARED(T, name)                                                  \
-  __shared__ __align__(16) unsigned char name##_bytes[sizeof(T)];            \
+#define KDA_SHARED(T, name)                                       \
+  __shared__ __align__(16) unsigned char name##_bytes[sizeof(T)]; \
   T& name = *reinterpret_cast<T*>(name##_bytes)
 #endif
 

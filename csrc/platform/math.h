@@ -12,7 +12,7 @@ KDA_DEVICE float2 operator*(float2 a, float2 b) { return {a.x * b.x, a.y * b.y};
 /// 2^x, subnormal results become zero. PTX: ex2.approx.ftz.f32
 KDA_DEVICE float exp2_fast(float x) {
 #if defined(KDA_EMULATE)
-  const float y = std::exp2(x);
+  float const y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.f : y;
 #else
   float y;
@@ -28,6 +28,16 @@ KDA_DEVICE float log2_fast(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+#endif
+}
+/// 1 / x; infinity gives zero. PTX: rcp.approx.ftz.f32
+KDA_DEVICE float reciprocal_fast(float x) {
+#if defined(__CUDACC__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.f / x;
 #endif
 }
 KDA_DEVICE float exp_accurate(float x) { return expf(x); }

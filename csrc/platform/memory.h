@@ -59,7 +59,7 @@ inline KDA_NO_TSAN void exchange_ldmatrix_trans(MatrixLoad** lanes, uint32_t) {
     for (int m = 0; m < 4; ++m) {
       uint32_t pair = 0;
       for (int h = 0; h < 2; ++h) {
-        const uint32_t word = lanes[m * 8 + l % 4 * 2 + h]->row[l / 4 / 2];
+        uint32_t const word = lanes[m * 8 + l % 4 * 2 + h]->row[l / 4 / 2];
         pair |= (l / 4 % 2 ? word >> 16 : word & 0xFFFFu) << (16 * h);
       }
       lanes[l]->result[m] = pair;
@@ -81,7 +81,7 @@ inline KDA_NO_TSAN void exchange_movmatrix(MatrixTranspose** lanes, uint32_t) {
   for (int l = 0; l < 32; ++l) {
     uint32_t pair = 0;
     for (int h = 0; h < 2; ++h) {  // element (2(l%4) + h, l/4) of the source
-      const uint32_t word = lanes[(l % 4 * 2 + h) * 4 + l / 4 / 2]->row;
+      uint32_t const word = lanes[(l % 4 * 2 + h) * 4 + l / 4 / 2]->row;
       pair |= (l / 4 % 2 ? word >> 16 : word & 0xFFFFu) << (16 * h);
     }
     lanes[l]->result = pair;

@@ -19,7 +19,7 @@ KDA_NO_TSAN __attribute__((optimize("O3"))) void run_mma(Mma** lanes, Value valu
   constexpr int kHalf = kDepth / 2;  // depth covered by registers 0 and 1 of A, and by register 0 of B
   for (int l = 0; l < 32; ++l)
     for (int h = 0; h < kPerRegister; ++h) {
-      const int k = l % 4 * kPerRegister + h;
+      int const k = l % 4 * kPerRegister + h;
       for (int i = 0; i < 4; ++i) a[l / 4 + i % 2 * 8][k + i / 2 * kHalf] = value(lanes[l]->a[i], h);
       for (int i = 0; i < 2; ++i) b[k + i * kHalf][l / 4] = value(lanes[l]->b[i], h);
     }
@@ -33,7 +33,7 @@ KDA_NO_TSAN __attribute__((optimize("O3"))) void run_mma(Mma** lanes, Value valu
 template <class E>
 KDA_NO_TSAN void exchange_mma_16(Mma** lanes, uint32_t) {
   run_mma<16, 2>(lanes, [](uint32_t bits, int h) {
-    const float2 pair = unpack2<E>(bits);
+    float2 const pair = unpack2<E>(bits);
     return h ? pair.y : pair.x;
   });
 }
@@ -71,9 +71,10 @@ KDA_DEVICE void mma_m16n8k8_tf32(float (&d)[4], uint32_t const* a, uint32_t b0, 
   emulator::Engine::current().warp_collective<emulator::Mma>("mma.m16n8k8.tf32", ~0u, &x, emulator::exchange_mma_tf32,
                                                              where);
 #else
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
 }
 

@@ -46,7 +46,7 @@ KDA_HOST_DEVICE E from_float(float x) {
 template <class E>
 KDA_DEVICE uint32_t pack2(float x, float y) {
 #if defined(KDA_EMULATE)
-  const E pair[2] = {from_float<E>(x), from_float<E>(y)};
+  E const pair[2] = {from_float<E>(x), from_float<E>(y)};
   uint32_t bits;
   std::memcpy(&bits, pair, 4);
   return bits;
@@ -62,7 +62,7 @@ KDA_DEVICE float2 unpack2(uint32_t bits) {
   if constexpr (std::is_same_v<E, Bf16>) {
     return {bits_to_float(bits << 16), bits_to_float(bits & 0xFFFF0000u)};
   } else {
-    const uint16_t half[2] = {uint16_t(bits), uint16_t(bits >> 16)};
+    uint16_t const half[2] = {uint16_t(bits), uint16_t(bits >> 16)};
     Fp16 x, y;
     std::memcpy(&x, half, 2);
     std::memcpy(&y, half + 1, 2);
@@ -73,7 +73,7 @@ KDA_DEVICE float2 unpack2(uint32_t bits) {
 /// Rounded to tf32's ten mantissa bits, halves away from zero. PTX: cvt.rna.tf32.f32
 KDA_DEVICE uint32_t float_to_tf32(float x) {
 #if defined(KDA_EMULATE)
-  const uint32_t bits = float_to_bits(x);
+  uint32_t const bits = float_to_bits(x);
   return (bits & 0x7F800000u) == 0x7F800000u ? bits : (bits + 0x1000u) & 0xFFFFE000u;
 #else
   uint32_t bits;

@@ -55,22 +55,30 @@ KDA_DEVICE T warp_sum(T x KDA_WHERE) {
   return x;
 }
 
-/// Sums kCount (a power of two up to 32) values over the lanes; lane l returns the sum of x[l % kCount].
-/// kCount - 1 shuffles, where one by one it would take 5 kCount. Destroys x.
+/// Sums kCount (a power of two up to 32) values over groups of kCount lanes; lane l gets the sum of x[l % kCount].
+/// kCount - 1 shuffles, where one by one it would take kCount log2(kCount).
 template <int kCount>
-KDA_DEVICE float warp_sum_scattered(float (&x)[kCount]) {
+KDA_DEVICE float group_sum_scattered(float const (&x)[kCount]) {
   static_assert(kCount >= 1 && kCount <= 32 && (kCount & (kCount - 1)) == 0);
-  const int lane = lane_index();
+  if constexpr (kCount > 1) {
+    constexpr int kHalf = kCount / 2;
+    bool const upper = lane_index() & kHalf;
+    float y[kHalf];
 #pragma unroll
-  for (int half = kCount / 2; half; half /= 2) {
-    const bool upper = lane & half;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float keep = upper ? x[i + half] : x[i], give = upper ? x[i] : x[i + half];
-      x[i] = keep + shuffle_xor(give, half);
+    for (int i = 0; i < kHalf; ++i) {
+      float const keep = upper ? x[i + kHalf] : x[i], give = upper ? x[i] : x[i + kHalf];
+      y[i] = keep + shuffle_xor(give, kHalf);
     }
+    return group_sum_scattered<kHalf>(y);
+  } else {
+    return x[0];
   }
-  float sum = x[0];
+}
+
+/// The same over all lanes of the warp.
+template <int kCount>
+KDA_DEVICE float warp_sum_scattered(float const (&x)[kCount]) {
+  float sum = group_sum_scattered(x);
 #pragma unroll
   for (int bits = kCount; bits < 32; bits *= 2) sum += shuffle_xor(sum, bits);
   return sum;

@@ -1,7 +1,7 @@
 // kda_cuda._C: build information. The ops do not need it: they are in _ops.so, which knows no Python.
 #include <pybind11/pybind11.h>
 
-static const char kBuildInfo[] =
+static char const kBuildInfo[] =
 #include "build_info.inc"
     ;
 

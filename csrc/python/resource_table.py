@@ -1,7 +1,7 @@
 """Turns what `ptxas -v` said of the kernels into a table: registers, stack, spills, static shared memory.
 
-    resource_table.py --header FILE --info JSON REPORT...   a C++ string literal for csrc/python/module.cpp
-    resource_table.py --json FILE REPORT...                 the table alone; bench/results/registers.json is the baseline
+resource_table.py --header FILE --info JSON REPORT...   a C++ string literal for csrc/python/module.cpp
+resource_table.py --json FILE REPORT...                 the table alone; bench/results/registers.json is the baseline
 """
 
 import argparse

@@ -80,13 +80,13 @@ KDA_DEVICE LeftFragment<E> left_from(Accumulator const& a, Accumulator const& b)
 /// A[16 x 16] = tile[row0 + .., col0 + ..].
 template <class E, class Tile>
 KDA_DEVICE LeftFragment<E> load_left(Tile const& tile, int row0, int col0) {
-  const int lane = lane_index();
+  int const lane = lane_index();
   LeftFragment<E> f;
   if constexpr (kIsFp32Storage<E>) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int row = row0 + lane / 4 + i % 2 * 8;
-      const int col = col0 + i / 4 * 8 + lane % 4 * 2 + i / 2 % 2;
+      int const row = row0 + lane / 4 + i % 2 * 8;
+      int const col = col0 + i / 4 * 8 + lane % 4 * 2 + i / 2 % 2;
       split<E>(f, i, to_fp32(tile.at(row, col)));
     }
   } else {
@@ -98,12 +98,12 @@ KDA_DEVICE LeftFragment<E> load_left(Tile const& tile, int row0, int col0) {
 /// B[16 x 16] with B[depth, n] = tile[n0 + n, depth0 + depth].
 template <class E, class Tile>
 KDA_DEVICE RightFragment<E> load_right(Tile const& tile, int n0, int depth0) {
-  const int lane = lane_index();
+  int const lane = lane_index();
   RightFragment<E> f;
   if constexpr (kIsFp32Storage<E>) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {  // (i / 4: columns n), (i / 2 % 2: depth half), (i % 2: depth within the pair)
-      const int row = n0 + i / 4 * 8 + lane / 4;
+      int const row = n0 + i / 4 * 8 + lane / 4;
       split<E>(f, i, to_fp32(tile.at(row, depth0 + i / 2 % 2 * 8 + lane % 4 * 2 + i % 2)));
     }
   } else {
@@ -115,12 +115,12 @@ KDA_DEVICE RightFragment<E> load_right(Tile const& tile, int n0, int depth0) {
 /// B[16 x 16] with B[depth, n] = tile[depth0 + depth, n0 + n].
 template <class E, class Tile>
 KDA_DEVICE RightFragment<E> load_right_transposed(Tile const& tile, int depth0, int n0) {
-  const int lane = lane_index();
+  int const lane = lane_index();
   RightFragment<E> f;
   if constexpr (kIsFp32Storage<E>) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int row = depth0 + i / 2 % 2 * 8 + lane % 4 * 2 + i % 2;
+      int const row = depth0 + i / 2 % 2 * 8 + lane % 4 * 2 + i % 2;
       split<E>(f, i, to_fp32(tile.at(row, n0 + i / 4 * 8 + lane / 4)));
     }
   } else {
@@ -129,40 +129,41 @@ KDA_DEVICE RightFragment<E> load_right_transposed(Tile const& tile, int depth0, 
   return f;
 }
 
-/// D[:, 8j .. 8j + 8) += A B[:, 8j .. 8j + 8) for j = `half` of the right fragment.
+/// D[:, 0 .. 8) += A B[:, 8 half .. 8 half + 8). The half is chosen by selects: registers cannot be indexed.
 template <class E>
-KDA_DEVICE void multiply_half(Accumulator& d, LeftFragment<E> const& a, RightFragment<E> const& b, int half) {
+KDA_DEVICE void multiply_half(Accumulator& d, LeftFragment<E> const& a, RightFragment<E> const& b, bool half) {
   if constexpr (kIsFp32Storage<E>) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      const int bi = half * 4 + s * 2;
+      uint32_t const hi0 = half ? b.hi[4 + s * 2] : b.hi[s * 2], hi1 = half ? b.hi[5 + s * 2] : b.hi[1 + s * 2];
       if constexpr (std::is_same_v<E, float>) {
-        mma_m16n8k8_tf32(d.x, a.lo + s * 4, b.hi[bi], b.hi[bi + 1]);
-        mma_m16n8k8_tf32(d.x, a.hi + s * 4, b.lo[bi], b.lo[bi + 1]);
+        uint32_t const lo0 = half ? b.lo[4 + s * 2] : b.lo[s * 2], lo1 = half ? b.lo[5 + s * 2] : b.lo[1 + s * 2];
+        mma_m16n8k8_tf32(d.x, a.lo + s * 4, hi0, hi1);
+        mma_m16n8k8_tf32(d.x, a.hi + s * 4, lo0, lo1);
       }
-      mma_m16n8k8_tf32(d.x, a.hi + s * 4, b.hi[bi], b.hi[bi + 1]);
+      mma_m16n8k8_tf32(d.x, a.hi + s * 4, hi0, hi1);
     }
   } else {
-    mma_m16n8k16<E>(d.x, a.x, b.x[half * 2], b.x[half * 2 + 1]);
+    mma_m16n8k16<E>(d.x, a.x, half ? b.x[2] : b.x[0], half ? b.x[3] : b.x[1]);
   }
 }
 
 /// D[16 x 16] += A[16 x 16] B[16 x 16]; d0 and d1 are the accumulators of the left and the right eight columns.
 template <class E>
 KDA_DEVICE void multiply(Accumulator& d0, Accumulator& d1, LeftFragment<E> const& a, RightFragment<E> const& b) {
-  multiply_half<E>(d0, a, b, 0);
-  multiply_half<E>(d1, a, b, 1);
+  multiply_half<E>(d0, a, b, false);
+  multiply_half<E>(d1, a, b, true);
 }
 
 /// The transpose of tile[row0 .. row0 + 16, col0 .. col0 + 16) as accumulators: d0 has tile rows row0 .. row0 + 8 as
 /// its columns, d1 the next eight.
 template <class E, class Tile>
 KDA_DEVICE void load_transposed(Accumulator& d0, Accumulator& d1, Tile const& tile, int row0, int col0) {
-  const int lane = lane_index();
+  int const lane = lane_index();
   if constexpr (kIsFp32Storage<E>) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int row = row0 + i / 4 * 8 + lane % 4 * 2 + i % 2;
+      int const row = row0 + i / 4 * 8 + lane % 4 * 2 + i % 2;
       (i < 4 ? d0 : d1).x[i % 4] = tile.at(row, col0 + lane / 4 + i / 2 % 2 * 8);
     }
   } else {
@@ -181,7 +182,7 @@ KDA_DEVICE void load_transposed(Accumulator& d0, Accumulator& d1, Tile const& ti
 /// The inverse of load_transposed for one accumulator: tile[row0 .. row0 + 8, col0 .. col0 + 16) = d^T.
 template <class E, class Tile>
 KDA_DEVICE void store_transposed(Tile& tile, int row0, int col0, Accumulator const& d) {
-  const int lane = lane_index();
+  int const lane = lane_index();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if constexpr (kIsFp32Storage<E>) {

@@ -27,15 +27,6 @@ KDA_DEVICE Pair<E> to_pair(float x, float y) {
   else return pack2<E>(x, y);
 }
 
-/// Elements i and i + 1 of a row of `count`; zero beyond it. `aligned`: the row and its length are even.
-template <class E>
-KDA_DEVICE Pair<E> load_pair(E const* row, int i, int count, bool aligned) {
-  if (aligned) return i < count ? *reinterpret_cast<Pair<E> const*>(row + i) : Pair<E>{};
-  const float x = i < count ? to_float(row[i]) : 0.f;
-  const float y = i + 1 < count ? to_float(row[i + 1]) : 0.f;
-  return to_pair<E>(x, y);
-}
-
 template <class E>
 KDA_DEVICE void store_pair(E* at, Pair<E> x) {
   *reinterpret_cast<Pair<E>*>(at) = x;

@@ -11,8 +11,8 @@ struct alignas(128) SharedTile {
   using Element = T;
   static constexpr int kRows = kRowCount;
   static constexpr int kCols = kColCount;
-  static constexpr int kPiece = 16 / int(sizeof(T));  // elements of one piece
-  static constexpr int kPieces = kCols / kPiece;      // pieces of one row
+  static constexpr int kPiece = 16 / int(sizeof(T));                   // elements of one piece
+  static constexpr int kPieces = kCols / kPiece;                       // pieces of one row
   static constexpr int kRowsPerLine = kPieces >= 8 ? 1 : 8 / kPieces;  // rows that share the 32 banks
   static constexpr int kXorMask = (kPieces >= 8 ? 8 : kPieces) - 1;
   static_assert(kCols % kPiece == 0 && (kPieces & (kPieces - 1)) == 0, "a row is 2^n pieces of 16 bytes");
@@ -20,7 +20,7 @@ struct alignas(128) SharedTile {
   T data[kRows * kCols];
 
   static KDA_DEVICE constexpr int index(int row, int col) {
-    const int piece = (col / kPiece) ^ ((row / kRowsPerLine) & kXorMask);
+    int const piece = (col / kPiece) ^ ((row / kRowsPerLine) & kXorMask);
     return row * kCols + piece * kPiece + col % kPiece;
   }
   KDA_DEVICE T& at(int row, int col) { return data[index(row, col)]; }

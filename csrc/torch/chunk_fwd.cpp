@@ -6,10 +6,10 @@
 namespace kda {
 namespace {
 
-constexpr const char* kOp = "chunk_fwd";
+constexpr char const* kOp = "chunk_fwd";
 
 /// Strides of [B, T, H, ...]; the last dimension must be contiguous.
-TokenStrides token_strides(const char* name, Tensor const& x) {
+TokenStrides token_strides(char const* name, Tensor const& x) {
   require(x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1, kOp,
           std::string(name) + " is strided in its last dimension, expected it contiguous");
   return {x.stride(0), x.stride(1), x.stride(2)};
@@ -17,24 +17,27 @@ TokenStrides token_strides(const char* name, Tensor const& x) {
 
 /// Whether `elements` neighbours can be moved at once anywhere in the rows.
 bool aligned(Tensor const& x, int64_t elements) {
-  const int64_t bytes = elements * int64_t(x.element_size());
+  int64_t const bytes = elements * int64_t(x.element_size());
   bool ok = reinterpret_cast<uintptr_t>(x.data_ptr()) % uintptr_t(bytes) == 0 && x.size(3) % elements == 0;
   for (int64_t d = 0; d < 3; ++d) ok = ok && (x.size(d) <= 1 || x.stride(d) % elements == 0);
   return ok;
 }
 
-StateType state_type(Tensor const& x, const char* name) {
+StateType state_type(Tensor const& x, char const* name) {
   switch (dtype_of_tensor(kOp, name, x)) {
-    case Dtype::kFloat32: return StateType::kFloat32;
-    case Dtype::kBfloat16: return StateType::kBfloat16;
-    default: return StateType::kFloat16;
+    case Dtype::kFloat32:
+      return StateType::kFloat32;
+    case Dtype::kBfloat16:
+      return StateType::kBfloat16;
+    default:
+      return StateType::kFloat16;
   }
 }
 
 void set_streams(ChunkFwdParams& p, Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g,
                  Tensor const& beta, Tensor const& o) {
-  const auto [batch, tokens, heads, key_dim] = std::array{q.size(0), q.size(1), q.size(2), q.size(3)};
-  const int64_t value_heads = v.size(2), value_dim = v.size(3);
+  auto const [batch, tokens, heads, key_dim] = std::array{q.size(0), q.size(1), q.size(2), q.size(3)};
+  int64_t const value_heads = v.size(2), value_dim = v.size(3);
   require_shape(kOp, "k", k, {batch, tokens, heads, key_dim});
   require_shape(kOp, "v", v, {batch, tokens, value_heads, value_dim});
   require_shape(kOp, "g", g, {batch, tokens, value_heads, key_dim});
@@ -50,7 +53,7 @@ void set_streams(ChunkFwdParams& p, Tensor const& q, Tensor const& k, Tensor con
   require(p.g_is_fp32 || g.scalar_type() == q.scalar_type(), kOp, "g has neither the dtype of q nor float32");
   require(p.beta_is_fp32 || beta.scalar_type() == q.scalar_type(), kOp, "beta has neither the dtype of q nor float32");
   p.q_pairs_aligned = aligned(q, 2), p.k_pairs_aligned = aligned(k, 2), p.g_pairs_aligned = aligned(g, 2);
-  const int64_t piece = 16 / int64_t(v.element_size());
+  int64_t const piece = 16 / int64_t(v.element_size());
   p.v_pieces_aligned = aligned(v, piece), p.o_pieces_aligned = aligned(o, piece);
   p.heads = int32_t(heads), p.value_heads = int32_t(value_heads);
   p.key_dim = int32_t(key_dim), p.value_dim = int32_t(value_dim);
@@ -70,7 +73,7 @@ void set_plan(ChunkFwdParams& p, Tensor const& q, OptionalTensor const& cu_seqle
 /// Rows of the kept states. Variable lengths must be known to the host: the one synchronisation of this op.
 int64_t chunk_state_rows(ChunkPlan const& plan, OptionalTensor const& cu_seqlens, int64_t chunk_size) {
   if (!cu_seqlens) return (plan.tokens + chunk_size - 1) / chunk_size;
-  const Tensor host = torch::stable::to(*cu_seqlens, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  Tensor const host = torch::stable::to(*cu_seqlens, torch::stable::Device(torch::headeronly::DeviceType::CPU));
   ChunkPlan kept = plan;
   kept.cu_seqlens = host.data_ptr();
   kept.chunk = int32_t(chunk_size);
@@ -79,7 +82,7 @@ int64_t chunk_state_rows(ChunkPlan const& plan, OptionalTensor const& cu_seqlens
   return rows;
 }
 
-StateRef state_ref(Tensor const& x, const char* name, bool value_first) {
+StateRef state_ref(Tensor const& x, char const* name, bool value_first) {
   return {x.data_ptr(), nullptr, x.size(0), x.stride(0), state_type(x, name), value_first};
 }
 
@@ -91,9 +94,11 @@ std::tuple<Tensor, Tensor, Tensor> chunk_fwd(Tensor q, Tensor k, Tensor v, Tenso
                                              bool use_beta_sigmoid, bool allow_neg_eigval,
                                              std::optional<double> lower_bound, bool state_v_first,
                                              bool output_final_state, int64_t chunk_size, bool output_chunk_states) {
-  for (auto const& [name, x, rank] : {std::tuple{"q", &q, 4}, {"k", &k, 4}, {"v", &v, 4}, {"g", &g, 4}, {"beta", &beta, 3}})
-    require(x->dim() == rank, kOp, std::string(name) + " has shape " + shape_text(*x) + ", expected " + std::to_string(rank) + " dimensions");
-  const Dtype dtype = dtype_of_tensor(kOp, "q", q);
+  for (auto const& [name, x, rank] :
+       {std::tuple{"q", &q, 4}, {"k", &k, 4}, {"v", &v, 4}, {"g", &g, 4}, {"beta", &beta, 3}})
+    require(x->dim() == rank, kOp,
+            std::string(name) + " has shape " + shape_text(*x) + ", expected " + std::to_string(rank) + " dimensions");
+  Dtype const dtype = dtype_of_tensor(kOp, "q", q);
   require(q.size(3) >= 1 && q.size(3) <= 256, kOp, "q has shape " + shape_text(q) + ", expected 1 <= K <= 256");
   OnDeviceOf device(q);
   ChunkFwdVariant const* variant = select_chunk_fwd(dtype, int(q.size(3)), int(chunk_size), shared_memory_limit());
@@ -107,11 +112,13 @@ std::tuple<Tensor, Tensor, Tensor> chunk_fwd(Tensor q, Tensor k, Tensor v, Tenso
   p.l2norm = use_qk_l2norm, p.beta_sigmoid = use_beta_sigmoid, p.neg_eigval = allow_neg_eigval;
   if (A_log) require_shape(kOp, "A_log", *A_log, {p.value_heads});
   if (dt_bias) require_shape(kOp, "dt_bias", *dt_bias, {p.value_heads, p.key_dim});
-  p.gate = {!use_gate ? GateKind::kLogDecay : lower_bound ? GateKind::kBounded : GateKind::kSoftplus,
+  p.gate = {!use_gate     ? GateKind::kLogDecay
+            : lower_bound ? GateKind::kBounded
+                          : GateKind::kSoftplus,
             optional_floats(kOp, "A_log", A_log), optional_floats(kOp, "dt_bias", dt_bias),
             float(lower_bound.value_or(0))};
 
-  const int64_t rows = state_v_first ? p.value_dim : p.key_dim, cols = state_v_first ? p.key_dim : p.value_dim;
+  int64_t const rows = state_v_first ? p.value_dim : p.key_dim, cols = state_v_first ? p.key_dim : p.value_dim;
   Tensor initial;
   if (initial_state) {
     require_shape(kOp, "initial_state", *initial_state, {p.plan.sequences, p.value_heads, rows, cols});
@@ -125,13 +132,13 @@ std::tuple<Tensor, Tensor, Tensor> chunk_fwd(Tensor q, Tensor k, Tensor v, Tenso
   }
   Tensor h = torch::stable::new_empty(k, {0});
   if (output_chunk_states) {
-    const int64_t kept = chunk_state_rows(p.plan, cu_seqlens, chunk_size);
+    int64_t const kept = chunk_state_rows(p.plan, cu_seqlens, chunk_size);
     h = torch::stable::new_empty(k, {q.size(0), kept, p.value_heads, rows, cols});
     p.chunk_states = h.data_ptr(), p.chunk_states_type = state_type(h, "h");
     p.chunk_state_tokens = int32_t(chunk_size), p.chunk_states_value_first = state_v_first;
   }
-  const int64_t bytes = int64_t(variant->workspace_bytes(p.plan, p.value_heads));
-  const Tensor workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+  int64_t const bytes = int64_t(variant->workspace_bytes(p.plan, p.value_heads));
+  Tensor const workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
   p.workspace = workspace.data_ptr();
   if (p.plan.sequences > 0) variant->launch(p, device.stream());
   return {o, final_state, h};

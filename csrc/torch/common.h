@@ -56,16 +56,21 @@ inline std::string shape_text(Tensor const& x) {
   return text + "]";
 }
 
-inline Dtype dtype_of_tensor(const char* op, const char* name, Tensor const& x) {
+inline Dtype dtype_of_tensor(char const* op, char const* name, Tensor const& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Half: return Dtype::kFloat16;
-    case ScalarType::BFloat16: return Dtype::kBfloat16;
-    default: bad_argument(op, std::string(name) + " has a dtype that kernels do not take, expected float32, float16 or bfloat16");
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    case ScalarType::BFloat16:
+      return Dtype::kBfloat16;
+    default:
+      bad_argument(op,
+                   std::string(name) + " has a dtype that kernels do not take, expected float32, float16 or bfloat16");
   }
 }
 
-inline void require_shape(const char* op, const char* name, Tensor const& x, std::initializer_list<int64_t> expected) {
+inline void require_shape(char const* op, char const* name, Tensor const& x, std::initializer_list<int64_t> expected) {
   bool same = x.dim() == int64_t(expected.size());
   std::string text;
   int64_t i = 0;
@@ -77,7 +82,7 @@ inline void require_shape(const char* op, const char* name, Tensor const& x, std
 }
 
 /// Null where the argument is absent.
-inline float const* optional_floats(const char* op, const char* name, OptionalTensor const& x) {
+inline float const* optional_floats(char const* op, char const* name, OptionalTensor const& x) {
   if (!x) return nullptr;
   require(x->scalar_type() == ScalarType::Float && x->is_contiguous(), op,
           std::string(name) + " is not a contiguous float32 tensor");

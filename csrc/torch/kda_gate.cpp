@@ -8,18 +8,18 @@ namespace {
 
 /// As [rows0, rows1, HV, K]: a view wherever the leading dimensions allow one.
 Tensor four_dimensions(Tensor const& x) {
-  const int64_t d = x.dim(), heads = x.size(d - 2), channels = x.size(d - 1);
+  int64_t const d = x.dim(), heads = x.size(d - 2), channels = x.size(d - 1);
   if (d == 4) return x;
   return torch::stable::reshape(x, {1, -1, heads, channels});
 }
 
-GateTensor gate_tensor(const char* op, const char* name, Tensor const& x) {
+GateTensor gate_tensor(char const* op, char const* name, Tensor const& x) {
   return {x.data_ptr(), dtype_of_tensor(op, name, x), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
 }
 
-KdaGateParams gate_params(const char* op, Tensor const& g, OptionalTensor const& A_log, OptionalTensor const& dt_bias,
+KdaGateParams gate_params(char const* op, Tensor const& g, OptionalTensor const& A_log, OptionalTensor const& dt_bias,
                           std::optional<double> lower_bound) {
-  const int64_t heads = g.size(2), channels = g.size(3);
+  int64_t const heads = g.size(2), channels = g.size(3);
   if (A_log) require_shape(op, "A_log", *A_log, {heads});
   if (dt_bias) require_shape(op, "dt_bias", *dt_bias, {heads, channels});
   KdaGateParams p{};
@@ -34,20 +34,23 @@ KdaGateParams gate_params(const char* op, Tensor const& g, OptionalTensor const&
 template <class F>
 void with_element(Dtype dtype, F f) {
   switch (dtype) {
-    case Dtype::kFloat32: return f(float{});
-    case Dtype::kFloat16: return f(Fp16{});
-    case Dtype::kBfloat16: return f(Bf16{});
+    case Dtype::kFloat32:
+      return f(float{});
+    case Dtype::kFloat16:
+      return f(Fp16{});
+    case Dtype::kBfloat16:
+      return f(Bf16{});
   }
 }
 
 Tensor kda_gate_fwd(Tensor g, OptionalTensor A_log, OptionalTensor dt_bias, std::optional<double> lower_bound,
                     ScalarType dtype) {
-  const char* op = "kda_gate_fwd";
+  char const* op = "kda_gate_fwd";
   require(g.dim() >= 2, op, "g has shape " + shape_text(g) + ", expected [..., HV, K]");
   OnDeviceOf device(g);
   Tensor y = torch::stable::new_empty(g, g.sizes(), dtype);
   if (g.numel() == 0) return y;
-  const Tensor g4 = four_dimensions(g), y4 = four_dimensions(y);
+  Tensor const g4 = four_dimensions(g), y4 = four_dimensions(y);
   KdaGateParams p = gate_params(op, g4, A_log, dt_bias, lower_bound);
   p.y = gate_tensor(op, "dtype", y4);
   with_element(p.g.dtype, [&](auto e) { launch_kda_gate_fwd<decltype(e)>(p, device.stream()); });
@@ -56,22 +59,22 @@ Tensor kda_gate_fwd(Tensor g, OptionalTensor A_log, OptionalTensor dt_bias, std:
 
 std::tuple<Tensor, Tensor, Tensor> kda_gate_bwd(Tensor dy, Tensor g, OptionalTensor A_log, OptionalTensor dt_bias,
                                                 std::optional<double> lower_bound) {
-  const char* op = "kda_gate_bwd";
+  char const* op = "kda_gate_bwd";
   require(g.dim() >= 2, op, "g has shape " + shape_text(g) + ", expected [..., HV, K]");
   require(shape_text(dy) == shape_text(g), op, "dy has shape " + shape_text(dy) + ", expected " + shape_text(g));
   OnDeviceOf device(g);
-  const auto zeros_like_or_none = [&](OptionalTensor const& x) {
+  auto const zeros_like_or_none = [&](OptionalTensor const& x) {
     return x ? torch::stable::new_zeros(*x, x->sizes()) : torch::stable::new_empty(g, {0}, ScalarType::Float);
   };
   Tensor dg = torch::stable::new_empty(g, g.sizes());
   Tensor dA_log = zeros_like_or_none(A_log), ddt_bias = zeros_like_or_none(dt_bias);
   if (g.numel() == 0) return {dg, dA_log, ddt_bias};
-  const Tensor g4 = four_dimensions(g), dy4 = four_dimensions(dy), dg4 = four_dimensions(dg);
+  Tensor const g4 = four_dimensions(g), dy4 = four_dimensions(dy), dg4 = four_dimensions(dg);
   KdaGateParams p = gate_params(op, g4, A_log, dt_bias, lower_bound);
   p.y = gate_tensor(op, "dy", dy4);
   p.dg = gate_tensor(op, "dg", dg4);
   p.row_blocks = gate_row_blocks(p.rows0 * p.rows1);
-  const Tensor partial = torch::stable::new_empty(g, {2, p.row_blocks, p.value_heads, p.key_dim}, ScalarType::Float);
+  Tensor const partial = torch::stable::new_empty(g, {2, p.row_blocks, p.value_heads, p.key_dim}, ScalarType::Float);
   p.partial = static_cast<float*>(partial.data_ptr());
   if (A_log) p.dA_log = static_cast<float*>(dA_log.data_ptr());
   if (dt_bias) p.ddt_bias = static_cast<float*>(ddt_bias.data_ptr());

@@ -1,8 +1,8 @@
 """The chunkwise forward (kda.md §2).
 
-    (I + Diag(beta) A_kk) U = Diag(beta) (V - (Gamma.K) S_0)
-    O   = scale [ (Gamma.Q) S_0 + A_qk U ]
-    S_C = Diag(Gamma_C) S_0 + K~^T U
+(I + Diag(beta) A_kk) U = Diag(beta) (V - (Gamma.K) S_0)
+O   = scale [ (Gamma.Q) S_0 + A_qk U ]
+S_C = Diag(Gamma_C) S_0 + K~^T U
 """
 
 from __future__ import annotations

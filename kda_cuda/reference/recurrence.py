@@ -1,6 +1,6 @@
 """The recurrence, token by token (kda.md §1): the definition, and what a few decoding steps on the CPU run.
 
-    S'_t = Diag(exp g_t) S_{t-1},   u_t = beta_t (v_t - S'_t^T k_t),   S_t = S'_t + k_t u_t^T,   o_t = scale S_t^T q_t
+S'_t = Diag(exp g_t) S_{t-1},   u_t = beta_t (v_t - S'_t^T k_t),   S_t = S'_t + k_t u_t^T,   o_t = scale S_t^T q_t
 """
 
 from __future__ import annotations

@@ -73,9 +73,7 @@ def scores(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return a_qk, a_kk
 
 
-def scores_bwd(
-    da_qk: Tensor, da_kk: Tensor, q: Tensor, k: Tensor, g: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def scores_bwd(da_qk: Tensor, da_kk: Tensor, q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`scores`: dq, dk, dg. ``dg_t`` collects only the pairs that ``g_t`` decays (kda.md §3)."""
     dq, dk, dg = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(g)
     for half in halves(q.shape[-2]):

@@ -21,9 +21,9 @@ struct ChunkOfHead {
 /// The write strength of one token of the chunk.
 template <class E>
 KDA_DEVICE float load_beta(ChunkFwdParams const& p, ChunkOfHead const& chunk, int row) {
-  const int64_t at = chunk.batch_row * p.beta_strides.batch + (chunk.begin + row) * p.beta_strides.token +
+  int64_t const at = chunk.batch_row * p.beta_strides.batch + (chunk.begin + row) * p.beta_strides.token +
                      chunk.value_head * p.beta_strides.head;
-  const float x = p.beta_is_fp32 ? static_cast<float const*>(p.beta)[at] : to_float(static_cast<E const*>(p.beta)[at]);
+  float const x = p.beta_is_fp32 ? static_cast<float const*>(p.beta)[at] : to_float(static_cast<E const*>(p.beta)[at]);
   if (!p.beta_sigmoid) return x;
   return (p.neg_eigval ? 2.f : 1.f) * sigmoid(x);
 }
@@ -32,57 +32,69 @@ template <class Variant>
 struct Columns {
   using E = typename Variant::Element;
   tile::Pair<E> q[kTokensPerThread], k[kTokensPerThread];
-  float2 g[kTokensPerThread];  // as loaded; exp(log-decay) after `decay_from_gate`
+  float g0[kTokensPerThread], g1[kTokensPerThread];  // as loaded; exp(log-decay) after `decay_from_gate`
 
-  /// `group`, `pair`: which tokens and channels are this thread's.
+  /// `group`, `pair`: which tokens and channels are this thread's. Padding is zero.
   KDA_DEVICE void load(ChunkFwdParams const& p, ChunkOfHead const& chunk, int group, int pair) {
-    const int64_t token0 = chunk.begin + group * kTokensPerThread;
-    E const* q_row = row<E>(p.q, p.q_strides, chunk.batch_row, token0, chunk.head);
-    E const* k_row = row<E>(p.k, p.k_strides, chunk.batch_row, token0, chunk.head);
-    const int rows = chunk.rows - group * kTokensPerThread;
-#pragma unroll
-    for (int j = 0; j < kTokensPerThread; ++j) {
-      const int count = j < rows ? p.key_dim : 0;
-      q[j] = tile::load_pair<E>(q_row + j * p.q_strides.token, 2 * pair, count, p.q_pairs_aligned);
-      k[j] = tile::load_pair<E>(k_row + j * p.k_strides.token, 2 * pair, count, p.k_pairs_aligned);
-    }
+    int64_t const token0 = chunk.begin + group * kTokensPerThread;
+    int const rows = chunk.rows - group * kTokensPerThread;
+    load_rows<E>(q, p.q, p.q_strides, p.q_pairs_aligned, chunk.batch_row, token0, chunk.head, rows, pair, p.key_dim);
+    load_rows<E>(k, p.k, p.k_strides, p.k_pairs_aligned, chunk.batch_row, token0, chunk.head, rows, pair, p.key_dim);
     if (p.g_is_fp32) load_gate<float>(p, chunk, token0, rows, pair);
     else load_gate<E>(p, chunk, token0, rows, pair);
   }
 
-  /// g <- exp(log-decay), the factor by which each token decays each channel; 1 for padding.
+  /// g <- exp(log-decay), the factor by which each token decays each channel; 1 for padding tokens. Channels beyond
+  /// key_dim get some finite decay: their q, k and state are zero.
   KDA_DEVICE void decay_from_gate(ChunkFwdParams const& p, ChunkOfHead const& chunk, int group, int pair) {
-    const ChannelGate gate0(p.gate, chunk.value_head, 2 * pair, p.key_dim);
-    const ChannelGate gate1(p.gate, chunk.value_head, 2 * pair + 1, p.key_dim);
+    decays<E>(g0, ChannelGate(p.gate, chunk.value_head, 2 * pair, p.key_dim));
+    decays<E>(g1, ChannelGate(p.gate, chunk.value_head, 2 * pair + 1, p.key_dim));
+    int const rows = chunk.rows - group * kTokensPerThread;
+    if (rows >= kTokensPerThread) return;
 #pragma unroll
-    for (int j = 0; j < kTokensPerThread; ++j) {
-      const bool live = group * kTokensPerThread + j < chunk.rows;
-      g[j].x = live && 2 * pair < p.key_dim ? gate0.template decay<E>(g[j].x) : 1.f;
-      g[j].y = live && 2 * pair + 1 < p.key_dim ? gate1.template decay<E>(g[j].y) : 1.f;
-    }
+    for (int j = 0; j < kTokensPerThread; ++j)
+      if (j >= rows) g0[j] = g1[j] = 1.f;
   }
+
+  KDA_DEVICE float2 decay(int j) const { return {g0[j], g1[j]}; }
 
   /// The decay over all 16 tokens.
   KDA_DEVICE float2 total() const {
-    float2 product{1.f, 1.f};
+    float2 product = decay(0);
 #pragma unroll
-    for (int j = 0; j < kTokensPerThread; ++j) product = product * g[j];
+    for (int j = 1; j < kTokensPerThread; ++j) product = product * decay(j);
     return product;
   }
 
  private:
+  /// One pair of channels of 16 tokens, `rows` of them live. Whole rows of aligned pairs are the fast path.
   template <class T>
-  static KDA_DEVICE T const* row(void const* base, TokenStrides const& s, int64_t b, int64_t token, int head) {
-    return static_cast<T const*>(base) + b * s.batch + token * s.token + head * s.head;
+  static KDA_DEVICE void load_rows(tile::Pair<T> (&x)[kTokensPerThread], void const* base, TokenStrides const& s,
+                                   bool aligned, int64_t batch_row, int64_t token0, int head, int rows, int pair,
+                                   int key_dim) {
+    T const* row = static_cast<T const*>(base) + batch_row * s.batch + token0 * s.token + head * s.head + 2 * pair;
+    if (aligned) {
+      bool const channel = 2 * pair < key_dim;
+#pragma unroll
+      for (int j = 0; j < kTokensPerThread; ++j, row += s.token)
+        x[j] = channel && j < rows ? *reinterpret_cast<tile::Pair<T> const*>(row) : tile::Pair<T>{};
+    } else {
+      bool const first = 2 * pair < key_dim, second = 2 * pair + 1 < key_dim;
+#pragma unroll
+      for (int j = 0; j < kTokensPerThread; ++j, row += s.token)
+        x[j] =
+            tile::to_pair<T>(first && j < rows ? to_float(row[0]) : 0.f, second && j < rows ? to_float(row[1]) : 0.f);
+    }
   }
   template <class G>
   KDA_DEVICE void load_gate(ChunkFwdParams const& p, ChunkOfHead const& chunk, int64_t token0, int rows, int pair) {
-    G const* g_row = row<G>(p.g, p.g_strides, chunk.batch_row, token0, chunk.value_head);
+    tile::Pair<G> x[kTokensPerThread];
+    load_rows<G>(x, p.g, p.g_strides, p.g_pairs_aligned, chunk.batch_row, token0, chunk.value_head, rows, pair,
+                 p.key_dim);
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
-      const int count = j < rows ? p.key_dim : 0;
-      g[j] = tile::to_float2<G>(
-          tile::load_pair<G>(g_row + j * p.g_strides.token, 2 * pair, count, p.g_pairs_aligned));
+      float2 const pair_of_g = tile::to_float2<G>(x[j]);
+      g0[j] = pair_of_g.x, g1[j] = pair_of_g.y;
     }
   }
 };

@@ -20,9 +20,9 @@ struct ChunkShape {
   static constexpr ChunkFwdConfig kConfig = Variant::config;
   static constexpr int kChunk = kConfig.chunk;
   static constexpr int kKeyTile = kConfig.key_tile;
-  static constexpr int kPairs = kKeyTile / 2;                   // pairs of key channels
-  static constexpr int kGroups = kChunk / kTokensPerThread;     // groups of 16 tokens
-  static constexpr int kColumnThreads = kPairs * kGroups;       // threads that hold a chunk in registers
+  static constexpr int kPairs = kKeyTile / 2;                // pairs of key channels
+  static constexpr int kGroups = kChunk / kTokensPerThread;  // groups of 16 tokens
+  static constexpr int kColumnThreads = kPairs * kGroups;    // threads that hold a chunk in registers
   static constexpr int kWarpsPerGroup = kPairs / 32;
   static_assert(kPairs % 32 == 0 && kChunk % 16 == 0 && kChunk <= 64);
 };

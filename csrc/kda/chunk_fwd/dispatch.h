@@ -18,7 +18,7 @@ inline ChunkFwdVariant const (&chunk_fwd_variants())[11] {
 /// The first variant whose tile holds key_dim (and is not twice too wide), whose chunk divides `state_tokens` (the
 /// distance of kept states) and whose blocks fit `shared_limit` bytes of shared memory. Null: none.
 inline ChunkFwdVariant const* select_chunk_fwd(Dtype dtype, int key_dim, int state_tokens, size_t shared_limit) {
-  const int key_tile = key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256;
+  int const key_tile = key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256;
   for (ChunkFwdVariant const& variant : chunk_fwd_variants())
     if (variant.dtype == dtype && variant.key_tile == key_tile && state_tokens % variant.chunk == 0 &&
         variant.shared_bytes() <= shared_limit)

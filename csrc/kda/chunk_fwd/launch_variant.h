@@ -9,8 +9,8 @@ namespace kda {
 
 template <class Variant>
 void launch_chunk_fwd(ChunkFwdParams const& p, cudaStream_t stream) {
-  const unsigned value_tiles = unsigned((p.value_dim + kValueTile - 1) / kValueTile);
-  const unsigned slots = unsigned(p.plan.slots()), heads = unsigned(p.value_heads);
+  unsigned const value_tiles = unsigned((p.value_dim + kValueTile - 1) / kValueTile);
+  unsigned const slots = unsigned(p.plan.slots()), heads = unsigned(p.value_heads);
   if (slots)
     launch("chunk_fwd_prepare", chunk_fwd_prepare_kernel<Variant>, dim3(slots, heads), dim3(Prepare<Variant>::kThreads),
            sizeof(PrepareStorage<Variant>), stream, p);

@@ -16,12 +16,12 @@ enum class StateType : int32_t { kFloat32, kBfloat16, kFloat16 };
 
 /// A set of K x V states, one per sequence and value head.
 struct StateRef {
-  void* data;                 // [slots, value_heads, key_dim, value_dim] or [..., value_dim, key_dim]; null: absent
-  int32_t const* slot_of;     // [sequences]; null: sequence n uses slot n; negative: null slot (zeros, never written)
-  int64_t slots;              // slot_of beyond it is treated as a null slot
-  int64_t slot_stride;        // elements
+  void* data;              // [slots, value_heads, key_dim, value_dim] or [..., value_dim, key_dim]; null: absent
+  int32_t const* slot_of;  // [sequences]; null: sequence n uses slot n; negative: null slot (zeros, never written)
+  int64_t slots;           // slot_of beyond it is treated as a null slot
+  int64_t slot_stride;     // elements
   StateType type;
-  bool value_first;           // [..., value_dim, key_dim]
+  bool value_first;  // [..., value_dim, key_dim]
 };
 
 struct ChunkFwdParams {
@@ -45,12 +45,12 @@ struct ChunkFwdParams {
   StateRef initial_state;
   bool const* has_initial_state;  // [sequences]; null: every sequence has one
   StateRef final_state;
-  void* chunk_states;          // [rows, value_heads, K, V] (or V, K): states at multiples of chunk_state_tokens; or null
+  void* chunk_states;  // [rows, value_heads, K, V] (or V, K): states at multiples of chunk_state_tokens; or null
   StateType chunk_states_type;
   int32_t chunk_state_tokens;  // a multiple of plan.chunk
   bool chunk_states_value_first;
 
-  void* workspace;            // chunk_fwd_workspace_bytes(...)
+  void* workspace;  // chunk_fwd_workspace_bytes(...)
 };
 
 }  // namespace kda

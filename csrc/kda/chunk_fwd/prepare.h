@@ -18,14 +18,14 @@ struct PrepareStorage {
   using Shape = ChunkShape<Variant>;
   static constexpr int kChunk = Shape::kChunk, kKeyTile = Shape::kKeyTile;
 
-  struct Split {                                           // operands of one level of splits
-    tile::SharedTile<E, kChunk, kKeyTile> rows;            // per split: q of its upper half, then k of its upper half
-    tile::SharedTile<E, kChunk / 2, kKeyTile> cols;        // per split: k of its lower half
-  } split[2];                                              // levels alternate
-  tile::SharedTile<float, kChunk, kChunk> l;               // Diag(beta) A_kk, then its inverted diagonal blocks
+  struct Split {                                 // operands of one level of splits
+    tile::SharedTile<E, kChunk, kKeyTile> rows;  // per split: q of its upper half, then k of its upper half
+    tile::SharedTile<E, (kChunk > 32 ? kChunk / 2 : 16), kKeyTile> cols;  // per split: k of its lower half
+  } split[2];                                                             // levels alternate
+  tile::SharedTile<float, kChunk, kChunk> l;  // Diag(beta) A_kk, then its inverted diagonal blocks
   typename ChunkRecord<Variant>::Square a_qk, t;
-  float2 total[Shape::kGroups][Shape::kPairs];             // decay over each group of 16 tokens
-  float dots[3][Shape::kWarpsPerGroup][kChunk];            // partial q.q, k.k, q.k
+  float2 total[Shape::kGroups][Shape::kPairs];   // decay over each group of 16 tokens
+  float dots[3][Shape::kWarpsPerGroup][kChunk];  // partial q.q, k.k, q.k
   float q_norm[kChunk], k_norm[kChunk], beta[kChunk];
 };
 
@@ -37,11 +37,13 @@ struct Prepare {
   static constexpr int kChunk = Shape::kChunk;
   static constexpr int kThreads = Shape::kColumnThreads;
   static constexpr int kWarps = kThreads / 32;
+  static constexpr int kBlocksPerSm = 512 / kThreads;  // 128 registers a thread
 
   ChunkFwdParams const& p;
   PrepareStorage<Variant>& s;
   ChunkOfHead chunk;
   Columns<Variant> columns;
+  float2 q[kTokensPerThread], k[kTokensPerThread];  // normalised
   int const thread = thread_index(), warp = thread / 32, lane = thread % 32;
   int const group = thread / Shape::kPairs, pair = thread % Shape::kPairs;
 
@@ -62,18 +64,24 @@ struct Prepare {
     float norms[2 * kTokensPerThread], qk[kTokensPerThread];
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
-      const float2 q = tile::to_float2<E>(columns.q[j]), k = tile::to_float2<E>(columns.k[j]);
+      float2 const q = tile::to_float2<E>(columns.q[j]), k = tile::to_float2<E>(columns.k[j]);
       norms[j] = q.x * q.x + q.y * q.y;
       norms[kTokensPerThread + j] = k.x * k.x + k.y * k.y;
       qk[j] = q.x * k.x + q.y * k.y;
     }
-    const int part = warp % Shape::kWarpsPerGroup, token = group * kTokensPerThread + lane % kTokensPerThread;
+    int const part = warp % Shape::kWarpsPerGroup, token = group * kTokensPerThread + lane % kTokensPerThread;
     s.dots[lane / kTokensPerThread][part][token] = warp_sum_scattered(norms);
-    const float dot = warp_sum_scattered(qk);
+    float const dot = warp_sum_scattered(qk);
     if (lane < kTokensPerThread) s.dots[2][part][token] = dot;
     sync_block();
     if (thread < kChunk) finish_token(thread);
     sync_block();
+#pragma unroll
+    for (int j = 0; j < kTokensPerThread; ++j) {
+      float const q_norm = s.q_norm[group * kTokensPerThread + j], k_norm = s.k_norm[group * kTokensPerThread + j];
+      q[j] = tile::to_float2<E>(columns.q[j]) * float2{q_norm, q_norm};
+      k[j] = tile::to_float2<E>(columns.k[j]) * float2{k_norm, k_norm};
+    }
   }
 
   /// L = Diag(beta) A_kk and scale * A_qk, split by split.
@@ -144,28 +152,26 @@ struct Prepare {
   /// The tokens [first, first + count) of this thread's 16, all on one side of their split.
   template <int kHalf>
   KDA_DEVICE void write_side(typename PrepareStorage<Variant>::Split& split, bool upper, int first, int count) {
-    const int token0 = group * kTokensPerThread + first;
-    const int block = token0 / (2 * kHalf), in_half = token0 % kHalf;
+    int const token0 = group * kTokensPerThread + first;
+    int const block = token0 / (2 * kHalf), in_half = token0 % kHalf;
     float2 decay = groups_to_anchor<kHalf>(upper);
 #pragma unroll
     for (int n = 0; n < count; ++n) {
-      const int j = upper ? n : count - 1 - n;  // outwards from the anchor
-      const float2 k = tile::to_float2<E>(columns.k[first + j]), q = tile::to_float2<E>(columns.q[first + j]);
-      const float k_norm = s.k_norm[token0 + j], q_norm = s.q_norm[token0 + j];
+      int const j = upper ? n : count - 1 - n;  // outwards from the anchor
       if (upper) {
-        decay = decay * columns.g[first + j];
-        const int row = block * 2 * kHalf + in_half + j;
-        store_pair(split.rows, row, q * decay, q_norm);
-        store_pair(split.rows, row + kHalf, k * decay, k_norm);
+        decay = decay * columns.decay(first + j);
+        int const row = block * 2 * kHalf + in_half + j;
+        store_pair(split.rows, row, q[first + j] * decay);
+        store_pair(split.rows, row + kHalf, k[first + j] * decay);
       } else {
-        store_pair(split.cols, block * kHalf + in_half + j, k * decay, k_norm);
-        decay = decay * columns.g[first + j];
+        store_pair(split.cols, block * kHalf + in_half + j, k[first + j] * decay);
+        decay = decay * columns.decay(first + j);
       }
     }
   }
   template <class Tile>
-  KDA_DEVICE void store_pair(Tile& t, int row, float2 x, float norm) {
-    tile::store_pair<E>(&t.at(row, 2 * pair), tile::to_pair<E>(x.x * norm, x.y * norm));
+  KDA_DEVICE void store_pair(Tile& t, int row, float2 x) {
+    tile::store_pair<E>(&t.at(row, 2 * pair), tile::to_pair<E>(x.x, x.y));
   }
 
   template <int kHalf>
@@ -187,8 +193,8 @@ struct Prepare {
   KDA_DEVICE void multiply_split(typename PrepareStorage<Variant>::Split const& split) {
     constexpr int kAcross = kHalf >= 16 ? kHalf / 16 : 1;
     for (int unit = warp; unit < kChunk / 16 * kAcross; unit += kWarps) {
-      const int m = unit / kAcross;
-      const int n = kHalf >= 16 ? m * 16 / (2 * kHalf) * kHalf + unit % kAcross * 16 : m / 2 * 16;
+      int const m = unit / kAcross;
+      int const n = kHalf >= 16 ? m * 16 / (2 * kHalf) * kHalf + unit % kAcross * 16 : m / 2 * 16;
       tile::Accumulator acc[2] = {};
       if constexpr (kHalf >= 16) {
 #pragma unroll
@@ -201,7 +207,7 @@ struct Prepare {
 #pragma unroll
         for (int d = 0; d < Shape::kKeyTile; d += 16)
           tile::multiply_half<E>(acc[0], tile::load_left<E>(split.rows, m * 16, d),
-                                 tile::load_right<E>(split.cols, n, d), m % 2);
+                                 tile::load_right<E>(split.cols, n, d), m % 2 == 1);
         store_scores<kHalf>(acc[0], m * 16, n + m % 2 * 8);
       }
     }
@@ -211,10 +217,10 @@ struct Prepare {
   KDA_DEVICE void store_scores(tile::Accumulator const& acc, int row0, int col0) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int row = row0 + lane / 4 + e / 2 * 8, col = col0 + lane % 4 * 2 + e % 2;
-      const int block = row / (2 * kHalf);
+      int const row = row0 + lane / 4 + e / 2 * 8, col = col0 + lane % 4 * 2 + e % 2;
+      int const block = row / (2 * kHalf);
       if (block != col / kHalf) continue;
-      const int r = block * 2 * kHalf + kHalf + row % kHalf, i = block * 2 * kHalf + col % kHalf;
+      int const r = block * 2 * kHalf + kHalf + row % kHalf, i = block * 2 * kHalf + col % kHalf;
       if (row % (2 * kHalf) >= kHalf) s.l.at(r, i) = s.beta[r] * acc.x[e];
       else s.a_qk.at(r, i) = from_float<E>(p.scale * acc.x[e]);
     }
@@ -225,7 +231,7 @@ struct Prepare {
     for (int i = 0; i < kChunk / 16; ++i)
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        const int row = i * 16 + e / 4 * 8 + lane % 4 * 2 + e % 2, col = column * 16 + lane / 4 + e % 4 / 2 * 8;
+        int const row = i * 16 + e / 4 * 8 + lane % 4 * 2 + e % 2, col = column * 16 + lane / 4 + e % 4 / 2 * 8;
         if (i >= column) s.t.at(row, col) = from_float<E>(x[i][e / 4].x[e % 4] * s.beta[col]);
       }
   }

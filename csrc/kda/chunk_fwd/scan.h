@@ -20,14 +20,14 @@ struct ScanStorage {
   using Shape = ChunkShape<Variant>;
   using Wide = tile::SharedTile<E, Shape::kChunk, Shape::kKeyTile>;
   struct Stage {
-    Wide gamma_q, gamma_k, k_tilde;                  // scale * Gamma.q,  Gamma.k,  exp(G_C - G).k
+    Wide gamma_q, gamma_k, k_tilde;  // scale * Gamma.q,  Gamma.k,  exp(G_C - G).k
     typename ChunkRecord<Variant>::Square t, a_qk;
-    float gamma_c[Shape::kKeyTile];                  // decay over the chunk
+    float gamma_c[Shape::kKeyTile];  // decay over the chunk
   } stage[Shape::kConfig.stages];
-  tile::SharedTile<E, Shape::kChunk, kValueTile> v[2];          // V of a chunk, later its O; a warp owns 16 columns
-  struct Announcement {                              // between producers; alternates, as they may be a chunk apart
-    float2 total[Shape::kGroups][Shape::kPairs];     // decay over each group of 16 tokens
-    float norm[2][Shape::kChunk];                    // reciprocal norms of q and k
+  tile::SharedTile<E, Shape::kChunk, kValueTile> v[2];  // V of a chunk, later its O; a warp owns 16 columns
+  struct Announcement {                                 // between producers; alternates, as they may be a chunk apart
+    float2 total[Shape::kGroups][Shape::kPairs];        // decay over each group of 16 tokens
+    float norm[2][Shape::kChunk];                       // reciprocal norms of q and k
   } announced[2];
 };
 
@@ -88,21 +88,21 @@ struct ScanProducer {
       if (i > group) after = after * in.total[i][pair];
     }
     if (group == 0) {
-      const float2 whole = after * in.total[0][pair];
+      float2 const whole = after * in.total[0][pair];
       out.gamma_c[2 * pair] = whole.x;
       out.gamma_c[2 * pair + 1] = whole.y;
     }
-    const int row0 = group * kTokensPerThread;
+    int const row0 = group * kTokensPerThread;
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
-      before = before * columns.g[j];
+      before = before * columns.decay(j);
       store(out.gamma_q, row0 + j, tile::to_float2<E>(columns.q[j]) * before, p.scale * in.norm[0][row0 + j]);
       store(out.gamma_k, row0 + j, tile::to_float2<E>(columns.k[j]) * before, in.norm[1][row0 + j]);
     }
 #pragma unroll
     for (int j = kTokensPerThread - 1; j >= 0; --j) {
       store(out.k_tilde, row0 + j, tile::to_float2<E>(columns.k[j]) * after, in.norm[1][row0 + j]);
-      after = after * columns.g[j];
+      after = after * columns.decay(j);
     }
   }
 
@@ -128,9 +128,9 @@ struct ScanConsumer {
 
   ChunkFwdParams const& p;
   Storage& s;
-  int const warp, value0;                      // this warp's columns of V: value0 + warp * 16 ...
-  tile::Accumulator state[kKeyTiles];          // S^T
-  tile::Accumulator x[kTokenTiles];            // X^T, then U^T
+  int const warp, value0;              // this warp's columns of V: value0 + warp * 16 ...
+  tile::Accumulator state[kKeyTiles];  // S^T
+  tile::Accumulator x[kTokenTiles];    // X^T, then U^T
 
   /// X^T = V^T - S^T (Gamma.K)^T
   KDA_DEVICE void correct_values(Stage const& in, int v_buffer) {
@@ -170,16 +170,16 @@ struct ScanConsumer {
 
   /// S^T <- S^T Diag(Gamma_C) + U^T K~
   KDA_DEVICE void advance(Stage const& in) {
-    const int lane = lane_index();
+    int const lane = lane_index();
 #pragma unroll
     for (int d = 0; d < kKeyTiles; ++d) {
-      const float2 gamma = *reinterpret_cast<float2 const*>(&in.gamma_c[d * 8 + lane % 4 * 2]);
+      float2 const gamma = *reinterpret_cast<float2 const*>(&in.gamma_c[d * 8 + lane % 4 * 2]);
 #pragma unroll
       for (int e = 0; e < 4; ++e) state[d].x[e] *= e % 2 ? gamma.y : gamma.x;
     }
 #pragma unroll
     for (int c = 0; c < kChunk; c += 16) {
-      const auto left = tile::left_from<E>(x[c / 8], x[c / 8 + 1]);
+      auto const left = tile::left_from<E>(x[c / 8], x[c / 8 + 1]);
 #pragma unroll
       for (int d = 0; d < kKeyTile; d += 16)
         tile::multiply<E>(state[d / 8], state[d / 8 + 1], left, tile::load_right_transposed<E>(in.k_tilde, c, d));
@@ -197,7 +197,7 @@ struct ScanConsumer {
   KDA_DEVICE void multiply_state(tile::Accumulator (&acc)[kTokenTiles], typename Storage::Wide const& rows) {
 #pragma unroll
     for (int d = 0; d < kKeyTile; d += 16) {
-      const auto left = tile::left_from<E>(state[d / 8], state[d / 8 + 1]);
+      auto const left = tile::left_from<E>(state[d / 8], state[d / 8 + 1]);
 #pragma unroll
       for (int c = 0; c < kChunk; c += 16)
         tile::multiply<E>(acc[c / 8], acc[c / 8 + 1], left, tile::load_right<E>(rows, c, d));
@@ -208,7 +208,7 @@ struct ScanConsumer {
   KDA_DEVICE void multiply_lower(tile::Accumulator (&acc)[kTokenTiles], Square const& lower) {
 #pragma unroll
     for (int i = 0; i < kChunk; i += 16) {
-      const auto left = tile::left_from<E>(x[i / 8], x[i / 8 + 1]);
+      auto const left = tile::left_from<E>(x[i / 8], x[i / 8 + 1]);
 #pragma unroll
       for (int c = i; c < kChunk; c += 16)
         tile::multiply<E>(acc[c / 8], acc[c / 8 + 1], left, tile::load_right<E>(lower, c, i));
@@ -218,18 +218,18 @@ struct ScanConsumer {
   /// Moves this warp's 16 columns of all rows: V to shared memory (zero beyond the tensor) or O from it.
   template <bool kLoad>
   KDA_DEVICE void tile_rows(ChunkOfHead const& chunk, int v_buffer) {
-    constexpr int kPieces = int(sizeof(E));              // of 16 bytes, in 16 columns
-    constexpr int kPiece = 16 / int(sizeof(E));          // elements
-    const int lane = lane_index(), piece = lane % kPieces, col = warp * 16 + piece * kPiece;
-    const int live = p.value_dim - value0 - col;         // columns of this piece inside the tensor
-    const TokenStrides& strides = kLoad ? p.v_strides : p.o_strides;
-    const int64_t first = chunk.batch_row * strides.batch + chunk.begin * strides.token +
-                          chunk.value_head * strides.head + value0 + col;
+    constexpr int kPieces = int(sizeof(E));      // of 16 bytes, in 16 columns
+    constexpr int kPiece = 16 / int(sizeof(E));  // elements
+    int const lane = lane_index(), piece = lane % kPieces, col = warp * 16 + piece * kPiece;
+    int const live = p.value_dim - value0 - col;  // columns of this piece inside the tensor
+    TokenStrides const& strides = kLoad ? p.v_strides : p.o_strides;
+    int64_t const first =
+        chunk.batch_row * strides.batch + chunk.begin * strides.token + chunk.value_head * strides.head + value0 + col;
 #pragma unroll
     for (int row = lane / kPieces; row < kChunk; row += 32 / kPieces) {
       E* shared = &s.v[v_buffer].at(row, col);
-      const int64_t at = first + row * strides.token;
-      const int count = row < chunk.rows ? (live < kPiece ? live : kPiece) : 0;
+      int64_t const at = first + row * strides.token;
+      int const count = row < chunk.rows ? (live < kPiece ? live : kPiece) : 0;
       if constexpr (kLoad) load_piece(shared, static_cast<E const*>(p.v) + at, count);
       else store_piece(static_cast<E*>(p.o) + at, shared, count);
     }

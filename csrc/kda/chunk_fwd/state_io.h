@@ -15,25 +15,33 @@ struct StateAt {
 KDA_DEVICE StateAt state_at(StateRef const& ref, ChunkFwdParams const& p, int sequence, int value_head) {
   int64_t slot = sequence;
   if (ref.data && ref.slot_of) slot = ref.slot_of[sequence];
-  const bool absent = !ref.data || slot < 0 || slot >= ref.slots;
-  const int64_t offset = slot * ref.slot_stride + int64_t(value_head) * p.key_dim * p.value_dim;
+  bool const absent = !ref.data || slot < 0 || slot >= ref.slots;
+  int64_t const offset = slot * ref.slot_stride + int64_t(value_head) * p.key_dim * p.value_dim;
   return {absent ? nullptr : ref.data, offset, ref.value_first ? 1 : p.value_dim, ref.value_first ? p.key_dim : 1,
           ref.type};
 }
 
 KDA_DEVICE float load_state_element(StateAt const& s, int64_t i) {
   switch (s.type) {
-    case StateType::kFloat32: return static_cast<float const*>(s.data)[i];
-    case StateType::kBfloat16: return to_float(static_cast<Bf16 const*>(s.data)[i]);
-    default: return to_float(static_cast<Fp16 const*>(s.data)[i]);
+    case StateType::kFloat32:
+      return static_cast<float const*>(s.data)[i];
+    case StateType::kBfloat16:
+      return to_float(static_cast<Bf16 const*>(s.data)[i]);
+    default:
+      return to_float(static_cast<Fp16 const*>(s.data)[i]);
   }
 }
 
 KDA_DEVICE void store_state_element(StateAt const& s, int64_t i, float x) {
   switch (s.type) {
-    case StateType::kFloat32: static_cast<float*>(s.data)[i] = x; break;
-    case StateType::kBfloat16: static_cast<Bf16*>(s.data)[i] = from_float<Bf16>(x); break;
-    default: static_cast<Fp16*>(s.data)[i] = from_float<Fp16>(x);
+    case StateType::kFloat32:
+      static_cast<float*>(s.data)[i] = x;
+      break;
+    case StateType::kBfloat16:
+      static_cast<Bf16*>(s.data)[i] = from_float<Bf16>(x);
+      break;
+    default:
+      static_cast<Fp16*>(s.data)[i] = from_float<Fp16>(x);
   }
 }
 
@@ -41,12 +49,12 @@ KDA_DEVICE void store_state_element(StateAt const& s, int64_t i, float x) {
 template <int kKeyTiles, class F>
 KDA_DEVICE void for_state(tile::Accumulator (&state)[kKeyTiles], StateAt const& at, ChunkFwdParams const& p, int value,
                           F f) {
-  const int lane = lane_index();
+  int const lane = lane_index();
 #pragma unroll
   for (int tile = 0; tile < kKeyTiles; ++tile)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int v = value + lane / 4 + e / 2 * 8, d = tile * 8 + lane % 4 * 2 + e % 2;
+      int const v = value + lane / 4 + e / 2 * 8, d = tile * 8 + lane % 4 * 2 + e % 2;
       if (v < p.value_dim && d < p.key_dim) f(state[tile].x[e], at.offset + d * at.key_stride + v * at.value_stride);
     }
 }
@@ -68,7 +76,7 @@ KDA_DEVICE void store_state(tile::Accumulator (&state)[kKeyTiles], StateAt const
 
 /// The first row of `chunk_states` that belongs to sequence n. All lanes of a warp.
 KDA_DEVICE int64_t first_chunk_state(ChunkFwdParams const& p, int n) {
-  const int64_t kept = p.chunk_state_tokens;
+  int64_t const kept = p.chunk_state_tokens;
   if (!p.plan.cu_seqlens) return n * ((p.plan.tokens + kept - 1) / kept);
   int64_t sum = 0;
   for (int i = lane_index(); i < n; i += 32) sum += (p.plan.sequence(i).length + kept - 1) / kept;
@@ -78,7 +86,7 @@ KDA_DEVICE int64_t first_chunk_state(ChunkFwdParams const& p, int n) {
 /// Where the state before `token` of a sequence is kept: row `first` + token / kept, if that is a boundary.
 KDA_DEVICE StateAt chunk_state_at(ChunkFwdParams const& p, int64_t first, int64_t token, int value_head) {
   if (!p.chunk_states || token % p.chunk_state_tokens) return {};
-  const int64_t row = first + token / p.chunk_state_tokens;
+  int64_t const row = first + token / p.chunk_state_tokens;
   return {p.chunk_states, (row * p.value_heads + value_head) * p.key_dim * p.value_dim,
           p.chunk_states_value_first ? 1 : p.value_dim, p.chunk_states_value_first ? p.key_dim : 1,
           p.chunk_states_type};

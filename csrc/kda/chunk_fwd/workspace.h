@@ -12,9 +12,9 @@ struct ChunkRecord {
   static constexpr int kChunk = ChunkShape<Variant>::kChunk;
   using Square = tile::SharedTile<E, kChunk, kChunk>;
 
-  Square t;                // (I + Diag(beta) A_kk)^-1 Diag(beta)
-  Square a_qk;             // scale * A_qk, zero above the diagonal
-  float q_norm[kChunk];    // 1 / |q_r|, or 1
+  Square t;              // (I + Diag(beta) A_kk)^-1 Diag(beta)
+  Square a_qk;           // scale * A_qk, zero above the diagonal
+  float q_norm[kChunk];  // 1 / |q_r|, or 1
   float k_norm[kChunk];
 };
 

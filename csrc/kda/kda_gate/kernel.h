@@ -10,31 +10,40 @@ KDA_DEVICE int64_t gate_offset(GateTensor const& t, KdaGateParams const& p, int6
 }
 KDA_DEVICE float load_gate_element(GateTensor const& t, int64_t i) {
   switch (t.dtype) {
-    case Dtype::kFloat32: return static_cast<float const*>(t.data)[i];
-    case Dtype::kBfloat16: return to_float(static_cast<Bf16 const*>(t.data)[i]);
-    default: return to_float(static_cast<Fp16 const*>(t.data)[i]);
+    case Dtype::kFloat32:
+      return static_cast<float const*>(t.data)[i];
+    case Dtype::kBfloat16:
+      return to_float(static_cast<Bf16 const*>(t.data)[i]);
+    default:
+      return to_float(static_cast<Fp16 const*>(t.data)[i]);
   }
 }
 KDA_DEVICE void store_gate_element(GateTensor const& t, int64_t i, float x) {
   switch (t.dtype) {
-    case Dtype::kFloat32: static_cast<float*>(t.data)[i] = x; break;
-    case Dtype::kBfloat16: static_cast<Bf16*>(t.data)[i] = from_float<Bf16>(x); break;
-    default: static_cast<Fp16*>(t.data)[i] = from_float<Fp16>(x);
+    case Dtype::kFloat32:
+      static_cast<float*>(t.data)[i] = x;
+      break;
+    case Dtype::kBfloat16:
+      static_cast<Bf16*>(t.data)[i] = from_float<Bf16>(x);
+      break;
+    default:
+      static_cast<Fp16*>(t.data)[i] = from_float<Fp16>(x);
   }
 }
 
 /// y = log_decay(g). Blocks: (run of rows, value head); a thread keeps one channel and walks the rows of its run.
 template <class E>
 KDA_GLOBAL void __launch_bounds__(kGateThreads) kda_gate_fwd_kernel(KdaGateParams const p) {
-  const int64_t rows = p.rows0 * p.rows1, first = rows * blockIdx.x / gridDim.x, end = rows * (blockIdx.x + 1) / gridDim.x;
-  const int head = int(blockIdx.y);
-  const int lanes = p.key_dim < kGateThreads ? kGateThreads / p.key_dim * p.key_dim : kGateThreads;
-  const int rows_at_once = lanes > p.key_dim ? lanes / p.key_dim : 1;
+  int64_t const rows = p.rows0 * p.rows1, first = rows * blockIdx.x / gridDim.x,
+                end = rows * (blockIdx.x + 1) / gridDim.x;
+  int const head = int(blockIdx.y);
+  int const lanes = p.key_dim < kGateThreads ? kGateThreads / p.key_dim * p.key_dim : kGateThreads;
+  int const rows_at_once = lanes > p.key_dim ? lanes / p.key_dim : 1;
   if (thread_index() >= lanes) return;
   for (int channel = thread_index() % p.key_dim; channel < p.key_dim; channel += lanes) {
-    const ChannelGate gate(p.gate, head, channel, p.key_dim);
+    ChannelGate const gate(p.gate, head, channel, p.key_dim);
     for (int64_t row = first + thread_index() / p.key_dim; row < end; row += rows_at_once) {
-      const float x = to_float(static_cast<E const*>(p.g.data)[gate_offset(p.g, p, row, head, channel)]);
+      float const x = to_float(static_cast<E const*>(p.g.data)[gate_offset(p.g, p, row, head, channel)]);
       store_gate_element(p.y, gate_offset(p.y, p, row, head, channel), gate.log_decay(x));
     }
   }
@@ -43,20 +52,21 @@ KDA_GLOBAL void __launch_bounds__(kGateThreads) kda_gate_fwd_kernel(KdaGateParam
 /// dg, and per run of rows the sums that become dA_log and ddt_bias.
 template <class E>
 KDA_GLOBAL void __launch_bounds__(kGateThreads) kda_gate_bwd_kernel(KdaGateParams const p) {
-  const int64_t rows = p.rows0 * p.rows1, first = rows * blockIdx.x / gridDim.x, end = rows * (blockIdx.x + 1) / gridDim.x;
-  const int head = int(blockIdx.y);
+  int64_t const rows = p.rows0 * p.rows1, first = rows * blockIdx.x / gridDim.x,
+                end = rows * (blockIdx.x + 1) / gridDim.x;
+  int const head = int(blockIdx.y);
   for (int channel = thread_index(); channel < p.key_dim; channel += kGateThreads) {
-    const ChannelGate gate(p.gate, head, channel, p.key_dim);
+    ChannelGate const gate(p.gate, head, channel, p.key_dim);
     float sum_bias = 0.f, sum_amplitude = 0.f;
     for (int64_t row = first; row < end; ++row) {
-      const float x = to_float(static_cast<E const*>(p.g.data)[gate_offset(p.g, p, row, head, channel)]);
-      const float dy = load_gate_element(p.y, gate_offset(p.y, p, row, head, channel));
-      const float2 slope = gate.derivatives(x);
+      float const x = to_float(static_cast<E const*>(p.g.data)[gate_offset(p.g, p, row, head, channel)]);
+      float const dy = load_gate_element(p.y, gate_offset(p.y, p, row, head, channel));
+      float2 const slope = gate.derivatives(x);
       store_gate_element(p.dg, gate_offset(p.dg, p, row, head, channel), dy * slope.x);
       sum_bias += dy * slope.x;
       sum_amplitude += dy * slope.y;
     }
-    const int64_t at = (int64_t(blockIdx.x) * p.value_heads + head) * p.key_dim + channel;
+    int64_t const at = (int64_t(blockIdx.x) * p.value_heads + head) * p.key_dim + channel;
     p.partial[at] = sum_bias;
     p.partial[at + int64_t(p.row_blocks) * p.value_heads * p.key_dim] = sum_amplitude;
   }
@@ -69,13 +79,13 @@ struct GateReduceStorage {
 /// Adds the runs in order. One block per value head.
 static KDA_GLOBAL void __launch_bounds__(kGateThreads) kda_gate_reduce_kernel(KdaGateParams const p) {
   KDA_SHARED(GateReduceStorage, storage);
-  const int head = int(blockIdx.x);
-  const int64_t run = int64_t(p.value_heads) * p.key_dim;
+  int const head = int(blockIdx.x);
+  int64_t const run = int64_t(p.value_heads) * p.key_dim;
   float amplitude = 0.f;
   for (int channel = thread_index(); channel < p.key_dim; channel += kGateThreads) {
     float bias = 0.f;
     for (int i = 0; i < p.row_blocks; ++i) {
-      const int64_t at = i * run + int64_t(head) * p.key_dim + channel;
+      int64_t const at = i * run + int64_t(head) * p.key_dim + channel;
       bias += p.partial[at];
       amplitude += p.partial[at + p.row_blocks * run];
     }

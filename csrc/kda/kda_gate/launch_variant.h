@@ -7,7 +7,7 @@ namespace kda {
 
 template <class E>
 void launch_kda_gate_fwd(KdaGateParams const& p, cudaStream_t stream) {
-  const int64_t rows = p.rows0 * p.rows1, runs = (rows + 15) / 16;
+  int64_t const rows = p.rows0 * p.rows1, runs = (rows + 15) / 16;
   launch("kda_gate_fwd", kda_gate_fwd_kernel<E>, dim3(unsigned(runs < 4096 ? runs : 4096), unsigned(p.value_heads)),
          dim3(kGateThreads), 0, stream, p);
 }

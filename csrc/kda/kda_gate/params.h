@@ -14,8 +14,8 @@ struct GateTensor {
 
 struct KdaGateParams {
   GateTensor g;
-  GateTensor y;        // forward: the result; backward: its gradient (read)
-  GateTensor dg;       // backward: the gradient of g
+  GateTensor y;   // forward: the result; backward: its gradient (read)
+  GateTensor dg;  // backward: the gradient of g
   int64_t rows0, rows1;
   int32_t value_heads, key_dim;
   GateParams gate;
@@ -28,7 +28,7 @@ struct KdaGateParams {
 inline constexpr int kGateThreads = 256, kGateMaxRowBlocks = 128;
 
 inline int gate_row_blocks(int64_t rows) {
-  const int64_t blocks = (rows + 31) / 32;
+  int64_t const blocks = (rows + 31) / 32;
   return int(blocks < 1 ? 1 : blocks > kGateMaxRowBlocks ? kGateMaxRowBlocks : blocks);
 }
 

@@ -1,0 +1,43 @@
+# make demo: trains the hybrid model on real text.  make test: builds everything and runs every test.
+# A fresh machine needs Python >= 3.10, a C++ compiler and make; nvcc is taken from CUDA_HOME, PATH or PyPI.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(abspath $(VENV))/bin
+JOBS ?= $(shell nproc)
+TORCH ?= torch==2.13.0
+export PATH := $(BIN):$(PATH)
+
+.PHONY: venv build emulator cpp-tests lint test test-sanitizers demo bench clean
+
+venv: $(VENV)/.installed
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$(TORCH)" numpy setuptools wheel pybind11 ninja "cmake>=3.24" pytest matplotlib ruff clang-format
+	@command -v nvcc >/dev/null || [ -n "$$CUDA_HOME" ] || $(BIN)/python -m pip install -q $$($(BIN)/python csrc/python/nvcc_packages.py)
+	touch $@
+
+build: venv  ## the package, editable, with every kernel
+	KDA_CUDA_BUILD=$${KDA_CUDA_BUILD:-auto} $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+
+# A demo without a GPU needs no second architecture.
+demo: venv
+	KDA_CUDA_ARCHS=$${KDA_CUDA_ARCHS:-$$(command -v nvidia-smi >/dev/null && echo auto || echo 90a)} $(MAKE) build
+	$(BIN)/python -m kda_cuda.demo $(ARGS)
+
+CMAKE_COMMON = -S . -G Ninja -DTORCH_DIR=$$($(BIN)/python -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parent)") \
+               -DCUDA_INCLUDE=$$($(BIN)/python setup.py --print-cuda-include)
+
+emulator: venv  ## the kernels, compiled for the CPU
+	cmake -B build/cmake-emulator $(CMAKE_COMMON) -DKDA_BUILD_EMULATOR=ON
+	cmake --build build/cmake-emulator --parallel $(JOBS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'bench/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+
+test: build emulator lint
+	$(BIN)/python -m pytest $(ARGS)
+
+clean:
+	rm -rf build kda_cuda/_ops.so kda_cuda/_C*.so kda_cuda/_reference_only.txt
