@@ -17,6 +17,7 @@ import torch
 from . import library, variants
 
 _NAME = "libkda_cuda_emulated.so"
+_ARCHS = {"80": (163, 0), "86": (99, 0), "90": (227, 1)}  # KB of shared memory per block, wgmma
 
 
 def emulator_path() -> Path:
@@ -34,20 +35,21 @@ def load_emulator() -> ctypes.CDLL:
     library.define_namespace(library.NAMESPACE_EMULATED, None)
     torch.ops.load_library(str(path))
     handle = ctypes.CDLL(str(path))
-    handle.kda_emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_int]
+    handle.kda_emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     return handle
 
 
 @contextlib.contextmanager
-def emulated(seed: int = 0, threads: int = 2) -> Iterator[None]:
+def emulated(seed: int = 0, threads: int = 2, arch: str = "90") -> Iterator[None]:
     """Inside, the public functions serve CPU tensors with the emulated kernels, and raise where there is none.
 
     Args:
         seed: 0 runs the threads of a block in order; any other number is a random schedule of its own.
         threads: OS threads that share the blocks of a grid.
+        arch: which device to be: "80" (A100), "86" (99 KB of shared memory), "90" (Hopper: wgmma).
     """
     handle = load_emulator()
-    handle.kda_emulator_configure(seed, threads)
+    handle.kda_emulator_configure(seed, threads, *_ARCHS[arch])
     take_record()
     before = variants.set_emulating(True)
     try:

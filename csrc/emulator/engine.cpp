@@ -79,6 +79,8 @@ KDA_NO_TSAN void Engine::finish_thread() {
   {
     EngineOnly scope;
     if (!running->copies.empty()) fail("a thread exits with cp.async copies that were never waited for");
+    if (!warpgroups_[running->warp / 4].accumulators[running->warp % 4 * 32 + running->lane].empty())
+      fail("a thread exits with wgmma results that were never waited for");
   }
   running->done = true;
   --live_;
@@ -116,6 +118,7 @@ void Engine::reset_block(uint3 index) {
   live_ = threads_;
   running = nullptr;
   statics_.clear();
+  for (Warpgroup& g : warpgroups_) g = Warpgroup{};
   random_ = (options_.seed * 0x9E3779B97F4A7C15ull) ^ (index.x * 0x85EBCA6Bull + index.y * 0xC2B2AE35ull + index.z + 1);
   random(), random();
   schedule_ = int(random() % 3);

@@ -39,6 +39,7 @@ struct Options {
   int os_threads = 1;
   size_t stack_bytes = 256 * 1024;
   size_t shared_limit = 227 * 1024;
+  bool has_wgmma = false;
 };
 inline Options& options() {
   static Options o;
@@ -76,6 +77,36 @@ struct WarpMeeting {
   char const* operation = "";
   Location location{"", 0};
   void* arguments[32];
+};
+
+/// One thread's part of a warpgroup product, as started.
+struct Wgmma {
+  int n;
+  bool mn_major, accumulate;
+  uint64_t descriptor;
+  uint32_t const* a;
+  float* d;
+  float (*value)(uint16_t);
+};
+/// The warpgroup's product on its way: executed at the first wait that covers it.
+struct PendingWgmma {
+  Wgmma shape;  // of lane 0; `a` and `d` are per thread below
+  int group;
+  bool done;
+  uint32_t a[128][4];
+  float* d[128];  // the true accumulators, in Warpgroup::accumulators
+};
+struct InFlight {
+  std::vector<float> value;
+  int group;
+};
+struct Warpgroup {
+  uint32_t arrived = 0;
+  uint32_t waiting[4] = {};
+  Wgmma arguments[128];
+  std::vector<PendingWgmma> pending;
+  int commits[128] = {};
+  std::map<float*, InFlight> accumulators[128];  // in flight; the kernel's own registers hold NaN meanwhile
 };
 
 /// Synchronisation objects alternate with the phase: a thread already in the next phase must not leak order into this.
@@ -119,6 +150,10 @@ class Engine {
   KDA_NO_TSAN void sync_warp(uint32_t mask, Location location);
   KDA_NO_TSAN void named_barrier(int id, uint32_t threads, bool wait, char const* operation, Location location);
 
+  void start_wgmma(Wgmma const& x, Location location);
+  void commit_wgmma();
+  void wait_wgmma(int keep);
+
   void copy_async(Copy copy);
   void commit_copies();
   void wait_copies(size_t keep);
@@ -137,6 +172,7 @@ class Engine {
   uint64_t warp_sync_[kMaxWarps][2] = {};
   uint32_t warp_phase_[kMaxWarps] = {};
   NamedBarrier barriers_[kNamedBarriers];
+  Warpgroup warpgroups_[kMaxWarps / 4];
   std::string error_;
   uint64_t random_ = 1;
   int schedule_ = 0;  // 0: a warp runs as far as it can; 1: sometimes another; 2: any
@@ -155,6 +191,9 @@ class Engine {
   KDA_NO_TSAN void block_on(char const* operation, int id, Location location);
   KDA_NO_TSAN WarpMeeting* meet(char const* operation, uint32_t mask, void* arguments, Location location);
   KDA_NO_TSAN void release_barrier(NamedBarrier& barrier, bool wait);
+  KDA_NO_TSAN void issue_wgmma(Warpgroup& group);
+  KDA_NO_TSAN PendingWgmma* due_wgmma(Warpgroup& group, size_t i, int before);
+  void run_wgmma(PendingWgmma& op);
   KDA_NO_TSAN void finish_thread();
   std::string who_waits_where() const;
   static KDA_NO_TSAN void thread_entry();

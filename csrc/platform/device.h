@@ -11,6 +11,8 @@ namespace kda {
 
 /// Shared memory that a block may have, in bytes.
 inline size_t shared_memory_limit() { return emulator::options().shared_limit; }
+/// Whether the device has warpgroup products (compute capability 9.0).
+inline bool has_wgmma() { return emulator::options().has_wgmma; }
 
 #else
 
@@ -26,15 +28,20 @@ inline int current_device() {
   return device;
 }
 
-/// Shared memory that a block of the current device may have, in bytes.
-inline size_t shared_memory_limit() {
-  static int limit[64] = {};
-  int const device = current_device();
-  int& known = limit[device & 63];
-  if (!known)
-    check_cuda(cudaDeviceGetAttribute(&known, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device query");
-  return size_t(known);
+/// An attribute of the current device, asked of the driver once per device.
+template <cudaDeviceAttr kAttribute>
+int device_attribute() {
+  static int known[64] = {};
+  const int device = current_device();
+  int& value = known[device & 63];
+  if (!value) check_cuda(cudaDeviceGetAttribute(&value, kAttribute, device), "cudaDeviceGetAttribute");
+  return value;
 }
+
+/// Shared memory that a block of the current device may have, in bytes.
+inline size_t shared_memory_limit() { return size_t(device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>()); }
+/// Whether the current device has warpgroup products (compute capability 9.0).
+inline bool has_wgmma() { return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9; }
 
 #endif
 

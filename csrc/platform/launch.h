@@ -21,14 +21,18 @@ void launch(char const* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
 
 /// Launches on `stream`; throws std::runtime_error with the kernel's name.
 template <class... P, class... A>
-void launch(char const* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             A&&... arguments) {
+  void const* const function = reinterpret_cast<void const*>(kernel);
   if (shared_bytes > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    int(shared_bytes)),
-               name);
-  kernel<<<grid, block, shared_bytes, stream> > >(static_cast<P>(std::forward<A>(arguments))...);
-  check_cuda(cudaGetLastError(), name);
+    check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
+  std::tuple<std::decay_t<P>...> by_value(std::forward<A>(arguments)...);
+  std::apply(
+      [&](auto&... x) {
+        void* pointers[] = {&x...};
+        check_cuda(cudaLaunchKernel(function, grid, block, pointers, shared_bytes, stream), name);
+      },
+      by_value);
 }
 
 #endif

@@ -5,6 +5,11 @@
 
 namespace kda {
 
+/// A 16 x 8 fp32 fragment of one warp: lane l holds rows l/4 and l/4 + 8, columns 2(l%4) and 2(l%4) + 1.
+struct MmaAccumulator {
+  float x[4];
+};
+
 #if defined(KDA_EMULATE)
 namespace emulator {
 struct Mma {
@@ -52,12 +57,12 @@ KDA_DEVICE void mma_m16n8k16(float (&d)[4], uint32_t const (&a)[4], uint32_t b0,
                                                              where);
 #else
   if constexpr (std::is_same_v<E, Bf16>)
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   else
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -71,7 +76,7 @@ KDA_DEVICE void mma_m16n8k8_tf32(float (&d)[4], uint32_t const* a, uint32_t b0, 
   emulator::Engine::current().warp_collective<emulator::Mma>("mma.m16n8k8.tf32", ~0u, &x, emulator::exchange_mma_tf32,
                                                              where);
 #else
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

@@ -21,4 +21,5 @@
 #include "platform/memory.h"
 #include "platform/mma.h"
 #include "platform/warp.h"
+#include "platform/wgmma.h"
 #endif

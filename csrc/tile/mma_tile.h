@@ -19,9 +19,7 @@ struct Tf32 {
   float value;
 };
 
-struct Accumulator {
-  float x[4];
-};
+using Accumulator = MmaAccumulator;
 
 /// A[16 x 16] of one warp.
 template <class E>

@@ -9,6 +9,7 @@ struct ChunkFwdConfig {
   int chunk = 64;      // C, tokens per chunk: 16, 32 or 64
   int key_tile = 128;  // K rounded up to 64, 128 or 256; channels beyond key_dim are zero
   int stages = 2;      // chunks that the producers may be ahead
+  bool wgmma = false;  // products by warpgroups (sm_90a; C = 64), else by warps
 };
 
 inline constexpr int kTokensPerThread = 16;  // of one pair of key channels

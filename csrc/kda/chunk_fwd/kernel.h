@@ -59,6 +59,7 @@ KDA_DEVICE void produce_chunks(ChunkFwdParams const& p, ScanStorage<Variant>& s,
       load_next();
     }
     cp_async_wait<0>();
+    if constexpr (Shape::kConfig.wgmma) fence_proxy_async();
     arrive_named(ScanBarrier::full(stage), Shape::kThreads);
   }
 }
@@ -84,25 +85,30 @@ KDA_DEVICE void consume_chunks(ChunkFwdParams const& p, ScanStorage<Variant>& s,
     sync_named(ScanBarrier::full(stage), Shape::kThreads);
     cp_async_wait<0>();
     sync_warp();
-    consumer.correct_values(s.stage[stage], buffer);
+    consumer.start(s.stage[stage]);
+    consumer.correct_values(buffer);
     if (i + 1 < chunks) consumer.load_values(chunk_of_head(p, sequence, i + 1, value_head), 1 - buffer);
     consumer.solve(s.stage[stage]);
-    consumer.output(s.stage[stage], buffer);
-    consumer.advance(s.stage[stage]);
-    if (i + kStages < chunks) arrive_named(ScanBarrier::empty(stage), Shape::kThreads);
+    consumer.output_and_advance(s.stage[stage], buffer);
     consumer.store_output(chunk, buffer);
+    consumer.finish();
+    if (i + kStages < chunks) arrive_named(ScanBarrier::empty(stage), Shape::kThreads);
   }
   store_state(consumer.state, state_at(p.final_state, p, n, value_head), p, value);
 }
 
 template <class Variant>
-KDA_GLOBAL void __launch_bounds__(ScanShape<Variant>::kThreads) chunk_fwd_scan_kernel(ChunkFwdParams const p) {
+KDA_GLOBAL void __launch_bounds__(ScanShape<Variant>::kThreads, 1) chunk_fwd_scan_kernel(ChunkFwdParams const p) {
   KDA_DYNAMIC_SHARED(ScanStorage<Variant>, storage);
   int const n = blockIdx.x, value_head = blockIdx.y, value0 = blockIdx.z * kValueTile;
   Sequence const sequence = p.plan.sequence(n);
-  if (thread_index() < ScanShape<Variant>::kConsumers)
+  if (thread_index() < ScanShape<Variant>::kConsumers) {
+    if constexpr (Variant::config.wgmma) set_max_registers<ScanShape<Variant>::kConsumerRegisters, true>();
     consume_chunks<Variant>(p, *storage, sequence, n, value_head, value0);
-  else produce_chunks<Variant>(p, *storage, sequence, value_head);
+  } else {
+    if constexpr (Variant::config.wgmma) set_max_registers<ScanShape<Variant>::kProducerRegisters, false>();
+    produce_chunks<Variant>(p, *storage, sequence, value_head);
+  }
 }
 
 }  // namespace kda

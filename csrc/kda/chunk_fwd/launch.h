@@ -11,6 +11,7 @@ struct ChunkFwdVariant {
   char const* name;
   Dtype dtype;
   int chunk, key_tile;
+  bool wgmma;           // needs compute capability 9.0
   size_t record_bytes;  // workspace per slot and value head
   size_t prepare_shared_bytes, scan_shared_bytes;
   int prepare_threads, scan_threads;

@@ -24,6 +24,7 @@ ChunkFwdVariant describe_chunk_fwd() {
           dtype_of<typename Variant::Element>(),
           Variant::config.chunk,
           Variant::config.key_tile,
+          Variant::config.wgmma,
           sizeof(ChunkRecord<Variant>),
           sizeof(PrepareStorage<Variant>),
           sizeof(ScanStorage<Variant>),

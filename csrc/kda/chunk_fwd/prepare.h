@@ -120,9 +120,10 @@ struct Prepare {
     for (int i = thread; i < int(sizeof(Tile) / 16); i += kThreads) reinterpret_cast<uint4*>(&t)[i] = uint4{};
   }
   template <class Tile>
-  KDA_DEVICE void copy_image(Tile& to, Tile const& from) {
-    for (int i = thread; i < int(sizeof(Tile) / 16); i += kThreads)
-      reinterpret_cast<uint4*>(&to)[i] = reinterpret_cast<uint4 const*>(&from)[i];
+  KDA_DEVICE void copy_image(E* to, Tile const& from) {
+    constexpr int kPieces = Tile::kRows * Tile::kCols / Tile::kPiece;
+    for (int i = thread; i < kPieces; i += kThreads)
+      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<uint4 const*>(from.data)[i];
   }
 
   KDA_DEVICE void finish_token(int token) {

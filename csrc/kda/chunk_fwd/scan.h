@@ -10,7 +10,7 @@
 #include "kda/chunk_fwd/columns.h"
 #include "kda/chunk_fwd/state_io.h"
 #include "kda/chunk_fwd/workspace.h"
-#include "tile/mma_tile.h"
+#include "tile/products.h"
 
 namespace kda {
 
@@ -43,6 +43,9 @@ struct ScanShape : ChunkShape<Variant> {
   static constexpr int kConsumers = kConsumerWarps * 32;
   static constexpr int kProducers = ChunkShape<Variant>::kColumnThreads;
   static constexpr int kThreads = kConsumers + kProducers;
+  // With wgmma the consumers take what the producers can spare: 216 * 128 + 144 * 256 <= 64 K registers.
+  static constexpr int kConsumerRegisters = 216, kProducerRegisters = 144;
+  static_assert(kConsumers * kConsumerRegisters + kProducers * kProducerRegisters <= 65536 || !ChunkShape<Variant>::kConfig.wgmma);
 };
 
 template <class Variant>
@@ -108,9 +111,10 @@ struct ScanProducer {
 
  private:
   template <class Tile>
-  KDA_DEVICE void copy_image(Tile& to, Tile const& from) {
-    for (int i = thread; i < int(sizeof(Tile) / 16); i += Shape::kProducers)
-      cp_async_16(reinterpret_cast<uint4*>(&to) + i, reinterpret_cast<uint4 const*>(&from) + i);
+  KDA_DEVICE void copy_image(Tile& to, E const* from) {
+    constexpr int kPieces = Tile::kRows * Tile::kCols / Tile::kPiece;
+    for (int i = thread; i < kPieces; i += Shape::kProducers)
+      cp_async_16(to.data + i * Tile::kPiece, from + i * Tile::kPiece);
   }
   KDA_DEVICE void store(typename Storage::Wide& t, int row, float2 x, float factor) {
     tile::store_pair<E>(&t.at(row, 2 * pair), tile::to_pair<E>(x.x * factor, x.y * factor));
@@ -126,65 +130,63 @@ struct ScanConsumer {
   static constexpr int kChunk = Shape::kChunk, kKeyTile = Shape::kKeyTile;
   static constexpr int kTokenTiles = kChunk / 8, kKeyTiles = kKeyTile / 8;
 
+  using Products = std::conditional_t<Shape::kConfig.wgmma, tile::WgmmaProducts<E, kChunk, kKeyTile>,
+                                      tile::MmaProducts<E, kChunk, kKeyTile>>;
+
   ChunkFwdParams const& p;
   Storage& s;
-  int const warp, value0;              // this warp's columns of V: value0 + warp * 16 ...
-  tile::Accumulator state[kKeyTiles];  // S^T
-  tile::Accumulator x[kTokenTiles];    // X^T, then U^T
+  int const warp, value0;                    // this warp's columns of V: value0 + warp * 16 ...
+  tile::Accumulator state[kKeyTiles];        // S^T
+  tile::Accumulator x[kTokenTiles];          // X^T, then U^T
+  tile::Accumulator o[kTokenTiles];          // O^T
+  tile::LeftFragment<E> left[kChunk / 16];   // X^T, then U^T, as operand
+  Products products;
+
+  /// Starts S^T (Gamma.K)^T and S^T (scale Gamma.Q)^T.
+  KDA_DEVICE void start(Stage const& in) { products.start_wide(x, o, state, in.gamma_k, in.gamma_q); }
 
   /// X^T = V^T - S^T (Gamma.K)^T
-  KDA_DEVICE void correct_values(Stage const& in, int v_buffer) {
-#pragma unroll
-    for (int c = 0; c < kTokenTiles; ++c) x[c] = tile::Accumulator{};
-    multiply_state(x, in.gamma_k);
+  KDA_DEVICE void correct_values(int v_buffer) {
+    products.template wait<1>();
 #pragma unroll
     for (int c = 0; c < kTokenTiles; c += 2) {
       tile::Accumulator v0, v1;
       tile::load_transposed<E>(v0, v1, s.v[v_buffer], c * 8, warp * 16);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        x[c].x[e] = v0.x[e] - x[c].x[e];
-        x[c + 1].x[e] = v1.x[e] - x[c + 1].x[e];
+        v0.x[e] -= x[c].x[e];
+        v1.x[e] -= x[c + 1].x[e];
       }
+      left[c / 2] = tile::left_from<E>(v0, v1);
     }
   }
 
-  /// U^T = X^T T^T; T is lower triangular: column block c of U^T needs the rows up to c.
+  /// U^T = X^T T^T, and meanwhile S^T <- S^T Diag(Gamma_C)
   KDA_DEVICE void solve(Stage const& in) {
-    tile::Accumulator u[kTokenTiles] = {};
-    multiply_lower(u, in.t);
+    products.start_lower(x, left, in.t, false);
+    const int lane = lane_index();
 #pragma unroll
-    for (int c = 0; c < kTokenTiles; ++c) x[c] = u[c];
+    for (int d = 0; d < kKeyTiles; ++d) {
+      const float2 gamma = *reinterpret_cast<float2 const*>(&in.gamma_c[d * 8 + lane % 4 * 2]);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) state[d].x[e] *= e % 2 ? gamma.y : gamma.x;
+    }
+    products.template wait<0>();
+#pragma unroll
+    for (int c = 0; c < kTokenTiles; c += 2) left[c / 2] = tile::left_from<E>(x[c], x[c + 1]);
   }
 
-  /// O^T = S^T (scale Gamma.Q)^T + U^T A_qk^T, left in the place of V.
-  KDA_DEVICE void output(Stage const& in, int v_buffer) {
-    tile::Accumulator o[kTokenTiles] = {};
-    multiply_state(o, in.gamma_q);
-    multiply_lower(o, in.a_qk);
+  /// O^T += U^T A_qk^T, left in the place of V, and S^T += U^T K~
+  KDA_DEVICE void output_and_advance(Stage const& in, int v_buffer) {
+    products.start_lower(o, left, in.a_qk, true);
+    products.start_outer(state, left, in.k_tilde);
+    products.template wait<1>();
     sync_warp();
 #pragma unroll
     for (int c = 0; c < kTokenTiles; ++c) tile::store_transposed<E>(s.v[v_buffer], c * 8, warp * 16, o[c]);
     sync_warp();
   }
-
-  /// S^T <- S^T Diag(Gamma_C) + U^T K~
-  KDA_DEVICE void advance(Stage const& in) {
-    int const lane = lane_index();
-#pragma unroll
-    for (int d = 0; d < kKeyTiles; ++d) {
-      float2 const gamma = *reinterpret_cast<float2 const*>(&in.gamma_c[d * 8 + lane % 4 * 2]);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) state[d].x[e] *= e % 2 ? gamma.y : gamma.x;
-    }
-#pragma unroll
-    for (int c = 0; c < kChunk; c += 16) {
-      auto const left = tile::left_from<E>(x[c / 8], x[c / 8 + 1]);
-#pragma unroll
-      for (int d = 0; d < kKeyTile; d += 16)
-        tile::multiply<E>(state[d / 8], state[d / 8 + 1], left, tile::load_right_transposed<E>(in.k_tilde, c, d));
-    }
-  }
+  KDA_DEVICE void finish() { products.template wait<0>(); }
 
   KDA_DEVICE void load_values(ChunkOfHead const& chunk, int v_buffer) {
     tile_rows<true>(chunk, v_buffer);
@@ -193,28 +195,6 @@ struct ScanConsumer {
   KDA_DEVICE void store_output(ChunkOfHead const& chunk, int v_buffer) { tile_rows<false>(chunk, v_buffer); }
 
  private:
-  /// acc += S^T rows^T
-  KDA_DEVICE void multiply_state(tile::Accumulator (&acc)[kTokenTiles], typename Storage::Wide const& rows) {
-#pragma unroll
-    for (int d = 0; d < kKeyTile; d += 16) {
-      auto const left = tile::left_from<E>(state[d / 8], state[d / 8 + 1]);
-#pragma unroll
-      for (int c = 0; c < kChunk; c += 16)
-        tile::multiply<E>(acc[c / 8], acc[c / 8 + 1], left, tile::load_right<E>(rows, c, d));
-    }
-  }
-  /// acc += x lower^T
-  template <class Square>
-  KDA_DEVICE void multiply_lower(tile::Accumulator (&acc)[kTokenTiles], Square const& lower) {
-#pragma unroll
-    for (int i = 0; i < kChunk; i += 16) {
-      auto const left = tile::left_from<E>(x[i / 8], x[i / 8 + 1]);
-#pragma unroll
-      for (int c = i; c < kChunk; c += 16)
-        tile::multiply<E>(acc[c / 8], acc[c / 8 + 1], left, tile::load_right<E>(lower, c, i));
-    }
-  }
-
   /// Moves this warp's 16 columns of all rows: V to shared memory (zero beyond the tensor) or O from it.
   template <bool kLoad>
   KDA_DEVICE void tile_rows(ChunkOfHead const& chunk, int v_buffer) {

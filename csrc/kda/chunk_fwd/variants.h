@@ -13,6 +13,11 @@ struct Bf16K64 {
   static constexpr char const* name = "bf16_k64";
   static constexpr ChunkFwdConfig config{64, 64, 2};
 };
+struct Bf16K64C32 {
+  using Element = Bf16;
+  static constexpr char const* name = "bf16_k64_c32";
+  static constexpr ChunkFwdConfig config{32, 64, 2};
+};
 struct Bf16K128 {
   using Element = Bf16;
   static constexpr char const* name = "bf16_k128";
@@ -33,6 +38,11 @@ struct Fp16K64 {
   static constexpr char const* name = "fp16_k64";
   static constexpr ChunkFwdConfig config{64, 64, 2};
 };
+struct Fp16K64C32 {
+  using Element = Fp16;
+  static constexpr char const* name = "fp16_k64_c32";
+  static constexpr ChunkFwdConfig config{32, 64, 2};
+};
 struct Fp16K128 {
   using Element = Fp16;
   static constexpr char const* name = "fp16_k128";
@@ -47,6 +57,27 @@ struct Fp16K256 {
   using Element = Fp16;
   static constexpr char const* name = "fp16_k256";
   static constexpr ChunkFwdConfig config{16, 256, 2};
+};
+// Hopper: the scan's products by warpgroups.
+struct Bf16K64Sm90 {
+  using Element = Bf16;
+  static constexpr char const* name = "bf16_k64_sm90";
+  static constexpr ChunkFwdConfig config{64, 64, 2, true};
+};
+struct Bf16K128Sm90 {
+  using Element = Bf16;
+  static constexpr char const* name = "bf16_k128_sm90";
+  static constexpr ChunkFwdConfig config{64, 128, 2, true};
+};
+struct Fp16K64Sm90 {
+  using Element = Fp16;
+  static constexpr char const* name = "fp16_k64_sm90";
+  static constexpr ChunkFwdConfig config{64, 64, 2, true};
+};
+struct Fp16K128Sm90 {
+  using Element = Fp16;
+  static constexpr char const* name = "fp16_k128_sm90";
+  static constexpr ChunkFwdConfig config{64, 128, 2, true};
 };
 // fp32 through three tf32 products.
 struct Fp32K64 {

@@ -7,14 +7,14 @@ namespace kda {
 
 /// The scan copies `a_qk` and `t` to shared memory as they are: both are images of its swizzled tiles.
 template <class Variant>
-struct ChunkRecord {
+struct alignas(16) ChunkRecord {
   using E = typename Variant::Element;
   static constexpr int kChunk = ChunkShape<Variant>::kChunk;
   using Square = tile::SharedTile<E, kChunk, kChunk>;
 
-  Square t;              // (I + Diag(beta) A_kk)^-1 Diag(beta)
-  Square a_qk;           // scale * A_qk, zero above the diagonal
-  float q_norm[kChunk];  // 1 / |q_r|, or 1
+  E t[kChunk * kChunk];     // (I + Diag(beta) A_kk)^-1 Diag(beta)
+  E a_qk[kChunk * kChunk];  // scale * A_qk, zero above the diagonal
+  float q_norm[kChunk];     // 1 / |q_r|, or 1
   float k_norm[kChunk];
 };
 

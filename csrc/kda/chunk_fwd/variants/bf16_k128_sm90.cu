@@ -1,0 +1,5 @@
+#include "kda/chunk_fwd/launch_variant.h"
+
+namespace kda {
+template ChunkFwdVariant describe_chunk_fwd<Bf16K128Sm90>();
+}

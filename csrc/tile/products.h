@@ -1,0 +1,109 @@
+// The three products of a chain that keeps its left operands in registers, for one warp (mma.sync) or, started together
+// and waited for later, for a warpgroup (wgmma). Same fragments, same shared tiles, same source above.
+#pragma once
+#include "tile/mma_tile.h"
+
+namespace kda::tile {
+
+/// Synchronous: every product is complete when its function returns. Each warp has its own 16 rows.
+template <class E, int kRows, int kDepth>
+struct MmaProducts {
+  static constexpr int kWarps = 1;  // that must call together
+
+  /// x = left first^T and y = left second^T for left [16 x kDepth] and tiles [kRows x kDepth].
+  template <class Tile>
+  KDA_DEVICE void start_wide(Accumulator (&x)[kRows / 8], Accumulator (&y)[kRows / 8],
+                             Accumulator const (&left)[kDepth / 8], Tile const& first, Tile const& second) {
+#pragma unroll
+    for (int c = 0; c < kRows / 8; ++c) x[c] = y[c] = Accumulator{};
+#pragma unroll
+    for (int d = 0; d < kDepth; d += 16) {
+      const auto a = left_from<E>(left[d / 8], left[d / 8 + 1]);
+#pragma unroll
+      for (int c = 0; c < kRows; c += 16) multiply<E>(x[c / 8], x[c / 8 + 1], a, load_right<E>(first, c, d));
+#pragma unroll
+      for (int c = 0; c < kRows; c += 16) multiply<E>(y[c / 8], y[c / 8 + 1], a, load_right<E>(second, c, d));
+    }
+  }
+  /// acc = left lower^T, or added to acc, for a lower triangular [kRows x kRows] tile.
+  template <class Tile>
+  KDA_DEVICE void start_lower(Accumulator (&acc)[kRows / 8], LeftFragment<E> const (&left)[kRows / 16],
+                              Tile const& lower, bool add) {
+    if (!add)
+#pragma unroll
+      for (int c = 0; c < kRows / 8; ++c) acc[c] = Accumulator{};
+#pragma unroll
+    for (int i = 0; i < kRows; i += 16)
+#pragma unroll
+      for (int c = i; c < kRows; c += 16)
+        multiply<E>(acc[c / 8], acc[c / 8 + 1], left[i / 16], load_right<E>(lower, c, i));
+  }
+  /// acc += left tile for a tile [kRows x kDepth].
+  template <class Tile>
+  KDA_DEVICE void start_outer(Accumulator (&acc)[kDepth / 8], LeftFragment<E> const (&left)[kRows / 16],
+                              Tile const& tile) {
+#pragma unroll
+    for (int c = 0; c < kRows; c += 16)
+#pragma unroll
+      for (int d = 0; d < kDepth; d += 16)
+        multiply<E>(acc[d / 8], acc[d / 8 + 1], left[c / 16], load_right_transposed<E>(tile, c, d));
+  }
+  template <int kPending>
+  KDA_DEVICE void wait() {}
+};
+
+/// Asynchronous: accumulators may be touched only after the wait. Each function is one group; the four warps of a
+/// warpgroup call together, each with its own 16 of 64 rows. kRows = 64.
+template <class E, int kRows, int kDepth>
+struct WgmmaProducts {
+  static_assert(kRows == 64 && (kDepth == 64 || kDepth == 128) && sizeof(E) == 2);
+  static constexpr int kWarps = 4;
+  LeftFragment<E> wide_left[kDepth / 16];  // must live until the products have read it
+
+  template <class Tile>
+  KDA_DEVICE void start_wide(Accumulator (&x)[kRows / 8], Accumulator (&y)[kRows / 8],
+                             Accumulator const (&left)[kDepth / 8], Tile const& first, Tile const& second) {
+#pragma unroll
+    for (int d = 0; d < kDepth / 16; ++d) wide_left[d] = left_from<E>(left[2 * d], left[2 * d + 1]);
+    wgmma_fence();
+    start_rows(x, first);
+    wgmma_commit();
+    start_rows(y, second);
+    wgmma_commit();
+  }
+  template <class Tile>
+  KDA_DEVICE void start_lower(Accumulator (&acc)[kRows / 8], LeftFragment<E> const (&left)[kRows / 16],
+                              Tile const& lower, bool add) {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kRows / 16; ++i)
+      wgmma_m64k16<E, kRows, false>(acc, left[i].x, wgmma_descriptor(&lower.data[i * 16], 0, 1024), add || i > 0);
+    wgmma_commit();
+  }
+  template <class Tile>
+  KDA_DEVICE void start_outer(Accumulator (&acc)[kDepth / 8], LeftFragment<E> const (&left)[kRows / 16],
+                              Tile const& tile) {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kRows / 16; ++i)
+      wgmma_m64k16<E, kDepth, true>(acc, left[i].x,
+                                    wgmma_descriptor(&tile.data[i * 16 * Tile::kPanel], Tile::kPanelBytes, 1024), true);
+    wgmma_commit();
+  }
+  template <int kPending>
+  KDA_DEVICE void wait() {
+    wgmma_wait<kPending>();
+  }
+
+ private:
+  template <class Tile>
+  KDA_DEVICE void start_rows(Accumulator (&x)[kRows / 8], Tile const& tile) {
+#pragma unroll
+    for (int d = 0; d < kDepth / 16; ++d) {
+      const int at = d * 16 / Tile::kPanel * Tile::kPanel * kRows + d * 16 % Tile::kPanel;
+      wgmma_m64k16<E, kRows, false>(x, wide_left[d].x, wgmma_descriptor(&tile.data[at], 0, 1024), d > 0);
+    }
+  }
+};
+
+}  // namespace kda::tile
