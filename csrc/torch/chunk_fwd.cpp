@@ -70,7 +70,8 @@ void set_plan(ChunkFwdParams& p, Tensor const& q, OptionalTensor const& cu_seqle
   p.plan.cu_seqlens_is_int64 = cu_seqlens->scalar_type() == ScalarType::Long;
 }
 
-/// Rows of the kept states. Variable lengths must be known to the host: the one synchronisation of this op.
+/// Rows of the kept states. Variable lengths must be known to the host: where the caller does not say how many rows
+/// there are, this is the one synchronisation of the op.
 int64_t chunk_state_rows(ChunkPlan const& plan, OptionalTensor const& cu_seqlens, int64_t chunk_size) {
   if (!cu_seqlens) return (plan.tokens + chunk_size - 1) / chunk_size;
   Tensor const host = torch::stable::to(*cu_seqlens, torch::stable::Device(torch::headeronly::DeviceType::CPU));
@@ -93,7 +94,8 @@ std::tuple<Tensor, Tensor, Tensor> chunk_fwd(Tensor q, Tensor k, Tensor v, Tenso
                                              OptionalTensor cu_seqlens, double scale, bool use_qk_l2norm, bool use_gate,
                                              bool use_beta_sigmoid, bool allow_neg_eigval,
                                              std::optional<double> lower_bound, bool state_v_first,
-                                             bool output_final_state, int64_t chunk_size, bool output_chunk_states) {
+                                             bool output_final_state, int64_t chunk_size, bool output_chunk_states,
+                                             std::optional<int64_t> known_state_rows) {
   for (auto const& [name, x, rank] :
        {std::tuple{"q", &q, 4}, {"k", &k, 4}, {"v", &v, 4}, {"g", &g, 4}, {"beta", &beta, 3}})
     require(x->dim() == rank, kOp,
@@ -132,9 +134,11 @@ std::tuple<Tensor, Tensor, Tensor> chunk_fwd(Tensor q, Tensor k, Tensor v, Tenso
   }
   Tensor h = torch::stable::new_empty(k, {0});
   if (output_chunk_states) {
-    int64_t const kept = chunk_state_rows(p.plan, cu_seqlens, chunk_size);
+    int64_t const kept =
+        cu_seqlens && known_state_rows ? *known_state_rows : chunk_state_rows(p.plan, cu_seqlens, chunk_size);
+    require(kept >= 0, kOp, "chunk_state_rows is negative");
     h = torch::stable::new_empty(k, {q.size(0), kept, p.value_heads, rows, cols});
-    p.chunk_states = h.data_ptr(), p.chunk_states_type = state_type(h, "h");
+    p.chunk_states = h.data_ptr(), p.chunk_state_rows = q.size(0) * kept, p.chunk_states_type = state_type(h, "h");
     p.chunk_state_tokens = int32_t(chunk_size), p.chunk_states_value_first = state_v_first;
   }
   int64_t const bytes = int64_t(variant->workspace_bytes(p.plan, p.value_heads));

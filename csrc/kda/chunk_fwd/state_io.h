@@ -87,6 +87,7 @@ KDA_DEVICE int64_t first_chunk_state(ChunkFwdParams const& p, int n) {
 KDA_DEVICE StateAt chunk_state_at(ChunkFwdParams const& p, int64_t first, int64_t token, int value_head) {
   if (!p.chunk_states || token % p.chunk_state_tokens) return {};
   int64_t const row = first + token / p.chunk_state_tokens;
+  if (row >= p.chunk_state_rows) return {};
   return {p.chunk_states, (row * p.value_heads + value_head) * p.key_dim * p.value_dim,
           p.chunk_states_value_first ? 1 : p.value_dim, p.chunk_states_value_first ? p.key_dim : 1,
           p.chunk_states_type};
