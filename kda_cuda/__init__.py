@@ -1,14 +1,22 @@
 """Kimi Delta Attention: CUDA kernels as torch ops, a reference for every device, and a hybrid model on top."""
 
-from . import build_info as _build_info
-from . import library as _library  # noqa: F401  (defines torch.ops.kda_cuda before the kernels register with it)
+import os as _os
 
-_build_info.load_ops()
-_build_info.announce_reference_only()
+from . import library as _library  # defines torch.ops.kda_cuda before the kernels register with it
+from . import variants as _variants
+from .build_info import announce_reference_only as _announce_reference_only
+from .build_info import build_info
+from .build_info import load_ops as _load_ops
 
-from .build_info import build_info  # noqa: E402
+if _load_ops():
+    _variants.find_kernels(_library.NAMESPACE)
+_announce_reference_only()
+
+from .explanation import explain  # noqa: E402
 from .ops import chunk_kda, fused_recurrent_kda, kda_gate  # noqa: E402
-from .variants import explain  # noqa: E402
+
+if _os.environ.get("KDA_CUDA_EMULATE") == "1":
+    from . import testing as _testing  # noqa: F401  (loads the emulated kernels)
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "build_info", "chunk_kda", "explain", "fused_recurrent_kda", "kda_gate"]

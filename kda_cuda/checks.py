@@ -6,6 +6,7 @@ names the op, the argument, what it got and what was expected.
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -36,9 +37,10 @@ class Checker:
         if not isinstance(x, Tensor):
             raise self.type_error(f"{name} is a {type(x).__name__}, expected a Tensor")
 
-    def device(self, name: str, x: Tensor, device: torch.device, owner: str) -> None:
+    def device(self, name: str, x: Tensor, device: torch.device, owner: str | None = None) -> None:
         if x.device != device:
-            raise self.value_error(f"{name} is on {x.device}, expected {device} like {owner}")
+            like = f" like {owner}" if owner else ""
+            raise self.value_error(f"{name} is on {x.device}, expected {device}{like}")
 
     def rank(self, name: str, x: Tensor, dims: str) -> None:
         expected = len(dims.split(", "))
@@ -63,6 +65,10 @@ class Checker:
             raise self.type_error(f"{name} is {x!r} ({type(x).__name__}), expected a number")
         return float(x)
 
+    def integer(self, name: str, x: object) -> None:
+        if isinstance(x, bool) or not isinstance(x, int):
+            raise self.type_error(f"{name} is {x!r} ({type(x).__name__}), expected an int")
+
     def choice(self, name: str, x: object, allowed) -> None:
         if x not in allowed:
             raise self.value_error(f"{name} is {x!r}, expected one of {list(allowed)}")
@@ -73,6 +79,10 @@ def check_contents(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return x.device.type == "cpu" or os.environ.get("KDA_CUDA_CHECK") == "1"
+
+
+def cu_seqlens_list(cu_seqlens: Tensor) -> list[int]:
+    return cu_seqlens.detach().tolist()
 
 
 def check_cu_seqlens(c: Checker, q: Tensor, cu_seqlens: Tensor, cu_seqlens_cpu: Tensor | None) -> None:
@@ -86,21 +96,41 @@ def check_cu_seqlens(c: Checker, q: Tensor, cu_seqlens: Tensor, cu_seqlens_cpu: 
         raise c.value_error(f"q has shape {list(q.shape)}, expected B=1 with cu_seqlens")
     if cu_seqlens_cpu is not None:
         c.tensor("cu_seqlens_cpu", cu_seqlens_cpu)
-        if cu_seqlens_cpu.device.type != "cpu":
-            raise c.value_error(f"cu_seqlens_cpu is on {cu_seqlens_cpu.device}, expected cpu")
+        c.device("cu_seqlens_cpu", cu_seqlens_cpu, torch.device("cpu"))
+        c.rank("cu_seqlens_cpu", cu_seqlens_cpu, "N+1")
         c.dtype("cu_seqlens_cpu", cu_seqlens_cpu, INDEX_DTYPES)
         c.shape("cu_seqlens_cpu", cu_seqlens_cpu, **{"N+1": cu_seqlens.shape[0]})
-    known = cu_seqlens_cpu if cu_seqlens_cpu is not None else cu_seqlens
-    if not check_contents(known):
+        check_boundaries(c, "cu_seqlens_cpu", cu_seqlens_cpu, q.shape[1])
+    if check_contents(cu_seqlens):
+        check_boundaries(c, "cu_seqlens", cu_seqlens, q.shape[1])
+
+
+def check_boundaries(c: Checker, name: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """From 0 to T, never backwards. One vectorised look, a second one only to say what is wrong."""
+    if torch.compiler.is_compiling():
         return
-    bounds = known.tolist()
+    bounds = cu_seqlens_list(cu_seqlens)
+    if bounds[0] == 0 and bounds[-1] == tokens and bounds == sorted(bounds):
+        return
     if bounds[0] != 0:
-        raise c.value_error(f"cu_seqlens starts with {bounds[0]}, expected 0")
-    if bounds[-1] != q.shape[1]:
-        raise c.value_error(f"cu_seqlens ends with {bounds[-1]}, expected T={q.shape[1]}")
+        raise c.value_error(f"{name}[0] is {bounds[0]}, expected 0")
     for i in range(1, len(bounds)):
         if bounds[i] < bounds[i - 1]:
-            raise c.value_error(f"cu_seqlens[{i}] is {bounds[i]} after {bounds[i - 1]}, expected no decrease")
+            raise c.value_error(f"{name}[{i}] is {bounds[i]} after {bounds[i - 1]}, expected no decrease")
+    raise c.value_error(f"{name}[-1] is {bounds[-1]}, expected T={tokens}")
+
+
+def check_initial_state(
+    c: Checker, state: Tensor, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, state_v_first: bool
+) -> None:
+    c.tensor("initial_state", state)
+    c.device("initial_state", state, q.device, "q")
+    dims = "N, HV, V, K" if state_v_first else "N, HV, K, V"
+    c.rank("initial_state", state, dims)
+    c.dtype("initial_state", state, (torch.float64 if q.dtype == torch.float64 else torch.float32,))
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sizes = {"N": sequences, "HV": v.shape[2], "K": q.shape[3], "V": v.shape[3]}
+    c.shape("initial_state", state, **{d: sizes[d] for d in dims.split(", ")})
 
 
 def check_qkvgb(c: Checker, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
@@ -136,14 +166,14 @@ def check_qkvgb(c: Checker, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Te
 def check_gate_parameters(
     c: Checker, owner: Tensor, value_heads: int, key_dim: int, A_log, dt_bias, lower_bound: float | None
 ) -> tuple[Tensor | None, Tensor | None, float | None]:
-    """The gate parameters as ``[HV]`` and ``[HV, K]``."""
+    """The gate parameters as ``[HV]`` and ``[HV, K]``, in fp32 (float64 may stay where ``owner`` has it)."""
     if lower_bound is not None:
         lower_bound = c.number("lower_bound", lower_bound)
-        if not lower_bound < 0:
-            raise c.value_error(f"lower_bound is {lower_bound}, expected a negative number")
+        if not -math.inf < lower_bound < 0:
+            raise c.value_error(f"lower_bound is {lower_bound}, expected a finite negative number")
     elif A_log is None:
         raise c.value_error("A_log is None, expected a Tensor [HV] (it may be absent only with a lower_bound)")
-    allowed = (torch.float32,) if owner.dtype != torch.float64 else (torch.float64, torch.float32)
+    computed = (torch.float32,) if owner.dtype != torch.float64 else (torch.float32, torch.float64)
     shapes = {"A_log": (A_log, {"HV": value_heads}), "dt_bias": (dt_bias, {"HV": value_heads, "K": key_dim})}
     views = []
     for name, (x, dims) in shapes.items():
@@ -152,9 +182,9 @@ def check_gate_parameters(
             continue
         c.tensor(name, x)
         c.device(name, x, owner.device, "g")
-        c.dtype(name, x, allowed)
-        elements = value_heads * (key_dim if "K" in dims else 1)
-        if x.numel() != elements:
+        c.dtype(name, x, FLOAT_DTYPES)
+        if x.numel() != math.prod(dims.values()):
             c.shape(name, x, **dims)
+        x = x if x.dtype in computed else x.float()
         views.append(x.reshape(tuple(dims.values())).contiguous())
     return views[0], views[1], lower_bound

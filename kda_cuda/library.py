@@ -23,7 +23,10 @@ _INPUTS = (
     "Tensor? cu_seqlens, float scale, bool use_qk_l2norm, bool use_gate, bool use_beta_sigmoid, "
     "bool allow_neg_eigval, float? lower_bound, bool state_v_first"
 )
-_CHUNK = f"({_INPUTS}, bool output_final_state, int chunk_size, bool output_chunk_states) -> (Tensor, Tensor, Tensor)"
+_CHUNK = (
+    f"({_INPUTS}, bool output_final_state, int chunk_size, bool output_chunk_states, SymInt? chunk_state_rows=None) "
+    "-> (Tensor, Tensor, Tensor)"
+)
 _GATE = "(Tensor g, Tensor? A_log, Tensor? dt_bias, float? lower_bound, ScalarType dtype) -> Tensor"
 
 SCHEMAS = {
@@ -76,6 +79,7 @@ def _state_shape(q, v, cu_seqlens, v_first):
 def _fake_chunk_fwd(
     q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, use_qk_l2norm, use_gate, use_beta_sigmoid,
     allow_neg_eigval, lower_bound, state_v_first, output_final_state, chunk_size, output_chunk_states,
+    chunk_state_rows=None,
 ):  # fmt: skip
     dtype = compute_dtype(q.dtype)
     final_state = q.new_empty(0, dtype=dtype)
@@ -87,7 +91,7 @@ def _fake_chunk_fwd(
         if cu_seqlens is None:
             rows = (q.shape[0], -(-q.shape[1] // chunk_size))
         else:
-            rows = (1, torch.library.get_ctx().new_dynamic_size())
+            rows = (1, chunk_state_rows if chunk_state_rows is not None else torch.library.get_ctx().new_dynamic_size())
         h = k.new_empty((*rows, *state))
     return v.new_empty(v.shape), final_state, h
 
@@ -121,6 +125,30 @@ def _present(gradient: Tensor, argument) -> Tensor | None:
     return gradient if isinstance(argument, Tensor) else None
 
 
+class _OnceDifferentiable(torch.autograd.Function):
+    """Runs a backward under ``create_graph=True``: an error where its result is differentiated, never a wrong zero."""
+
+    @staticmethod
+    def forward(ctx, op, *args):
+        ctx.op = op
+        return op(*args)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.op} has no derivative: second derivatives of kda_cuda's ops are not implemented")
+
+
+def _backward(namespace: str, name: str, x: Tensor, args: tuple) -> tuple[Tensor, ...]:
+    """The backward of the same namespace where it has one for this device, else the reference's."""
+    from . import variants  # which imports this module for the names
+
+    served_by, reason = variants.choose_backward(name, namespace, x)
+    if served_by == NAMESPACE_REFERENCE != namespace:
+        variants.warn_no_kernel(name, reason)
+    op = variants.op_in(served_by, name)
+    return _OnceDifferentiable.apply(op, *args) if torch.is_grad_enabled() else op(*args)
+
+
 def _save_gate(ctx, inputs, output):
     g, A_log, dt_bias, ctx.lower_bound, _ = inputs
     ctx.save_for_backward(g, A_log, dt_bias)
@@ -128,40 +156,28 @@ def _save_gate(ctx, inputs, output):
 
 def _gate_backward(namespace: str, ctx, dy):
     g, A_log, dt_bias = ctx.saved_tensors
-    dg, dA_log, ddt_bias = backward_op(namespace, "kda_gate_bwd", g)(dy, g, A_log, dt_bias, ctx.lower_bound)
-    return dg, _present(dA_log, A_log), _present(ddt_bias, dt_bias), None, None
+    gradients = _backward(namespace, "kda_gate_bwd", g, (dy, g, A_log, dt_bias, ctx.lower_bound))
+    return *(_present(d, x) for d, x in zip(gradients, (g, A_log, dt_bias), strict=True)), None, None
 
 
 def _save_chunk(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:9])
-    *ctx.options, _, ctx.chunk_size, _ = inputs[9:]
+    *ctx.options, _, ctx.chunk_size, _, _ = inputs[9:]
     ctx.set_materialize_grads(False)
 
 
 def _chunk_backward(namespace: str, ctx, do, dfinal_state, dh):
     tensors = ctx.saved_tensors
-    q, v = tensors[0], tensors[2]
+    v = tensors[2]
     do = v.new_zeros(v.shape) if do is None else do
     if dfinal_state is not None and dfinal_state.numel() == 0:
         dfinal_state = None
-    op = backward_op(namespace, "chunk_bwd", q)
-    gradients = op(do, dfinal_state, *tensors, *ctx.options, ctx.chunk_size)
-    gradients = [_present(d, x) for d, x in zip(gradients, tensors[:8], strict=True)]
-    return *gradients, *([None] * 11)
+    args = (do, dfinal_state, *tensors, *ctx.options, ctx.chunk_size)
+    gradients = _backward(namespace, "chunk_bwd", tensors[0], args)
+    return *(_present(d, x) for d, x in zip(gradients, tensors[:8], strict=True)), *([None] * 12)
 
 
 _AUTOGRAD = {"chunk": (_chunk_backward, _save_chunk), "kda_gate": (_gate_backward, _save_gate)}
-
-
-def backward_op(namespace: str, name: str, x: Tensor) -> Callable:
-    """The backward of the same namespace where it has one for this device, else the reference's."""
-    from .variants import has_kernel, warn_no_kernel
-
-    if namespace == NAMESPACE_EMULATED or (namespace == NAMESPACE and x.is_cuda):
-        if not has_kernel(name, emulated=namespace == NAMESPACE_EMULATED):
-            warn_no_kernel(name, "its backward kernel is not written yet")
-            namespace = NAMESPACE_REFERENCE
-    return getattr(getattr(torch.ops, namespace), name)
 
 
 # ---- registration --------------------------------------------------------------------------------------------------
@@ -174,6 +190,21 @@ def _functional_of(namespace: str, raw: str) -> Callable:
         return getattr(getattr(torch.ops, namespace), raw)(*args)
 
     return forward
+
+
+def _as_kernel(function: Callable) -> Callable:
+    """A reference function as the dispatcher runs it: exact under autocast, and no graph of its own."""
+
+    @functools.wraps(function)
+    def kernel(*args):
+        device = args[0].device.type
+        with torch.no_grad():
+            if not torch.is_autocast_enabled(device):
+                return function(*args)
+            with torch.autocast(device, enabled=False):
+                return function(*args)
+
+    return kernel
 
 
 def define_namespace(namespace: str, reference_key: str | None) -> None:
@@ -191,7 +222,7 @@ def define_namespace(namespace: str, reference_key: str | None) -> None:
                 qualified, functools.partial(backward, namespace), setup_context=setup_context, lib=library
             )
         elif reference_key:
-            library.impl(name, REFERENCE[name], reference_key)
+            library.impl(name, _as_kernel(REFERENCE[name]), reference_key)
 
 
 define_namespace(NAMESPACE, "CPU")

@@ -2,80 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
-from .checks import Checker, check_cu_seqlens, check_gate_parameters, check_qkvgb
-from .library import NAMESPACE
-from .variants import op_for
+from . import calls, variants
+from .checks import FLOAT_DTYPES, Checker, check_gate_parameters
 
 __all__ = ["chunk_kda", "fused_recurrent_kda", "kda_gate"]
-
-_CHUNK_KWARGS = ("A_log", "dt_bias", "chunk_size", "transpose_state_layout", "use_graph", "max_num_seqs")
-_RECURRENT_KWARGS = ("transpose_state_layout",)
-
-
-def _take_kwargs(c: Checker, kwargs: dict, known: tuple[str, ...]) -> None:
-    unknown = sorted(set(kwargs) - set(known))
-    if unknown:
-        raise c.type_error(f"got unexpected keyword arguments {unknown}, expected some of {sorted(known)}")
-
-
-def _state_layout(c: Checker, state_v_first: bool, kwargs: dict) -> bool:
-    if "transpose_state_layout" not in kwargs:
-        c.boolean("state_v_first", state_v_first)
-        return state_v_first
-    if state_v_first:
-        raise c.value_error("got both state_v_first and transpose_state_layout, expected only state_v_first")
-    warnings.warn("transpose_state_layout is deprecated: use state_v_first", DeprecationWarning, stacklevel=4)
-    c.boolean("transpose_state_layout", kwargs["transpose_state_layout"])
-    return kwargs["transpose_state_layout"]
-
-
-def _checked_inputs(
-    c: Checker, q, k, v, g, beta, A_log, dt_bias, scale, initial_state, flags: dict[str, bool], lower_bound,
-    state_v_first: bool, cu_seqlens, cu_seqlens_cpu,
-) -> tuple:  # fmt: skip
-    """All checks that chunk_kda and fused_recurrent_kda share; returns the ops' common arguments."""
-    check_qkvgb(c, q, k, v, g, beta)
-    batch, _, _, key_dim = q.shape
-    value_heads, value_dim = v.shape[2:]
-    for name, flag in flags.items():
-        c.boolean(name, flag)
-    if flags["allow_neg_eigval"] and not flags["use_beta_sigmoid_in_kernel"]:
-        raise c.value_error("allow_neg_eigval is True without use_beta_sigmoid_in_kernel, expected both")
-    if flags["use_gate_in_kernel"]:
-        A_log, dt_bias, lower_bound = check_gate_parameters(c, g, value_heads, key_dim, A_log, dt_bias, lower_bound)
-    else:
-        A_log = dt_bias = lower_bound = None
-    if cu_seqlens is not None:
-        check_cu_seqlens(c, q, cu_seqlens, cu_seqlens_cpu)
-    elif cu_seqlens_cpu is not None:
-        raise c.value_error("cu_seqlens_cpu was given without cu_seqlens")
-    if initial_state is not None:
-        c.tensor("initial_state", initial_state)
-        c.device("initial_state", initial_state, q.device, "q")
-        dims = "N, HV, V, K" if state_v_first else "N, HV, K, V"
-        c.rank("initial_state", initial_state, dims)
-        c.dtype("initial_state", initial_state, (torch.float64 if q.dtype == torch.float64 else torch.float32,))
-        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        sizes = {"N": sequences, "HV": value_heads, "K": key_dim, "V": value_dim}
-        c.shape("initial_state", initial_state, **{d: sizes[d] for d in dims.split(", ")})
-    scale = key_dim**-0.5 if scale is None else c.number("scale", scale)
-    transforms = (
-        flags["use_qk_l2norm_in_kernel"],
-        flags["use_gate_in_kernel"],
-        flags["use_beta_sigmoid_in_kernel"],
-        flags["allow_neg_eigval"],
-        lower_bound,
-    )
-    return (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, *transforms, state_v_first)
-
-
-def _needs_grad(*arguments) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
 def chunk_kda(
@@ -105,7 +38,7 @@ def chunk_kda(
 
     For each head, with a state :math:`S \in R^{K \times V}` (Kimi Linear report, arXiv 2510.26692, section 3):
 
-    .. math:: S_t = (I - \beta_t k_t k_t^T) \, Diag(e^{g_t}) \, S_{t-1} + \beta_t k_t v_t^T, \quad o_t = scale \, S_t^T q_t
+    .. math:: S_t = (I - \beta_t k_t k_t^T) Diag(e^{g_t}) S_{t-1} + \beta_t k_t v_t^T, \quad o_t = scale \, S_t^T q_t
 
     Args:
         q, k: ``[B, T, H, K]``, K <= 256; fp32, fp16 or bf16 (float64 on the CPU).
@@ -149,30 +82,32 @@ def chunk_kda(
         (torch.Size([1, 100, 2, 64]), torch.Size([1, 2, 64, 64]))
     """
     c = Checker("chunk_kda")
-    _take_kwargs(c, kwargs, _CHUNK_KWARGS)
-    state_v_first = _state_layout(c, state_v_first, kwargs)
+    calls.take_kwargs(c, kwargs, calls.CHUNK_KWARGS)
+    state_v_first = calls.state_layout(c, state_v_first, kwargs)
     flags = {
         "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
         "use_gate_in_kernel": use_gate_in_kernel,
         "use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel,
         "allow_neg_eigval": allow_neg_eigval,
         "output_final_state": output_final_state,
+        "safe_gate": safe_gate,
+        "disable_recompute": disable_recompute,
         "return_intermediate_states": return_intermediate_states,
     }
-    common = _checked_inputs(
+    common = calls.common_arguments(
         c, q, k, v, g, beta, kwargs.get("A_log"), kwargs.get("dt_bias"), scale, initial_state, flags, lower_bound,
         state_v_first, cu_seqlens, cu_seqlens_cpu,
     )  # fmt: skip
     chunk_size = kwargs.get("chunk_size", 64)
-    c.choice("chunk_size", chunk_size, (32, 64))
+    c.choice("chunk_size", chunk_size, calls.CHUNK_SIZES)
     if cp_context is not None:
         raise c.value_error(f"cp_context is a {type(cp_context).__name__}, expected None: no context parallelism here")
-    if return_intermediate_states and not torch.is_inference_mode_enabled():
-        raise c.value_error("return_intermediate_states is True outside torch.inference_mode(), expected inside")
-    op = "chunk" if _needs_grad(*common) else "chunk_fwd"
-    o, final_state, h = op_for(op, "chunk_fwd", q)(*common, output_final_state, chunk_size, return_intermediate_states)
-    final_state = final_state if output_final_state else None
-    return (o, final_state, h) if return_intermediate_states else (o, final_state)
+    if not return_intermediate_states:
+        return calls.run_chunk(common, output_final_state, chunk_size)[:2]
+    if not torch.is_inference_mode_enabled():
+        raise c.value_error("return_intermediate_states is True outside of torch.inference_mode(), expected inside")
+    rows = calls.chunk_state_rows(c, cu_seqlens, cu_seqlens_cpu, chunk_size)
+    return calls.run_chunk(common, output_final_state, chunk_size, True, rows)
 
 
 def fused_recurrent_kda(
@@ -210,8 +145,8 @@ def fused_recurrent_kda(
         torch.Size([4, 1, 2, 64])
     """
     c = Checker("fused_recurrent_kda")
-    _take_kwargs(c, kwargs, _RECURRENT_KWARGS)
-    state_v_first = _state_layout(c, state_v_first, kwargs)
+    calls.take_kwargs(c, kwargs, calls.RECURRENT_KWARGS)
+    state_v_first = calls.state_layout(c, state_v_first, kwargs)
     flags = {
         "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
         "use_gate_in_kernel": use_gate_in_kernel,
@@ -219,20 +154,10 @@ def fused_recurrent_kda(
         "allow_neg_eigval": allow_neg_eigval,
         "output_final_state": output_final_state,
     }
-    common = _checked_inputs(
+    common = calls.common_arguments(
         c, q, k, v, g, beta, A_log, dt_bias, scale, initial_state, flags, lower_bound, state_v_first, cu_seqlens, None
     )
-    if _needs_grad(*common):
-        o, final_state, _ = op_for("chunk", "chunk_fwd", q)(*common, output_final_state, 64, False)
-    elif q.device.type == "cpu" and q.shape[1] <= _FEW_TOKENS and op_for("chunk_fwd", "chunk_fwd", q) is _CPU_CHUNK:
-        o, final_state = getattr(torch.ops, NAMESPACE).recurrent_fwd(*common, output_final_state)
-    else:
-        o, final_state, _ = op_for("chunk_fwd", "chunk_fwd", q)(*common, output_final_state, 64, False)
-    return o, final_state if output_final_state else None
-
-
-_FEW_TOKENS = 16  # up to here the recurrence is faster on the CPU than one chunk
-_CPU_CHUNK = torch.ops.kda_cuda.chunk_fwd
+    return calls.run_recurrent(common, output_final_state)
 
 
 def kda_gate(
@@ -269,16 +194,15 @@ def kda_gate(
     """
     c = Checker("kda_gate")
     c.tensor("g", g)
-    c.dtype("g", g, (torch.float32, torch.float16, torch.bfloat16, torch.float64))
+    c.dtype("g", g, FLOAT_DTYPES[:3] if g.device.type == "cuda" else FLOAT_DTYPES)
     if head_dim is not None:
+        c.integer("head_dim", head_dim)
         if g.dim() < 1 or head_dim < 1 or g.shape[-1] % head_dim:
-            raise c.value_error(
-                f"g has shape {list(g.shape)}, expected a last dimension that head_dim={head_dim} divides"
-            )
-        g = g.unflatten(-1, (-1, head_dim))
+            raise c.value_error(f"g has shape {list(g.shape)}, expected [..., HV*K] with K=head_dim={head_dim}")
+        g = g.unflatten(-1, (g.shape[-1] // head_dim, head_dim))
     if g.dim() < 2:
-        raise c.value_error(f"g has shape {list(g.shape)}, expected [..., HV, K]")
+        raise c.value_error(f"g has shape {list(g.shape)}, expected [..., HV, K], or [..., HV*K] with head_dim=K")
     A_log, dt_bias, lower_bound = check_gate_parameters(c, g, *g.shape[-2:], A_log, dt_bias, lower_bound)
-    c.choice("dtype", dtype, (torch.float32, torch.float16, torch.bfloat16, torch.float64))
-    op = "kda_gate" if _needs_grad(g, A_log, dt_bias) else "kda_gate_fwd"
-    return op_for(op, "kda_gate_fwd", g)(g, A_log, dt_bias, lower_bound, dtype)
+    c.choice("dtype", dtype, FLOAT_DTYPES)
+    op = "kda_gate" if calls.needs_grad(g, A_log, dt_bias) else "kda_gate_fwd"
+    return variants.run(op, "kda_gate_fwd", (g, A_log, dt_bias, lower_bound, dtype))

@@ -34,6 +34,7 @@ def load_emulator() -> ctypes.CDLL:
         raise FileNotFoundError(f"{path} does not exist: build it with `make emulator`, or set KDA_CUDA_EMULATE_LIB")
     library.define_namespace(library.NAMESPACE_EMULATED, None)
     torch.ops.load_library(str(path))
+    variants.find_kernels(library.NAMESPACE_EMULATED)
     handle = ctypes.CDLL(str(path))
     handle.kda_emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     return handle

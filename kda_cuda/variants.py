@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import build_info
-from .library import NAMESPACE, NAMESPACE_EMULATED, NAMESPACE_REFERENCE
+from .build_info import ops_library, why_no_ops
+from .library import NAMESPACE, NAMESPACE_EMULATED, NAMESPACE_REFERENCE, SCHEMAS
 
 _emulating = os.environ.get("KDA_CUDA_EMULATE") == "1"
+_kernels: dict[str, frozenset[str]] = {NAMESPACE: frozenset(), NAMESPACE_EMULATED: frozenset()}
 _warned: set[str] = set()
+_planning = False
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def set_emulating(on: bool) -> bool:
@@ -27,10 +33,52 @@ def emulating() -> bool:
     return _emulating
 
 
-def has_kernel(op: str, emulated: bool = False) -> bool:
-    """Whether a compiled kernel of this op is loaded: the dispatcher knows."""
-    namespace, key = (NAMESPACE_EMULATED, "CPU") if emulated else (NAMESPACE, "CUDA")
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op}", key)
+def find_kernels(namespace: str) -> None:
+    """Asks the dispatcher which ops a library just loaded implements: once, which is fast and what torch.compile needs."""
+    key = "CPU" if namespace == NAMESPACE_EMULATED else "CUDA"
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    _kernels[namespace] = frozenset(op for op in SCHEMAS if has_kernel(f"{namespace}::{op}", key))
+
+
+def kernels(namespace: str) -> frozenset[str]:
+    """The ops of a namespace that a loaded library implements."""
+    return _kernels[namespace]
+
+
+def unserved(op: str, x: Tensor) -> str | None:
+    """Why no kernel of ``op`` can serve tensors like ``x``; None if one can."""
+    if op not in _kernels[NAMESPACE_EMULATED if x.device.type == "cpu" else NAMESPACE]:
+        return "no kernel of it is compiled in" if ops_library() else why_no_ops()
+    if x.dtype not in KERNEL_DTYPES:
+        return f"kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+    return None
+
+
+def choose(op: str, x: Tensor) -> tuple[str, str]:
+    """The namespace that serves ``op`` on tensors like ``x``, and the reason.
+
+    Raises inside ``emulated()`` where no emulated kernel serves the call.
+    """
+    if x.device.type == "cpu":
+        if not _emulating:
+            return NAMESPACE, "CPU tensors run the PyTorch reference"
+        reason = unserved(op, x)
+        if reason:
+            raise RuntimeError(f"kda_cuda::{op}: no emulated kernel serves this call: {reason}")
+        return NAMESPACE_EMULATED, "the kernel, compiled for the CPU"
+    if x.device.type == "cuda":
+        reason = unserved(op, x)
+        return (NAMESPACE_REFERENCE, reason) if reason else (NAMESPACE, "compiled kernel")
+    return NAMESPACE_REFERENCE, f"no kernel for {x.device.type} tensors"
+
+
+def choose_backward(op: str, namespace: str, x: Tensor) -> tuple[str, str]:
+    """The same for the backward of a call that ``namespace`` served: its own, or the reference on the same device."""
+    if is_kernel(namespace, x):
+        if op not in _kernels[namespace]:
+            return NAMESPACE_REFERENCE, "its backward kernel is not compiled in"
+        return namespace, "compiled kernel"
+    return namespace, "the forward runs the PyTorch reference"
 
 
 def warn_no_kernel(op: str, reason: str) -> None:
@@ -38,69 +86,55 @@ def warn_no_kernel(op: str, reason: str) -> None:
     text = f"kda_cuda::{op} runs the PyTorch reference instead of a kernel: {reason}"
     if os.environ.get("KDA_CUDA_STRICT") == "1":
         raise RuntimeError(f"{text} (KDA_CUDA_STRICT=1)")
-    if text not in _warned and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and text not in _warned:
         _warned.add(text)
         warnings.warn(text, stacklevel=4)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The namespace that serves a call and the reason."""
-
-    op: str
-    namespace: str
-    reason: str
-    kernel: bool
-
-    def __str__(self) -> str:
-        what = "kernel" if self.kernel else "reference"
-        return f"{self.op}: {what} (torch.ops.{self.namespace}.{self.op}): {self.reason}"
+@functools.cache
+def op_in(namespace: str, op: str) -> Callable:
+    return getattr(getattr(torch.ops, namespace), op).default
 
 
-def unserved(op: str, x: Tensor) -> str | None:
-    """Why no kernel of ``op`` can serve tensors like ``x``; None if one can."""
-    if not has_kernel(op, emulated=x.device.type == "cpu"):
-        return "its kernel is not compiled in" if build_info.ops_library() else build_info.why_no_ops()
-    if x.dtype == torch.float64:
-        return "kernels take fp32, fp16 and bf16, not float64"
-    return None
+class Planned(Exception):
+    """Raised in place of a call while :func:`explain` looks at it."""
+
+    def __init__(self, op: str, raw: str, arguments: tuple):
+        self.op, self.raw, self.arguments = op, raw, arguments
 
 
-def choose(op: str, x: Tensor) -> Choice:
-    """Decides for ``op`` on tensors like ``x``. Raises inside ``emulated()`` where no emulated kernel serves the call."""
-    if x.device.type == "cpu":
-        if not _emulating:
-            return Choice(op, NAMESPACE, "CPU tensors run the PyTorch reference", False)
-        reason = unserved(op, x)
-        if reason:
-            raise RuntimeError(f"kda_cuda::{op}: no emulated kernel serves this call: {reason}")
-        return Choice(op, NAMESPACE_EMULATED, "the kernel, compiled for the CPU", True)
-    if x.device.type == "cuda":
-        reason = unserved(op, x)
-        if reason:
-            return Choice(op, NAMESPACE_REFERENCE, reason, False)
-        return Choice(op, NAMESPACE, "compiled kernel", True)
-    return Choice(op, NAMESPACE_REFERENCE, f"no kernel for {x.device.type} tensors", False)
+@contextlib.contextmanager
+def planning() -> Iterator[None]:
+    """Inside, :func:`run` raises :class:`Planned` where it would run an op."""
+    global _planning
+    _planning = True
+    try:
+        yield
+    finally:
+        _planning = False
 
 
-def op_for(op: str, raw: str, x: Tensor):
-    """The callable for functional op ``op`` whose forward kernel is ``raw``."""
-    choice = choose(raw, x)
-    if choice.namespace == NAMESPACE_REFERENCE and x.device.type == "cuda":
-        warn_no_kernel(raw, choice.reason)
-    return getattr(getattr(torch.ops, choice.namespace), op)
+def run(op: str, raw: str, arguments: tuple) -> Any:
+    """Runs ``op``, whose forward is that of ``raw``, in the namespace that serves its first argument."""
+    if _planning:
+        raise Planned(op, raw, arguments)
+    x = arguments[0]
+    namespace, reason = choose(raw, x)
+    if namespace == NAMESPACE_REFERENCE and x.device.type == "cuda":
+        warn_no_kernel(raw, reason)
+    return op_in(namespace, op)(*arguments)
 
 
-def explain(q: Tensor, op: str = "chunk_fwd") -> str:
-    """Says what would serve ``op`` on tensors like ``q``.
+def is_kernel(namespace: str, x: Tensor) -> bool:
+    """Whether ``namespace`` serves tensors like ``x`` with a compiled kernel."""
+    return namespace == NAMESPACE_EMULATED or (namespace == NAMESPACE and x.is_cuda)
 
-    Args:
-        q: a tensor of the device and dtype in question.
-        op: ``chunk_fwd``, ``chunk_bwd``, ``kda_gate_fwd``, ``kda_gate_bwd`` or ``recurrent_fwd``.
 
-    Example:
-        >>> import torch, kda_cuda
-        >>> print(kda_cuda.explain(torch.zeros(1)))
-        chunk_fwd: reference (torch.ops.kda_cuda.chunk_fwd): CPU tensors run the PyTorch reference
-    """
-    return str(choose(op, q))
+def prefers_chunks(x: Tensor) -> bool:
+    """Whether a few tokens like ``x`` have a chunkwise kernel but no recurrent one."""
+    return unserved("recurrent_fwd", x) is not None and serving_device(x) and unserved("chunk_fwd", x) is None
+
+
+def serving_device(x: Tensor) -> bool:
+    """Whether kernels are wanted for tensors like ``x``."""
+    return x.device.type == "cuda" or (x.device.type == "cpu" and _emulating)

@@ -105,6 +105,7 @@ def chunk_fwd(
     output_final_state: bool,
     chunk_size: int,
     output_chunk_states: bool,
+    chunk_state_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = ChunkLayout(q.shape[0], q.shape[1], chunk_size, cu_seqlens, q.device)
     transforms = Transforms(use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval, lower_bound)

@@ -1,0 +1,126 @@
+"""What the public functions share between their signatures and the ops: handling of arguments, and the call itself."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import variants
+from .checks import Checker, check_cu_seqlens, check_gate_parameters, check_initial_state, check_qkvgb, cu_seqlens_list
+
+CHUNK_KWARGS = ("A_log", "dt_bias", "chunk_size", "transpose_state_layout", "use_graph", "max_num_seqs")
+RECURRENT_KWARGS = ("transpose_state_layout",)
+CHUNK_SIZES = (32, 64)
+FEW_TOKENS = 16  # up to here the recurrence is faster than one chunk of the reference
+_CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def take_kwargs(c: Checker, kwargs: dict, known: tuple[str, ...]) -> None:
+    if not kwargs:
+        return
+    unknown = sorted(set(kwargs) - set(known))
+    if unknown:
+        raise c.type_error(f"got unexpected keyword arguments {unknown}, expected some of {sorted(known)}")
+
+
+def state_layout(c: Checker, state_v_first: bool, kwargs: dict) -> bool:
+    c.boolean("state_v_first", state_v_first)
+    if "transpose_state_layout" not in kwargs:
+        return state_v_first
+    if state_v_first:
+        raise c.value_error("got both state_v_first and transpose_state_layout, expected only state_v_first")
+    old = kwargs["transpose_state_layout"]
+    c.boolean("transpose_state_layout", old)
+    warnings.warn("transpose_state_layout is deprecated: use state_v_first", DeprecationWarning, stacklevel=3)
+    return old
+
+
+def needs_grad(*arguments) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """Kernels take any strides but the last; only such an input is copied."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def under_autocast(q, k, v, g, beta) -> tuple:
+    """q, k and v in the autocast dtype, as torch's own attention does; g and beta stay in it or become fp32."""
+    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+        return q, k, v, g, beta
+    dtype = torch.get_autocast_dtype(q.device.type)
+
+    def cast(x, to):
+        return x.to(to) if isinstance(x, Tensor) and x.dtype in _CASTABLE else x
+
+    q, k, v = (cast(x, dtype) for x in (q, k, v))
+    g, beta = (x if isinstance(x, Tensor) and x.dtype == dtype else cast(x, torch.float32) for x in (g, beta))
+    return q, k, v, g, beta
+
+
+def common_arguments(
+    c: Checker, q, k, v, g, beta, A_log, dt_bias, scale, initial_state, flags: dict[str, bool], lower_bound,
+    state_v_first: bool, cu_seqlens, cu_seqlens_cpu,
+) -> tuple:  # fmt: skip
+    """All checks that chunk_kda and fused_recurrent_kda share; returns the arguments that their ops share."""
+    q, k, v, g, beta = under_autocast(q, k, v, g, beta)
+    check_qkvgb(c, q, k, v, g, beta)
+    key_dim, value_heads = q.shape[3], v.shape[2]
+    for name, flag in flags.items():
+        c.boolean(name, flag)
+    if flags["allow_neg_eigval"] and not flags["use_beta_sigmoid_in_kernel"]:
+        raise c.value_error("allow_neg_eigval is True and use_beta_sigmoid_in_kernel is False, expected both True")
+    if flags["use_gate_in_kernel"]:
+        A_log, dt_bias, lower_bound = check_gate_parameters(c, g, value_heads, key_dim, A_log, dt_bias, lower_bound)
+    else:
+        A_log = dt_bias = lower_bound = None
+    if cu_seqlens is not None:
+        check_cu_seqlens(c, q, cu_seqlens, cu_seqlens_cpu)
+        cu_seqlens = cu_seqlens.contiguous()
+    elif cu_seqlens_cpu is not None:
+        raise c.value_error("cu_seqlens is None and cu_seqlens_cpu is not, expected both or cu_seqlens alone")
+    if initial_state is not None:
+        check_initial_state(c, initial_state, q, v, cu_seqlens, state_v_first)
+    scale = key_dim**-0.5 if scale is None else c.number("scale", scale)
+    q, k, v, g = (rows_contiguous(x) for x in (q, k, v, g))
+    transforms = (
+        flags["use_qk_l2norm_in_kernel"],
+        flags["use_gate_in_kernel"],
+        flags["use_beta_sigmoid_in_kernel"],
+        flags["allow_neg_eigval"],
+        lower_bound,
+    )
+    return (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, *transforms, state_v_first)
+
+
+def chunk_state_rows(c: Checker, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, chunk: int) -> int | None:
+    """How many chunk states the sequences of cu_seqlens have; None without cu_seqlens.
+
+    A synchronisation where only the device knows, which a graph capture cannot have.
+    """
+    if cu_seqlens is None:
+        return None
+    if cu_seqlens_cpu is None and cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise c.value_error("cu_seqlens_cpu is None during graph capture, expected it with return_intermediate_states")
+    bounds = cu_seqlens_list(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu)
+    return sum((end - begin + chunk - 1) // chunk for begin, end in itertools.pairwise(bounds))
+
+
+def run_chunk(common: tuple, output_final_state: bool, chunk_size: int = 64, keep_states: bool = False, rows=None):
+    """o, final_state (None where not asked for) and the chunk states, with autograd if any input needs a gradient."""
+    op = "chunk" if needs_grad(*common) else "chunk_fwd"
+    arguments = (*common, output_final_state, chunk_size, keep_states, rows)
+    o, final_state, h = variants.run(op, "chunk_fwd", arguments)
+    return o, final_state if output_final_state else None, h
+
+
+def run_recurrent(common: tuple, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
+    """A few tokens without gradients, by whatever is fastest; else as :func:`run_chunk`."""
+    if needs_grad(*common) or common[0].shape[1] > FEW_TOKENS or variants.prefers_chunks(common[0]):
+        o, final_state, _ = run_chunk(common, output_final_state)
+        return o, final_state
+    o, final_state = variants.run("recurrent_fwd", "recurrent_fwd", (*common, output_final_state))
+    return o, final_state if output_final_state else None

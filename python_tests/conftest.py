@@ -1,0 +1,77 @@
+"""The ``device`` fixture, the markers, and a summary that says what ran where: nothing is left out silently."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from kda_cuda import build_info, testing
+
+from .devices import NAMES, Device, kernels_seen, note_kernels
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--no-emulator", action="store_true", help="leave out what needs build/emulator (make emulator)")
+
+
+def pytest_configure(config):
+    torch.manual_seed(0)
+    config.kda_outcomes = {name: Counter() for name in (*NAMES, "-")}
+
+
+def pytest_generate_tests(metafunc):
+    """``@pytest.mark.devices("cpu", "emulator")`` narrows where a test with a ``device`` runs."""
+    if "device" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("devices")
+        metafunc.parametrize("device", marker.args if marker else NAMES, indirect=True)
+
+
+def _device_of(item) -> str:
+    return item.callspec.params.get("device", "-") if hasattr(item, "callspec") else "-"
+
+
+def pytest_collection_modifyitems(config, items):
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if _device_of(item) == "cuda":
+            item.add_marker(pytest.mark.gpu)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if _device_of(item) == "emulator" and config.getoption("--no-emulator"):
+            item.add_marker(pytest.mark.skip(reason="--no-emulator"))
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+
+
+@pytest.fixture
+def device(request):
+    """cpu, emulator or cuda: a string for ``device=``, with ``name``, ``runs_kernels`` and ``run(call)``."""
+    if request.param == "emulator":
+        with testing.emulated():
+            yield Device("emulator")
+            note_kernels("emulator", testing.take_record())
+    else:
+        yield Device(request.param)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "call" or report.outcome != "passed":
+        item.config.kda_outcomes[_device_of(item)][report.outcome] += 1
+    return report
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    write = terminalreporter.write_line
+    terminalreporter.section("what ran where")
+    write(f"torch {torch.__version__}; kernels: {build_info()['ops'] or 'not built'}")
+    for name, outcomes in config.kda_outcomes.items():
+        if not outcomes:
+            continue
+        counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items()))
+        kernels = ", ".join(f"{kernel} x{n}" for kernel, n in sorted(kernels_seen.get(name, {}).items()))
+        write(f"{'no device' if name == '-' else name:>10}: {counts}" + (f"; kernels {kernels}" if kernels else ""))
