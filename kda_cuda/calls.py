@@ -34,7 +34,8 @@ def state_layout(c: Checker, state_v_first: bool, kwargs: dict) -> bool:
         raise c.value_error("got both state_v_first and transpose_state_layout, expected only state_v_first")
     old = kwargs["transpose_state_layout"]
     c.boolean("transpose_state_layout", old)
-    warnings.warn("transpose_state_layout is deprecated: use state_v_first", DeprecationWarning, stacklevel=3)
+    if not torch.compiler.is_compiling():
+        warnings.warn("transpose_state_layout is deprecated: use state_v_first", DeprecationWarning, stacklevel=3)
     return old
 
 
@@ -96,12 +97,17 @@ def common_arguments(
     return (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, *transforms, state_v_first)
 
 
+def in_inference_mode() -> bool:
+    """torch.compile cannot see inference mode; without gradients a compiled graph runs as in it."""
+    return not torch.is_grad_enabled() if torch.compiler.is_compiling() else torch.is_inference_mode_enabled()
+
+
 def chunk_state_rows(c: Checker, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, chunk: int) -> int | None:
-    """How many chunk states the sequences of cu_seqlens have; None without cu_seqlens.
+    """How many chunk states the sequences of cu_seqlens have; None without cu_seqlens, or where the op shall find out.
 
     A synchronisation where only the device knows, which a graph capture cannot have.
     """
-    if cu_seqlens is None:
+    if cu_seqlens is None or torch.compiler.is_compiling():
         return None
     if cu_seqlens_cpu is None and cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
         raise c.value_error("cu_seqlens_cpu is None during graph capture, expected it with return_intermediate_states")

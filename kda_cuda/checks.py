@@ -174,17 +174,17 @@ def check_gate_parameters(
     elif A_log is None:
         raise c.value_error("A_log is None, expected a Tensor [HV] (it may be absent only with a lower_bound)")
     computed = (torch.float32,) if owner.dtype != torch.float64 else (torch.float32, torch.float64)
-    shapes = {"A_log": (A_log, {"HV": value_heads}), "dt_bias": (dt_bias, {"HV": value_heads, "K": key_dim})}
-    views = []
-    for name, (x, dims) in shapes.items():
+
+    def as_shape(name: str, x: object, *sizes: int, **dims: int) -> Tensor | None:
         if x is None:
-            views.append(None)
-            continue
+            return None
         c.tensor(name, x)
         c.device(name, x, owner.device, "g")
         c.dtype(name, x, FLOAT_DTYPES)
-        if x.numel() != math.prod(dims.values()):
+        if x.numel() != math.prod(sizes):
             c.shape(name, x, **dims)
-        x = x if x.dtype in computed else x.float()
-        views.append(x.reshape(tuple(dims.values())).contiguous())
-    return views[0], views[1], lower_bound
+        return (x if x.dtype in computed else x.float()).reshape(sizes).contiguous()
+
+    A_log = as_shape("A_log", A_log, value_heads, HV=value_heads)
+    dt_bias = as_shape("dt_bias", dt_bias, value_heads, key_dim, HV=value_heads, K=key_dim)
+    return A_log, dt_bias, lower_bound

@@ -104,7 +104,7 @@ def chunk_kda(
         raise c.value_error(f"cp_context is a {type(cp_context).__name__}, expected None: no context parallelism here")
     if not return_intermediate_states:
         return calls.run_chunk(common, output_final_state, chunk_size)[:2]
-    if not torch.is_inference_mode_enabled():
+    if not calls.in_inference_mode():
         raise c.value_error("return_intermediate_states is True outside of torch.inference_mode(), expected inside")
     rows = calls.chunk_state_rows(c, cu_seqlens, cu_seqlens_cpu, chunk_size)
     return calls.run_chunk(common, output_final_state, chunk_size, True, rows)

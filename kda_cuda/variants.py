@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ _emulating = os.environ.get("KDA_CUDA_EMULATE") == "1"
 _kernels: dict[str, frozenset[str]] = {NAMESPACE: frozenset(), NAMESPACE_EMULATED: frozenset()}
 _warned: set[str] = set()
 _planning = False
+_WITHOUT_OPS = None if ops_library() else why_no_ops()
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -34,7 +34,7 @@ def emulating() -> bool:
 
 
 def find_kernels(namespace: str) -> None:
-    """Asks the dispatcher which ops a library just loaded implements: once, which is fast and what torch.compile needs."""
+    """Asks the dispatcher which ops a library just loaded implements: once, which torch.compile needs."""
     key = "CPU" if namespace == NAMESPACE_EMULATED else "CUDA"
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     _kernels[namespace] = frozenset(op for op in SCHEMAS if has_kernel(f"{namespace}::{op}", key))
@@ -47,8 +47,9 @@ def kernels(namespace: str) -> frozenset[str]:
 
 def unserved(op: str, x: Tensor) -> str | None:
     """Why no kernel of ``op`` can serve tensors like ``x``; None if one can."""
-    if op not in _kernels[NAMESPACE_EMULATED if x.device.type == "cpu" else NAMESPACE]:
-        return "no kernel of it is compiled in" if ops_library() else why_no_ops()
+    namespace = NAMESPACE_EMULATED if x.device.type == "cpu" else NAMESPACE
+    if op not in _kernels[namespace]:
+        return _WITHOUT_OPS if _WITHOUT_OPS and namespace == NAMESPACE else "no kernel of it is compiled in"
     if x.dtype not in KERNEL_DTYPES:
         return f"kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
     return None
@@ -91,7 +92,6 @@ def warn_no_kernel(op: str, reason: str) -> None:
         warnings.warn(text, stacklevel=4)
 
 
-@functools.cache
 def op_in(namespace: str, op: str) -> Callable:
     return getattr(getattr(torch.ops, namespace), op).default
 
@@ -132,9 +132,5 @@ def is_kernel(namespace: str, x: Tensor) -> bool:
 
 def prefers_chunks(x: Tensor) -> bool:
     """Whether a few tokens like ``x`` have a chunkwise kernel but no recurrent one."""
-    return unserved("recurrent_fwd", x) is not None and serving_device(x) and unserved("chunk_fwd", x) is None
-
-
-def serving_device(x: Tensor) -> bool:
-    """Whether kernels are wanted for tensors like ``x``."""
-    return x.device.type == "cuda" or (x.device.type == "cpu" and _emulating)
+    wants_kernel = x.device.type == "cuda" or (x.device.type == "cpu" and _emulating)
+    return wants_kernel and unserved("recurrent_fwd", x) is not None and unserved("chunk_fwd", x) is None

@@ -18,6 +18,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "devices(*names): of cpu, emulator and cuda, where a test with `device` runs")
     torch.manual_seed(0)
     config.kda_outcomes = {name: Counter() for name in (*NAMES, "-")}
 
