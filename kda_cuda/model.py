@@ -1,0 +1,204 @@
+"""A hybrid language model: three layers of Kimi Delta Attention, then one of full attention, and so on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import KDACache, KimiDeltaAttention, MLACache, NoPEMultiLatentAttention
+
+__all__ = ["HybridCache", "HybridConfig", "HybridLM"]
+
+
+@dataclass(frozen=True)
+class HybridConfig:
+    """Sizes of a :class:`HybridLM`. The defaults make the small byte-level model of the demo."""
+
+    vocab_size: int = 256
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 2
+    head_dim: int = 64  # of KDA; also of the multi-head attention that cache sizes are compared with
+    conv_size: int = 4
+    full_attention_every: int = 4  # layers 4, 8, ... (and none other) are MLA: 3 KDA to 1 MLA
+    kv_lora_rank: int = 64
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 64
+    intermediate_size: int = 352
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ValueError(f"HybridConfig: {name} is {value}, expected a positive number")
+
+    def is_full_attention(self, layer: int) -> bool:
+        """Whether the layer of this index, from 0, is MLA."""
+        return (layer + 1) % self.full_attention_every == 0
+
+
+class HybridCache:
+    """What the model keeps of the past: per KDA layer a constant number of bytes, per MLA layer a latent a token."""
+
+    def __init__(self, layers: list[KDACache | MLACache]):
+        self.layers = layers
+
+    def reset_states(self) -> None:
+        """Forgets the KDA states and the MLA latents; the convolutions keep their last inputs."""
+        for layer in self.layers:
+            layer.reset_state()
+
+    def nbytes(self) -> int:
+        return sum(layer.nbytes() for layer in self.layers)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class HybridBlock(nn.Module):
+    """Pre-norm residual block: attention of one of the two kinds, then SwiGLU."""
+
+    def __init__(self, config: HybridConfig, full_attention: bool):
+        super().__init__()
+        c = config
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.norm_eps)
+        if full_attention:
+            self.self_attn = NoPEMultiLatentAttention(
+                c.hidden_size, c.num_heads, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+            )
+        else:
+            self.self_attn = KimiDeltaAttention(c.hidden_size, c.num_heads, c.head_dim, c.conv_size, c.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.norm_eps)
+        self.mlp = SwiGLU(c.hidden_size, c.intermediate_size)
+
+    def forward(self, x: Tensor, cache: KDACache | MLACache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class HybridBackbone(nn.Module):
+    def __init__(self, config: HybridConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            HybridBlock(config, config.is_full_attention(layer)) for layer in range(config.num_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, tokens: Tensor, cache: HybridCache | None) -> Tensor:
+        x = self.embed_tokens(tokens)
+        for layer, layer_cache in zip(self.layers, cache.layers if cache else [None] * len(self.layers), strict=True):
+            x = layer(x, layer_cache)
+        return self.norm(x)
+
+
+class HybridLM(nn.Module):
+    """Kimi Delta Attention and NoPE MLA, 3 : 1, as a language model (Kimi Linear report, section 4).
+
+    Example:
+        >>> import torch
+        >>> from kda_cuda.model import HybridConfig, HybridLM
+        >>> model = HybridLM(HybridConfig(hidden_size=64, head_dim=32))
+        >>> model(torch.zeros(1, 10, dtype=torch.long)).shape
+        torch.Size([1, 10, 256])
+        >>> model.generate(torch.zeros(1, 10, dtype=torch.long), max_new_tokens=5).shape
+        torch.Size([1, 15])
+    """
+
+    def __init__(self, config: HybridConfig):
+        super().__init__()
+        self.config = config
+        self.model = HybridBackbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.reset_weights()
+
+    @torch.no_grad()
+    def reset_weights(self) -> None:
+        """Projections keep the scale of their input; those that end a residual branch are damped by the depth."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                damping = (2 * self.config.num_layers) ** -0.5 if name.endswith(("o_proj", "down_proj")) else 1
+                nn.init.normal_(module.weight, std=damping * module.in_features**-0.5)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight)
+            elif isinstance(module, KimiDeltaAttention):
+                module.reset_gate_parameters()
+
+    def forward(self, tokens: Tensor, cache: HybridCache | None = None) -> Tensor:
+        """Logits ``[batch, tokens, vocab_size]`` for ``tokens`` ``[batch, tokens]``.
+
+        With a cache (:meth:`new_cache`) the tokens continue it, it is brought forward, and there are no gradients.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            return self.lm_head(self.model(tokens, cache))
+
+    def new_cache(self, batch_size: int) -> HybridCache:
+        return HybridCache([layer.self_attn.new_cache(batch_size) for layer in self.model.layers])
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of the cache of one sequence of ``tokens``: constant for KDA, growing for one layer in four."""
+        dtype = self.lm_head.weight.dtype
+        return sum(layer.self_attn.cache_bytes(tokens, dtype) for layer in self.model.layers)
+
+    def multi_latent_cache_bytes(self, tokens: int) -> int:
+        """The same if every layer were MLA."""
+        c = self.config
+        width = c.kv_lora_rank + c.qk_rope_head_dim
+        return c.num_layers * tokens * width * self.lm_head.weight.element_size()
+
+    def full_attention_cache_bytes(self, tokens: int) -> int:
+        """The same if every layer were multi-head attention, with keys and values of all heads of ``head_dim``."""
+        c = self.config
+        return c.num_layers * tokens * 2 * c.num_heads * c.head_dim * self.lm_head.weight.element_size()
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, **sampling) -> Tensor:
+        """``tokens`` ``[batch, prompt]`` followed by ``max_new_tokens`` more; arguments as in :meth:`stream`."""
+        return torch.cat((tokens, *self.stream(tokens, max_new_tokens, **sampling)), dim=1)
+
+    @torch.no_grad()
+    def stream(
+        self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None, seed: int = 0
+    ) -> Iterator[Tensor]:
+        """Yields the next tokens ``[batch, 1]`` one by one: the prompt in parallel, then one step a token.
+
+        Args:
+            tokens: the prompt ``[batch, prompt]``, at least one token.
+            max_new_tokens: how many to add.
+            temperature: 0 takes the most likely token; otherwise tokens are drawn from ``softmax(logits / temperature)``.
+            top_k: draw only from this many most likely tokens.
+            seed: of the draws; the same seed gives the same tokens.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] < 1:
+            raise ValueError(f"generate: tokens has shape {list(tokens.shape)}, expected [batch, prompt], prompt >= 1")
+        if temperature < 0:
+            raise ValueError(f"generate: temperature is {temperature}, expected >= 0")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"generate: top_k is {top_k}, expected >= 1")
+        generator = torch.Generator(tokens.device).manual_seed(seed)
+        cache = self.new_cache(len(tokens))
+        for _ in range(max_new_tokens):
+            logits = self(tokens, cache)[:, -1].float()
+            tokens = _next_token(logits, temperature, top_k, generator)
+            yield tokens
+
+
+def _next_token(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    return torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
