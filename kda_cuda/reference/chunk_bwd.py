@@ -7,60 +7,71 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunk_fwd import Chunks, Scan, initial_or_zero, key_first, scan
-from .inputs import ChunkLayout, Transforms
-from .splits import scores_bwd, sum_before, sum_from
+from .chunk_fwd import Chunks, Scan, key_first, per_head, scan
+from .inputs import Transforms
+from .layout import ChunkLayout
+from .splits import DecayGradient, scores_bwd
 
 
 @dataclass
 class ReverseScan:
     d_states: Tensor  # gradient of the state after every chunk, [chunks, HV, K, V]
     dr: Tensor  # (I + Diag(beta) A_kk)^-T dU, [chunks, HV, C, V]
-    d_initial: Tensor  # [sequences, HV, K, V], sequences in the layout's order
+    d_initial: Tensor  # [sequences, HV, K, V], in the layout's order
 
 
-def reverse_scan(layout: ChunkLayout, x: Chunks, do: Tensor, d_final: Tensor, scale: float) -> ReverseScan:
-    du_from_o = scale * (x.a_qk.transpose(-1, -2) @ do)
-    ds_from_o = scale * ((x.gamma * x.q).transpose(-1, -2) @ do)
-    k_to_end = x.to_end * x.k
-    gamma_k = (x.gamma * x.k).transpose(-1, -2)
-    inverse_t = x.inverse.transpose(-1, -2)
-    gamma_c = x.gamma_c
-    d_states = torch.empty_like(ds_from_o)
-    dr = torch.empty_like(x.v)
-    ds = layout.sorted_states(d_final).clone()
-    for j in reversed(range(layout.steps)):
-        now, n = layout.step(j), layout.active(j)
-        d_states[now] = ds[:n]
-        dr_now = inverse_t[now] @ (du_from_o[now] + k_to_end[now] @ ds[:n])
-        dr[now] = dr_now
-        ds[:n] = gamma_c[now] * ds[:n] + ds_from_o[now] - gamma_k[now] @ (x.beta[now] * dr_now)
-    return ReverseScan(d_states, dr, ds)
+def reverse_scan(layout: ChunkLayout, c: Chunks, do: Tensor, d_state: Tensor) -> ReverseScan:
+    """dU = A_qk^T dO + K~ dS_C;  dS_0 = Diag(Gamma_C) dS_C + (Gamma.Q)^T dO - (Gamma.K)^T Diag(beta) dR.
+
+    ``do`` includes the scale; ``d_state``, the gradient of the final states, is taken over.
+    """
+    du = c.a_qk.transpose(-1, -2) @ do
+    ds_from_o = c.gamma_q.transpose(-1, -2) @ do
+    gamma_c, inverse = c.gamma_c, c.inverse.transpose(-1, -2)
+    w_raw = (c.x.beta * c.gamma_k).transpose(-1, -2)
+    d_states, dr = torch.empty_like(ds_from_o), torch.empty_like(du)
+    for now in reversed(layout.steps):
+        ds = d_state[: now.stop - now.start]
+        d_states[now] = ds
+        per_head(du[now]).baddbmm_(per_head(c.k_to_end[now]), per_head(ds))
+        torch.bmm(per_head(inverse[now]), per_head(du[now]), out=per_head(dr[now]))
+        ds *= gamma_c[now]
+        ds += ds_from_o[now]
+        per_head(ds).baddbmm_(per_head(w_raw[now]), per_head(dr[now]), alpha=-1)
+    return ReverseScan(d_states, dr, d_state)
 
 
-def chunk_gradients(
-    x: Chunks, run: Scan, back: ReverseScan, do: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dg, dbeta of the transformed inputs, all chunks at once."""
-    dx = x.beta * back.dr
-    values_left = x.v - (x.gamma * x.k) @ run.states - x.a_kk @ run.u
-    dbeta = (back.dr * values_left).sum(-1, keepdim=True)
-    u_t = run.u.transpose(-1, -2)
-    da_kk = (-dx @ u_t).tril(-1)
-    da_qk = (scale * do @ u_t).tril()
-    dq, dk, dg = scores_bwd(da_qk, da_kk, x.q, x.k, x.g)
+@dataclass
+class ChunkGradients:
+    """Of the transformed inputs, ``[chunks, HV, C, ...]``."""
 
-    states_t = run.states.transpose(-1, -2)
-    dq_state = x.gamma * (scale * (do @ states_t))
-    dk_state = -x.gamma * (dx @ states_t)
-    dk_end = x.to_end * (run.u @ back.d_states.transpose(-1, -2))
-    dg = (
-        dg
-        + sum_from(x.q * dq_state + x.k * dk_state)  # state -> rows
-        + sum_before(x.k * dk_end)  # columns -> end of the chunk
-        + (x.gamma_c * run.states * back.d_states).sum(-1).unsqueeze(-2)  # state -> state
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+
+
+def chunk_gradients(c: Chunks, run: Scan, back: ReverseScan, do: Tensor) -> ChunkGradients:
+    """All chunks at once. ``do`` includes the scale."""
+    x, decays = c.x, c.decays
+    dx = x.beta * back.dr  # of X = V - (Gamma.K) S_0
+    left = x.v.clone()  # X - A_kk U
+    per_head(left).baddbmm_(per_head(c.gamma_k), per_head(run.states), alpha=-1)
+    per_head(left).baddbmm_(per_head(c.a_kk), per_head(run.u), alpha=-1)
+    dbeta = left.mul_(back.dr).sum(-1)
+
+    states_t, u_t = run.states.transpose(-1, -2), run.u.transpose(-1, -2)
+    dq_state = (do @ states_t).mul_(decays.gamma)
+    dk_state = (dx @ states_t).mul_(decays.gamma).neg_()
+    dk_end = (run.u @ back.d_states.transpose(-1, -2)).mul_(decays.to_end)
+    dg = DecayGradient(
+        rows=(x.q * dq_state).addcmul_(x.k, dk_state),
+        columns=x.k * dk_end,
+        state=c.gamma_c.transpose(-1, -2) * torch.linalg.vecdot(run.states, back.d_states).unsqueeze(-2),
     )
-    return dq + dq_state, dk + dk_state + dk_end, dx, dg, dbeta.squeeze(-1)
+    dq, dk = scores_bwd(do @ u_t, (dx @ u_t).neg_(), x.q, x.k, x.g, dg)
+    return ChunkGradients(dq.add_(dq_state), dk.add_(dk_state).add_(dk_end), dx, dg.finish(), dbeta)
 
 
 def chunk_bwd(
@@ -86,22 +97,28 @@ def chunk_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     layout = ChunkLayout(q.shape[0], q.shape[1], chunk_size, cu_seqlens, q.device)
     transforms = Transforms(use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval, lower_bound)
-    x = Chunks.prepare(layout, *transforms.apply(q, k, v, g, beta, A_log, dt_bias))
-    run = scan(layout, x, initial_or_zero(initial_state, state_v_first, layout, x))
-    do = layout.to_chunks(do.to(x.v.dtype))
-    back = reverse_scan(layout, x, do, initial_or_zero(dfinal_state, state_v_first, layout, x), scale)
-    dq, dk, dv, dg, dbeta = (layout.to_tokens(d) for d in chunk_gradients(x, run, back, do, scale))
+    x = transforms.apply(layout, q, k, v, g, beta, A_log, dt_bias)
+    c = Chunks.prepare(x)
+    run = scan(layout, c, c.state_or_zeros(layout, initial_state, state_v_first))
+    do = layout.to_chunks(do, x.v.dtype).mul_(scale)
+    back = reverse_scan(layout, c, do, c.state_or_zeros(layout, dfinal_state, state_v_first))
+    d = chunk_gradients(c, run, back, do)
 
-    dg, dA_log, ddt_bias = transforms.gate_bwd(dg, g, A_log, dt_bias)
+    heads = q.shape[2]
+    dq = transforms.normalise_bwd(d.q, x.q, x.q_inverse_norm, heads)
+    dk = transforms.normalise_bwd(d.k, x.k, x.k_inverse_norm, heads)
+    dbeta = transforms.write_strength_bwd(layout.to_tokens(d.beta, x.beta.dtype), beta)
+    dg, dA_log, ddt_bias = transforms.log_decay_bwd(layout.to_tokens(d.g, x.g.dtype), g, A_log, dt_bias)
     d_initial = x.v.new_empty(0)
     if initial_state is not None:
         d_initial = key_first(layout.natural_states(back.d_initial), state_v_first).to(initial_state.dtype).contiguous()
+    to_tokens = layout.to_tokens
     return (
-        transforms.normalise_bwd(dq, q),
-        transforms.normalise_bwd(dk, k),
-        dv.to(v.dtype),
-        dg,
-        transforms.beta_bwd(dbeta, beta),
+        to_tokens(dq, q.dtype),
+        to_tokens(dk, k.dtype),
+        to_tokens(d.v, v.dtype),
+        dg.to(g.dtype),
+        dbeta.to(beta.dtype),
         dA_log,
         ddt_bias,
         d_initial,

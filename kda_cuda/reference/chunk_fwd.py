@@ -2,7 +2,7 @@
 
 (I + Diag(beta) A_kk) U = Diag(beta) (V - (Gamma.K) S_0)
 O   = scale [ (Gamma.Q) S_0 + A_qk U ]
-S_C = Diag(Gamma_C) S_0 + K~^T U
+S_C = Diag(Gamma_C) S_0 + K~^T U,    K~ = exp(G_C - G) . K
 """
 
 from __future__ import annotations
@@ -12,40 +12,44 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .inputs import ChunkLayout, Transforms
-from .splits import scores, sum_after
+from .inputs import Inputs, Transforms
+from .layout import ChunkLayout
+from .splits import ChunkDecays, scores
 
 
 @dataclass
 class Chunks:
-    """Everything of a chunk that does not depend on the state: ``[chunks, HV, C, ...]``."""
+    """Everything of a chunk that does not depend on the state, ``[chunks, HV, C, ...]``."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    beta: Tensor  # [chunks, HV, C, 1]
-    gamma: Tensor  # exp(g_1 + ... + g_r)
-    to_end: Tensor  # exp(g_{i+1} + ... + g_C)
+    x: Inputs
+    decays: ChunkDecays
     a_qk: Tensor
     a_kk: Tensor
-    inverse: Tensor  # (I + Diag(beta) A_kk)^-1
+    inverse: Tensor  # (I + Diag(beta) A_kk)^-1, by substitution
+    gamma_q: Tensor
+    gamma_k: Tensor
+    k_to_end: Tensor  # K~
 
     @classmethod
-    def prepare(cls, layout: ChunkLayout, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Chunks:
-        q, k, v, g = (layout.to_chunks(x) for x in (q, k, v, g))
-        beta = layout.to_chunks(beta).unsqueeze(-1)
-        a_qk, a_kk = scores(q, k, g)
-        identity = torch.eye(layout.chunk, dtype=q.dtype, device=q.device)
-        inverse = torch.linalg.solve_triangular(
-            identity + beta * a_kk, identity.expand_as(a_kk), upper=False, unitriangular=True
-        )
-        return cls(q, k, v, g, beta, g.cumsum(-2).exp(), sum_after(g).exp(), a_qk, a_kk, inverse)
+    def prepare(cls, x: Inputs) -> Chunks:
+        a_qk, a_kk, decays = scores(x.q, x.k, x.g)
+        identity = torch.eye(a_kk.shape[-1], dtype=a_kk.dtype, device=a_kk.device).expand_as(a_kk)
+        # `unitriangular` takes the diagonal for one and `upper=False` does not read above it
+        inverse = torch.linalg.solve_triangular(x.beta * a_kk, identity, upper=False, unitriangular=True)
+        gamma_q, gamma_k, k_to_end = decays.gamma * x.q, decays.gamma * x.k, decays.to_end * x.k
+        return cls(x, decays, a_qk, a_kk, inverse, gamma_q, gamma_k, k_to_end)
 
     @property
     def gamma_c(self) -> Tensor:
         """The decay over the chunk, ``[chunks, HV, K, 1]``."""
-        return self.gamma[:, :, -1].unsqueeze(-1)
+        return self.decays.gamma[:, :, -1].unsqueeze(-1)
+
+    def state_or_zeros(self, layout: ChunkLayout, state: Tensor | None, v_first: bool) -> Tensor:
+        """A copy of one state per sequence, or zeros: ``[sequences, HV, K, V]``, in the layout's order."""
+        v = self.x.v
+        if state is None:
+            return v.new_zeros(layout.sequences, v.shape[1], self.x.k.shape[-1], v.shape[-1])
+        return layout.sorted_states(key_first(state.to(v.dtype), v_first))
 
 
 @dataclass
@@ -54,35 +58,37 @@ class Scan:
 
     states: Tensor  # [chunks, HV, K, V]
     u: Tensor  # [chunks, HV, C, V]
-    final: Tensor  # [sequences, HV, K, V], sequences in the layout's order
+    final: Tensor  # [sequences, HV, K, V], in the layout's order
 
 
-def scan(layout: ChunkLayout, x: Chunks, initial_state: Tensor) -> Scan:
-    write = x.beta * x.v
-    u_without_state = x.inverse @ write
-    w = x.inverse @ (x.beta * x.gamma * x.k)
-    k_to_end = (x.to_end * x.k).transpose(-1, -2)
-    gamma_c = x.gamma_c
-    states = x.v.new_empty(*x.v.shape[:2], x.k.shape[-1], x.v.shape[-1])
-    u = torch.empty_like(x.v)
-    s = layout.sorted_states(initial_state).clone()
-    for j in range(layout.steps):
-        now, n = layout.step(j), layout.active(j)
-        states[now] = s[:n]
-        u_now = u_without_state[now] - w[now] @ s[:n]
-        u[now] = u_now
-        s[:n] = gamma_c[now] * s[:n] + k_to_end[now] @ u_now
-    return Scan(states, u, s)
+def key_first(state: Tensor, v_first: bool) -> Tensor:
+    return state.transpose(-1, -2) if v_first else state
 
 
-def key_first(state: Tensor | None, v_first: bool) -> Tensor | None:
-    return state.transpose(-1, -2) if state is not None and v_first else state
+def per_head(x: Tensor) -> Tensor:
+    """``[chunks, heads, ...]`` as one batch: a view."""
+    return x.flatten(0, 1)
 
 
-def initial_or_zero(state: Tensor | None, v_first: bool, layout: ChunkLayout, x: Chunks) -> Tensor:
-    if state is None:
-        return x.v.new_zeros(layout.sequences, x.v.shape[1], x.k.shape[-1], x.v.shape[-1])
-    return key_first(state, v_first).to(x.v.dtype)
+def scan(layout: ChunkLayout, c: Chunks, state: Tensor) -> Scan:
+    """U = T V - W S_0 with T = (I + Diag(beta) A_kk)^-1 Diag(beta), W = T (Gamma.K). ``state`` is taken over."""
+    t = c.inverse * c.x.beta.transpose(-1, -2)
+    u, w = t @ c.x.v, t @ c.gamma_k
+    gamma_c, k_to_end = c.gamma_c, c.k_to_end.transpose(-1, -2)
+    states = u.new_empty(*u.shape[:2], *state.shape[-2:])
+    for now in layout.steps:
+        s = state[: now.stop - now.start]
+        states[now] = s
+        per_head(u[now]).baddbmm_(per_head(w[now]), per_head(s), alpha=-1)
+        s *= gamma_c[now]
+        per_head(s).baddbmm_(per_head(k_to_end[now]), per_head(u[now]))
+    return Scan(states, u, state)
+
+
+def outputs(c: Chunks, run: Scan, scale: float) -> Tensor:
+    o = c.gamma_q @ run.states
+    per_head(o).baddbmm_(per_head(c.a_qk), per_head(run.u))
+    return o.mul_(scale)
 
 
 def chunk_fwd(
@@ -109,15 +115,13 @@ def chunk_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = ChunkLayout(q.shape[0], q.shape[1], chunk_size, cu_seqlens, q.device)
     transforms = Transforms(use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval, lower_bound)
-    x = Chunks.prepare(layout, *transforms.apply(q, k, v, g, beta, A_log, dt_bias))
-    run = scan(layout, x, initial_or_zero(initial_state, state_v_first, layout, x))
-    o = scale * ((x.gamma * x.q) @ run.states + x.a_qk @ run.u)
+    c = Chunks.prepare(transforms.apply(layout, q, k, v, g, beta, A_log, dt_bias))
+    run = scan(layout, c, c.state_or_zeros(layout, initial_state, state_v_first))
+    o = layout.to_tokens(outputs(c, run, scale), v.dtype)
 
-    none = x.v.new_empty(0)
-    final_state = h = none
+    final_state, h = c.x.v.new_empty(0), k.new_empty(0)
     if output_final_state:
         final_state = key_first(layout.natural_states(run.final), state_v_first).contiguous()
     if output_chunk_states:
-        h = key_first(run.states, state_v_first).to(k.dtype)
-        h = h.reshape(1 if layout.varlen else layout.batch, -1, *h.shape[1:]).contiguous()
-    return layout.to_tokens(o).to(v.dtype), final_state, h if output_chunk_states else none.to(k.dtype)
+        h = key_first(layout.natural_chunks(run.states), state_v_first).to(k.dtype).contiguous()
+    return o, final_state, h

@@ -13,7 +13,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _shifted(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None) -> tuple[Tensor, Tensor | float]:
     """``x = g + dt_bias`` and ``exp(A_log)``, both broadcasting over ``[..., HV, K]``."""
-    x = g.to(compute_dtype(g.dtype))
+    x = g.to(compute_dtype(g.dtype)).contiguous()  # vectorised or not, exp and log1p round differently
     if dt_bias is not None:
         x = x + dt_bias.to(x.dtype)
     amplitude = 1.0 if A_log is None else A_log.to(x.dtype).exp().unsqueeze(-1)
@@ -42,8 +42,8 @@ def log_decay_bwd(
         dx = -amplitude * torch.sigmoid(x) * dg
         d_log_amplitude = -amplitude * softplus(x) * dg
     else:
-        s = torch.sigmoid(amplitude * x)
-        dx = lower_bound * s * (1 - s) * amplitude * dg
+        y = amplitude * x
+        dx = lower_bound * torch.sigmoid(y) * torch.sigmoid(-y) * amplitude * dg  # 1 - sigmoid(y) would cancel
         d_log_amplitude = dx * x
     tokens = tuple(range(g.dim() - 2))
     none = x.new_empty(0)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .chunk_fwd import key_first
 from .inputs import Transforms
+from .layout import ChunkLayout
 
 
 def recurrent_fwd(
@@ -30,38 +32,31 @@ def recurrent_fwd(
     state_v_first: bool,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
+    layout = _one_chunk_per_sequence(q, cu_seqlens)
     transforms = Transforms(use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval, lower_bound)
-    q_, k_, v_, g_, beta_ = transforms.apply(q, k, v, g, beta, A_log, dt_bias)
-    key_dim, (heads, value_dim) = q_.shape[-1], v_.shape[2:]
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    x = transforms.apply(layout, q, k, v, g, beta, A_log, dt_bias)
     if initial_state is None:
-        state = v_.new_zeros(sequences, heads, key_dim, value_dim)
+        state = x.v.new_zeros(layout.sequences, v.shape[2], q.shape[-1], v.shape[-1])
     else:
-        state = (initial_state.transpose(-1, -2) if state_v_first else initial_state).to(v_.dtype, copy=True)
-    decay = g_.exp()
-    if cu_seqlens is None:
-        o, state = _steps(q_, k_, v_, decay, beta_, state, scale)
-    else:
-        o = torch.zeros_like(v_)
-        bounds = cu_seqlens.tolist()
-        for n, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-            now = slice(begin, end)
-            o[:, now], state[n : n + 1] = _steps(
-                q_[:, now], k_[:, now], v_[:, now], decay[:, now], beta_[:, now], state[n : n + 1].clone(), scale
-            )
+        state = layout.sorted_states(key_first(initial_state.to(x.v.dtype), state_v_first))
+
+    o = torch.empty_like(x.v)
+    s = state[: layout.chunks]  # empty sequences come last and keep their state
+    decay = x.g.exp().unsqueeze(-1)
+    q_t, k_t, v_t, beta_t = ((scale * x.q).unsqueeze(-2), x.k.unsqueeze(-2), x.v.unsqueeze(-2), x.beta.unsqueeze(-1))
+    for t in range(layout.chunk if layout.chunks else 0):
+        s *= decay[:, :, t]
+        u = beta_t[:, :, t] * (v_t[:, :, t] - k_t[:, :, t] @ s)
+        s += k_t[:, :, t].transpose(-1, -2) * u
+        o[:, :, t] = (q_t[:, :, t] @ s).squeeze(-2)
+    o = layout.to_tokens(o, v.dtype)
     if not output_final_state:
-        return o.to(v.dtype), v_.new_empty(0)
-    return o.to(v.dtype), (state.transpose(-1, -2) if state_v_first else state).contiguous()
+        return o, x.v.new_empty(0)
+    return o, key_first(layout.natural_states(state), state_v_first).contiguous()
 
 
-def _steps(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    outputs = []
-    for t in range(q.shape[1]):
-        state = decay[:, t].unsqueeze(-1) * state
-        k_t = k[:, t].unsqueeze(-1)
-        u = beta[:, t].unsqueeze(-1) * (v[:, t] - (state * k_t).sum(-2))
-        state = state + k_t * u.unsqueeze(-2)
-        outputs.append(scale * (state * q[:, t].unsqueeze(-1)).sum(-2))
-    return torch.stack(outputs, 1) if outputs else torch.zeros_like(v), state
+def _one_chunk_per_sequence(q: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
+    """All sequences step together: those that end early see padding, which leaves their state alone."""
+    batch, tokens = q.shape[:2]
+    longest = tokens if cu_seqlens is None else int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+    return ChunkLayout(batch, tokens, max(longest, 1), cu_seqlens, q.device)

@@ -5,23 +5,17 @@ exactly one split ``[lo, m, hi)`` and meets at its anchor ``m``:
 
     exp(G_r - G_i) = exp(g_m + ... + g_r) * exp(g_{i+1} + ... + g_{m-1})
 
-Both exponents are sums from the anchor, never positive, and never a difference of longer sums.
+Both exponents are sums from the anchor, never positive, and never a difference of longer sums. All splits of one
+length are one batch of products. Tensors are ``[..., C, D]``; a split level shows them as ``[..., splits, half, D]``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-
-def halves(chunk: int) -> Iterator[int]:
-    """Half the length of the splits, level by level."""
-    half = chunk // 2
-    while half:
-        yield half
-        half //= 2
 
 
 def sides(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
@@ -30,66 +24,119 @@ def sides(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
     return x[..., 0, :, :], x[..., 1, :, :]
 
 
-def sum_before(x: Tensor) -> Tensor:
-    """``y_t = x_0 + ... + x_{t-1}`` along the tokens."""
-    return torch.cat([torch.zeros_like(x[..., :1, :]), x[..., :-1, :].cumsum(-2)], -2)
-
-
-def sum_after(x: Tensor) -> Tensor:
-    """``y_t = x_{t+1} + ... `` along the tokens."""
-    return sum_before(x.flip(-2)).flip(-2)
-
-
-def sum_from(x: Tensor) -> Tensor:
-    """``y_t = x_t + x_{t+1} + ...`` along the tokens."""
-    return x.flip(-2).cumsum(-2).flip(-2)
-
-
-def split_decays(g: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """``exp`` of the sums from the anchors: for columns (lower half) and rows (upper half)."""
-    lower, upper = sides(g, half)
-    return sum_after(lower).exp(), upper.cumsum(-2).exp()
-
-
 def blocks(a: Tensor, half: int) -> Tensor:
-    """View of the split's blocks of ``[..., C, C]``: rows of the upper, columns of the lower half."""
+    """View of the splits' blocks of ``[..., C, C]``: rows of the upper, columns of the lower half."""
     splits = a.shape[-1] // (2 * half)
     a = a.unflatten(-1, (splits, 2, half)).unflatten(-4, (splits, 2, half))
     return a.diagonal(dim1=-6, dim2=-3)[..., 1, :, 0, :, :].movedim(-1, -3)
 
 
-def scores(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """``A_qk`` (lower triangle with the diagonal) and ``A_kk`` (strictly lower) of ``[..., C, K]`` inputs."""
+@dataclass
+class Level:
+    """The decays of blocks of ``half`` tokens: of a split of twice that length, the two sides of its anchor."""
+
+    half: int
+    column: Tensor  # lower blocks, [..., splits, half, D]: exp(g_{i+1} + ... ) to the end of the block, the anchor
+    row: Tensor  # upper blocks: exp(... + g_r) from the start of the block, the anchor
+
+
+@dataclass
+class ChunkDecays:
+    gamma: Tensor  # exp(g_1 + ... + g_r), [..., C, D]
+    to_end: Tensor  # exp(g_{i+1} + ... + g_C)
+
+
+def levels(g: Tensor) -> Iterator[Level | ChunkDecays]:
+    """The splits, shortest first, then the chunk. Sums over a block are made of those over its two halves."""
+    from_start = g.clone()  # up to and including this token
+    to_end = torch.zeros_like(g)  # after this token
+    half = 1
+    while half < g.shape[-2]:
+        lower_from_start, upper_from_start = sides(from_start, half)
+        lower_to_end, _ = sides(to_end, half)
+        # exp of a strided view is several times slower than a copy and exp
+        column, row = (x.clone(memory_format=torch.contiguous_format) for x in (lower_to_end, upper_from_start))
+        yield Level(half, column.exp_(), row.exp_())
+        del column, row
+        lower_to_end += upper_from_start[..., -1:, :]
+        upper_from_start += lower_from_start[..., -1:, :]
+        half *= 2
+    yield ChunkDecays(from_start.exp_(), to_end.exp_())
+
+
+def scores(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, ChunkDecays]:
+    """``A_qk`` (lower triangle with the diagonal), ``A_kk`` (strictly lower), and the decays of the whole chunk."""
     chunk = q.shape[-2]
     a_qk, a_kk = (q.new_zeros(*q.shape[:-1], chunk) for _ in range(2))
-    for half in halves(chunk):
-        column_decay, row_decay = split_decays(g, half)
-        columns = sides(k, half)[0] * column_decay
-        rows = torch.cat([sides(q, half)[1] * row_decay, sides(k, half)[1] * row_decay], -2)
-        block = rows @ columns.transpose(-1, -2)
-        blocks(a_qk, half).copy_(block[..., :half, :])
-        blocks(a_kk, half).copy_(block[..., half:, :])
-    a_qk.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
-    return a_qk, a_kk
+    torch.linalg.vecdot(q, k, out=a_qk.diagonal(dim1=-2, dim2=-1))
+    for level in levels(g):
+        if isinstance(level, ChunkDecays):
+            return a_qk, a_kk, level
+        columns = sides(k, level.half)[0] * level.column
+        block = decayed_rows(q, k, level) @ columns.transpose(-1, -2)
+        blocks(a_qk, level.half).copy_(block[..., : level.half, :])
+        blocks(a_kk, level.half).copy_(block[..., level.half :, :])
 
 
-def scores_bwd(da_qk: Tensor, da_kk: Tensor, q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`scores`: dq, dk, dg. ``dg_t`` collects only the pairs that ``g_t`` decays (kda.md §3)."""
-    dq, dk, dg = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(g)
-    for half in halves(q.shape[-2]):
-        column_decay, row_decay = split_decays(g, half)
+def decayed_rows(q: Tensor, k: Tensor, level: Level) -> Tensor:
+    """The upper halves of q, then of k, decayed from the anchor: ``[..., splits, 2 half, D]``."""
+    rows = q.new_empty(*level.row.shape[:-2], 2 * level.half, q.shape[-1])
+    torch.mul(sides(q, level.half)[1], level.row, out=rows[..., : level.half, :])
+    torch.mul(sides(k, level.half)[1], level.row, out=rows[..., level.half :, :])
+    return rows
+
+
+class DecayGradient:
+    """Collects dg by adding alone (kda.md §3): ``dg_t`` gets only the paths that token t decays.
+
+    A path that enters row r from an anchor, or from the state, is decayed by the tokens from there to r: ``dg_t`` sums
+    the rows r >= t of its block. A path that leaves column i for an anchor, or for the end, is decayed by the tokens
+    after i: ``dg_t`` sums the columns i < t. The sums are taken from both ends of ever shorter blocks, beginning with
+    the chunk; all contributions to blocks of one length must be there before these are halved.
+    """
+
+    def __init__(self, rows: Tensor, columns: Tensor, state: Tensor):
+        """Contributions over the whole chunk; ``state [..., 1, K]`` crosses it from start to end. All are taken over."""
+        self._rows, self._columns = rows, columns
+        self._dg = state.expand_as(rows).contiguous()
+
+    def halve(self, half: int) -> None:
+        """Blocks of ``2 half`` tokens become blocks of ``half``: what crosses the middle is known now."""
+        lower, upper = sides(self._dg, half)
+        lower += sides(self._rows, half)[1].sum(-2, keepdim=True)
+        upper += sides(self._columns, half)[0].sum(-2, keepdim=True)
+
+    def upper_rows(self, half: int) -> Tensor:
+        return sides(self._rows, half)[1]
+
+    def lower_columns(self, half: int) -> Tensor:
+        return sides(self._columns, half)[0]
+
+    def finish(self) -> Tensor:
+        """At blocks of one token: no column is before it, and it is its only row."""
+        return self._dg.add_(self._rows)
+
+
+def scores_bwd(
+    da_qk: Tensor, da_kk: Tensor, q: Tensor, k: Tensor, g: Tensor, dg: DecayGradient
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`scores`, ``dq`` and ``dk``; adds to ``dg``. Upper triangles are not read."""
+    diagonal = da_qk.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    dq, dk = diagonal * k, diagonal * q
+    *splits, _ = levels(g)
+    while splits:
+        level = splits.pop()
+        half = level.half
         (k_lower, k_upper), q_upper = sides(k, half), sides(q, half)[1]
-        columns = k_lower * column_decay
-        rows = torch.cat([q_upper * row_decay, k_upper * row_decay], -2)
         block = torch.cat([blocks(da_qk, half), blocks(da_kk, half)], -2)
-        d_rows = block @ columns
-        dq_block = row_decay * d_rows[..., :half, :]
-        dk_upper = row_decay * d_rows[..., half:, :]
-        dk_lower = column_decay * (block.transpose(-1, -2) @ rows)
-        sides(dq, half)[1].add_(dq_block)
+        d_rows = block @ (k_lower * level.column)
+        dq_upper = d_rows[..., :half, :].mul_(level.row)
+        dk_upper = d_rows[..., half:, :].mul_(level.row)
+        dk_lower = (block.transpose(-1, -2) @ decayed_rows(q, k, level)).mul_(level.column)
+        sides(dq, half)[1].add_(dq_upper)
         sides(dk, half)[1].add_(dk_upper)
         sides(dk, half)[0].add_(dk_lower)
-        sides(dg, half)[1].add_(sum_from(q_upper * dq_block + k_upper * dk_upper))
-        sides(dg, half)[0].add_(sum_before(k_lower * dk_lower))
-    diagonal = da_qk.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    return dq + diagonal * k, dk + diagonal * q, dg
+        dg.halve(half)
+        dg.upper_rows(half).addcmul_(q_upper, dq_upper).addcmul_(k_upper, dk_upper)
+        dg.lower_columns(half).addcmul_(k_lower, dk_lower)
+    return dq, dk
