@@ -177,7 +177,7 @@ class HybridLM(nn.Module):
         Args:
             tokens: the prompt ``[batch, prompt]``, at least one token.
             max_new_tokens: how many to add.
-            temperature: 0 takes the most likely token; otherwise tokens are drawn from ``softmax(logits / temperature)``.
+            temperature: 0 takes the most likely token; otherwise draws from ``softmax(logits / temperature)``.
             top_k: draw only from this many most likely tokens.
             seed: of the draws; the same seed gives the same tokens.
         """
