@@ -264,7 +264,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 def save(out: Path, model: HybridLM, history: dict, result: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    (out / "demo.json").write_text(json.dumps({**result, "history": history}, indent=1) + "\n")
+    learned = [{"step": step, "bits_per_byte": bits} for step, bits in history["validation"]]
+    (out / "demo.json").write_text(json.dumps({**result, "validation": learned}, indent=1) + "\n")
     torch.save({"config": vars(model.config), "weights": model.state_dict()}, out / "model.pt")
     if importlib.util.find_spec("matplotlib"):
         draw(out / "demo.png", model, history, result["order0"])

@@ -12,7 +12,8 @@ import torch
 
 from kda_cuda import demo
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_kda_makes_the_cache_small(short_run):
 def test_files(short_run):
     result, out = short_run
     written = json.loads((out / "demo.json").read_text())
-    assert written["bits_per_byte"] == result["bits_per_byte"] and len(written["history"]["train"]) == 100
+    assert written["bits_per_byte"] == result["bits_per_byte"] == written["validation"][-1]["bits_per_byte"]
     assert (out / "demo.png").read_bytes()[:4] == b"\x89PNG"
     saved = torch.load(out / "model.pt", weights_only=True)
     model = demo.HybridLM(demo.HybridConfig(**saved["config"]))
@@ -139,3 +140,15 @@ def test_readme_example_runs(number):
 
 def test_readme_has_its_examples():
     assert len(readme_blocks()) >= 3
+
+
+def test_readme_says_what_the_demo_measured():
+    """Its numbers are those of bench/results/demo.json, and that run met its targets."""
+    result, text = json.loads((ROOT / "bench/results/demo.json").read_text()), README.read_text()
+    cost = result["forgetful"] / result["bits_per_byte"] - 1
+    assert result["bits_per_byte"] <= 0.60 * result["order0"] and cost >= 0.05
+    for number in (result["bits_per_byte"], result["order0"], result["forgetful"]):
+        assert f"{number:.3f}" in text
+    assert f"{cost:+.1%}" in text and f"{result['difference']:.1e}" in text
+    for row in result["cache_bytes"].values():
+        assert " | ".join(f"{count:,}" for count in row.values()) in text

@@ -76,6 +76,22 @@ def test_layer_is_its_definition(make, truth):
     torch.testing.assert_close(layer(x).double(), truth(layer, x), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_kda_layer_runs_on_the_kernels(device):
+    """Parallel and, on a cache, in pieces with single steps."""
+    layer, x = kda_layer(), torch.randn(1, 34, HIDDEN)
+    truth, layer, x = kda_by_definition(layer, x), layer.to(device), x.to(device)
+    cache = layer.new_cache(1)
+
+    def both() -> list[torch.Tensor]:
+        return [layer(x), torch.cat([layer(part, cache) for part in x.split((32, 1, 1), dim=1)], 1)]
+
+    outputs, kernels = device.run(both)
+    assert not device.runs_kernels or len(kernels) >= 4
+    for y in outputs:
+        torch.testing.assert_close(y.double().cpu(), truth, rtol=1e-4, atol=2e-5)
+
+
 def test_parameters_have_the_names_and_shapes_of_the_checkpoint():
     with torch.device("meta"):
         kda = KimiDeltaAttention(2304, num_heads=32, head_dim=128)
