@@ -96,7 +96,7 @@ class DecayGradient:
     """
 
     def __init__(self, rows: Tensor, columns: Tensor, state: Tensor):
-        """Contributions over the whole chunk; ``state [..., 1, K]`` crosses it from start to end. All are taken over."""
+        """Contributions over the whole chunk; ``state [..., 1, K]`` crosses it. All are taken over."""
         self._rows, self._columns = rows, columns
         self._dg = state.expand_as(rows).contiguous()
 
