@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -147,7 +148,7 @@ def test_packed_sequences_equal_each_alone(name):
     x = CASES[name].inputs(dtype=torch.float64)
     together = reference_results(x)
     chunk_at = 0
-    for n, (begin, end) in enumerate(zip(x.sequence_bounds()[:-1], x.sequence_bounds()[1:], strict=True)):
+    for n, (begin, end) in enumerate(itertools.pairwise(x.sequence_bounds())):
         own = {key: getattr(x, key)[:, begin:end] for key in ("q", "k", "v", "g", "beta", "do")}
         states = {
             key: getattr(x, key)[n : n + 1] for key in ("initial_state", "dfinal_state") if getattr(x, key) is not None
@@ -179,7 +180,7 @@ def test_empty_sequences_keep_their_state(index_dtype, with_state):
 
 def test_absent_results_are_empty():
     x = CASES["one_token"].inputs().replace(initial_state=None)
-    o, final_state, h = reference.chunk_fwd(*x.common(), False, 64, False)
+    _, final_state, h = reference.chunk_fwd(*x.common(), False, 64, False)
     assert final_state.shape == h.shape == (0,)
     gradients = dict(zip(GRADIENTS, reference.chunk_bwd(x.do, None, *x.common(), 64), strict=True))
     assert [name for name, y in gradients.items() if y.numel() == 0] == ["dA_log", "ddt_bias", "dinitial_state"]
