@@ -236,7 +236,8 @@ class NoPEMultiLatentAttention(nn.Module):
         queries = x.shape[1]
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         latent, shared_key = self.kv_a_proj_with_mqa(x).split((self.kv_lora_rank, self.rope_dim), dim=-1)
-        latents = torch.cat((self.kv_a_layernorm(latent), shared_key), dim=-1)
+        normed = self.kv_a_layernorm(latent.to(self.kv_a_layernorm.weight.dtype))  # the two differ under autocast
+        latents = torch.cat((normed.to(latent.dtype), shared_key), dim=-1)
         if cache is not None:
             latents = cache.append(latents)
             if queries == 1:
