@@ -8,6 +8,7 @@ Written from the equations alone; shares no code with the package. Gradients are
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,16 +30,13 @@ class Truth:
 
 def steps(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float
-) -> tuple[Tensor, list[Tensor]]:
-    """The recurrence of one batch of sequences, any dtype: ``[B, T, H, ...]`` and the state after every token."""
-    outputs, states = [], []
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The recurrence of one batch of sequences ``[B, T, H, ...]``: output and state of every token. Any dtype."""
     for t in range(q.shape[1]):
         state = g[:, t].exp().unsqueeze(-1) * state
         u = beta[:, t].unsqueeze(-1) * (v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t]))
         state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], u)
-        outputs.append(scale * torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
-        states.append(state)
-    return torch.stack(outputs, 1) if outputs else torch.zeros_like(v), states
+        yield scale * torch.einsum("bhkv,bhk->bhv", state, q[:, t]), state
 
 
 def transformed(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -74,16 +72,17 @@ def recurrence(x: Inputs) -> Truth:
     outputs, finals, before_chunks = [], [], []
     for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
         own = state if x.cu_seqlens is None else state[n : n + 1]
-        o, after = steps(*(y[:, begin:end] for y in streams), own, x.scale)
-        history = [own, *after]
-        outputs.append(o)
+        history = [own]
+        for o, after in steps(*(y[:, begin:end] for y in streams), own, x.scale):
+            outputs.append(o)
+            history.append(after)
         finals.append(history[-1])
         if end > begin:
             before_chunks.append(torch.stack([history[t] for t in range(0, end - begin, x.chunk_size)], 1))
     final, chunks = torch.cat(finals), torch.cat(before_chunks, 1).flatten(0, 1)
     if x.state_v_first:
         final, chunks = final.transpose(-1, -2), chunks.transpose(-1, -2)
-    return Truth(torch.cat(outputs, 1), final, chunks)
+    return Truth(torch.stack(outputs, 1) if outputs else torch.zeros_like(x.v), final, chunks)
 
 
 def gradients(x: Inputs) -> tuple[Truth, dict[str, Tensor]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .chunk_fwd import Chunks, Scan, key_first, per_head, scan
-from .inputs import Transforms
+from .chunk_fwd import Chunks, Scan, key_first, per_head, scan, state_or_zeros
+from .inputs import Inputs, Transforms
 from .layout import ChunkLayout
 from .splits import DecayGradient, scores_bwd
 
@@ -17,20 +18,20 @@ from .splits import DecayGradient, scores_bwd
 class ReverseScan:
     d_states: Tensor  # gradient of the state after every chunk, [chunks, HV, K, V]
     dr: Tensor  # (I + Diag(beta) A_kk)^-T dU, [chunks, HV, C, V]
-    d_initial: Tensor  # [sequences, HV, K, V], in the layout's order
 
 
-def reverse_scan(layout: ChunkLayout, c: Chunks, do: Tensor, d_state: Tensor) -> ReverseScan:
+def reverse_scan(steps: list[slice], c: Chunks, do: Tensor, d_state: Tensor) -> ReverseScan:
     """dU = A_qk^T dO + K~ dS_C;  dS_0 = Diag(Gamma_C) dS_C + (Gamma.Q)^T dO - (Gamma.K)^T Diag(beta) dR.
 
-    ``do`` includes the scale; ``d_state``, the gradient of the final states, is taken over.
+    ``do`` includes the scale. Turns ``d_state``, the gradient of the states after the last step, into that of the
+    states before the first.
     """
     du = c.a_qk.transpose(-1, -2) @ do
     ds_from_o = c.gamma_q.transpose(-1, -2) @ do
     gamma_c, inverse = c.gamma_c, c.inverse.transpose(-1, -2)
     w_raw = (c.x.beta * c.gamma_k).transpose(-1, -2)
     d_states, dr = torch.empty_like(ds_from_o), torch.empty_like(du)
-    for now in reversed(layout.steps):
+    for now in reversed(steps):
         ds = d_state[: now.stop - now.start]
         d_states[now] = ds
         per_head(du[now]).baddbmm_(per_head(c.k_to_end[now]), per_head(ds))
@@ -38,7 +39,7 @@ def reverse_scan(layout: ChunkLayout, c: Chunks, do: Tensor, d_state: Tensor) ->
         ds *= gamma_c[now]
         ds += ds_from_o[now]
         per_head(ds).baddbmm_(per_head(w_raw[now]), per_head(dr[now]), alpha=-1)
-    return ReverseScan(d_states, dr, d_state)
+    return ReverseScan(d_states, dr)
 
 
 @dataclass
@@ -51,9 +52,17 @@ class ChunkGradients:
     g: Tensor
     beta: Tensor
 
+    @classmethod
+    def empty(cls, x: Inputs) -> ChunkGradients:
+        return cls(*(torch.empty_like(y) for y in (x.q, x.k, x.v, x.g, x.beta.squeeze(-1))))
+
+    def set(self, chunks: slice, part: ChunkGradients) -> None:
+        for field in dataclasses.fields(self):
+            getattr(self, field.name)[chunks] = getattr(part, field.name)
+
 
 def chunk_gradients(c: Chunks, run: Scan, back: ReverseScan, do: Tensor) -> ChunkGradients:
-    """All chunks at once. ``do`` includes the scale."""
+    """Of many chunks at once. ``do`` includes the scale."""
     x, decays = c.x, c.decays
     dx = x.beta * back.dr  # of X = V - (Gamma.K) S_0
     left = x.v.clone()  # X - A_kk U
@@ -98,11 +107,19 @@ def chunk_bwd(
     layout = ChunkLayout(q.shape[0], q.shape[1], chunk_size, cu_seqlens, q.device)
     transforms = Transforms(use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval, lower_bound)
     x = transforms.apply(layout, q, k, v, g, beta, A_log, dt_bias)
-    c = Chunks.prepare(x)
-    run = scan(layout, c, c.state_or_zeros(layout, initial_state, state_v_first))
     do = layout.to_chunks(do, x.v.dtype).mul_(scale)
-    back = reverse_scan(layout, c, do, c.state_or_zeros(layout, dfinal_state, state_v_first))
-    d = chunk_gradients(c, run, back, do)
+    state = state_or_zeros(layout, x, initial_state, state_v_first)
+    d_state = state_or_zeros(layout, x, dfinal_state, state_v_first)
+    forward = []
+    for part in layout.parts(x.k):
+        c = Chunks.prepare(x[part.chunks])
+        forward.append((part, c, scan(part.steps, c, state)))
+    d = ChunkGradients.empty(x)
+    while forward:
+        part, c, run = forward.pop()
+        do_part = do[part.chunks]
+        back = reverse_scan(part.steps, c, do_part, d_state)
+        d.set(part.chunks, chunk_gradients(c, run, back, do_part))
 
     heads = q.shape[2]
     dq = transforms.normalise_bwd(d.q, x.q, x.q_inverse_norm, heads)
@@ -111,7 +128,7 @@ def chunk_bwd(
     dg, dA_log, ddt_bias = transforms.log_decay_bwd(layout.to_tokens(d.g, x.g.dtype), g, A_log, dt_bias)
     d_initial = x.v.new_empty(0)
     if initial_state is not None:
-        d_initial = key_first(layout.natural_states(back.d_initial), state_v_first).to(initial_state.dtype).contiguous()
+        d_initial = key_first(layout.natural_states(d_state), state_v_first).to(initial_state.dtype).contiguous()
     to_tokens = layout.to_tokens
     return (
         to_tokens(dq, q.dtype),

@@ -42,13 +42,6 @@ class Chunks:
         """The decay over the chunk, ``[chunks, HV, K, 1]``."""
         return self.decays.gamma[:, :, -1].unsqueeze(-1)
 
-    def state_or_zeros(self, layout: ChunkLayout, state: Tensor | None, v_first: bool) -> Tensor:
-        """A copy of one state per sequence, or zeros: ``[sequences, HV, K, V]``, in the layout's order."""
-        v = self.x.v
-        if state is None:
-            return v.new_zeros(layout.sequences, v.shape[1], self.x.k.shape[-1], v.shape[-1])
-        return layout.sorted_states(key_first(state.to(v.dtype), v_first))
-
 
 def unit_lower_inverse(a: Tensor) -> Tensor:
     """``(I + a)^-1`` of strictly lower ``a``, by substitution.
@@ -62,15 +55,21 @@ def unit_lower_inverse(a: Tensor) -> Tensor:
 
 @dataclass
 class Scan:
-    """The sequential part: the state before every chunk, what every chunk writes, and the state after the last."""
+    """The sequential part: the state before every chunk, and what every chunk writes to it."""
 
     states: Tensor  # [chunks, HV, K, V]
     u: Tensor  # [chunks, HV, C, V]
-    final: Tensor  # [sequences, HV, K, V], in the layout's order
 
 
 def key_first(state: Tensor, v_first: bool) -> Tensor:
     return state.transpose(-1, -2) if v_first else state
+
+
+def state_or_zeros(layout: ChunkLayout, x: Inputs, state: Tensor | None, v_first: bool) -> Tensor:
+    """A copy of one state per sequence, or zeros: ``[sequences, HV, K, V]``, in the layout's order."""
+    if state is None:
+        return x.v.new_zeros(layout.sequences, x.v.shape[1], x.k.shape[-1], x.v.shape[-1])
+    return layout.sorted_states(key_first(state.to(x.v.dtype), v_first))
 
 
 def per_head(x: Tensor) -> Tensor:
@@ -78,19 +77,19 @@ def per_head(x: Tensor) -> Tensor:
     return x.flatten(0, 1)
 
 
-def scan(layout: ChunkLayout, c: Chunks, state: Tensor) -> Scan:
-    """U = T V - W S_0 with T = (I + Diag(beta) A_kk)^-1 Diag(beta), W = T (Gamma.K). ``state`` is taken over."""
+def scan(steps: list[slice], c: Chunks, state: Tensor) -> Scan:
+    """U = T V - W S_0 with T = (I + Diag(beta) A_kk)^-1 Diag(beta), W = T (Gamma.K). Advances ``state``."""
     t = c.inverse * c.x.beta.transpose(-1, -2)
     u, w = t @ c.x.v, t @ c.gamma_k
     gamma_c, k_to_end = c.gamma_c, c.k_to_end.transpose(-1, -2)
     states = u.new_empty(*u.shape[:2], *state.shape[-2:])
-    for now in layout.steps:
+    for now in steps:
         s = state[: now.stop - now.start]
         states[now] = s
         per_head(u[now]).baddbmm_(per_head(w[now]), per_head(s), alpha=-1)
         s *= gamma_c[now]
         per_head(s).baddbmm_(per_head(k_to_end[now]), per_head(u[now]))
-    return Scan(states, u, state)
+    return Scan(states, u)
 
 
 def outputs(c: Chunks, run: Scan, scale: float) -> Tensor:
@@ -123,13 +122,20 @@ def chunk_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = ChunkLayout(q.shape[0], q.shape[1], chunk_size, cu_seqlens, q.device)
     transforms = Transforms(use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval, lower_bound)
-    c = Chunks.prepare(transforms.apply(layout, q, k, v, g, beta, A_log, dt_bias))
-    run = scan(layout, c, c.state_or_zeros(layout, initial_state, state_v_first))
-    o = layout.to_tokens(outputs(c, run, scale), v.dtype)
+    x = transforms.apply(layout, q, k, v, g, beta, A_log, dt_bias)
+    state = state_or_zeros(layout, x, initial_state, state_v_first)
+    o = torch.empty_like(x.v)
+    states = x.v.new_empty(layout.chunks if output_chunk_states else 0, *state.shape[1:])
+    for part in layout.parts(x.k):
+        c = Chunks.prepare(x[part.chunks])
+        run = scan(part.steps, c, state)
+        o[part.chunks] = outputs(c, run, scale)
+        if output_chunk_states:
+            states[part.chunks] = run.states
 
-    final_state, h = c.x.v.new_empty(0), k.new_empty(0)
+    final_state, h = x.v.new_empty(0), k.new_empty(0)
     if output_final_state:
-        final_state = key_first(layout.natural_states(run.final), state_v_first).contiguous()
+        final_state = key_first(layout.natural_states(state), state_v_first).contiguous()
     if output_chunk_states:
-        h = key_first(layout.natural_chunks(run.states), state_v_first).to(k.dtype).contiguous()
-    return o, final_state, h
+        h = key_first(layout.natural_chunks(states), state_v_first).to(k.dtype).contiguous()
+    return layout.to_tokens(o, v.dtype), final_state, h

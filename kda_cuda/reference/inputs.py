@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,10 @@ class Inputs:
     beta: Tensor  # [chunks, HV, C, 1]
     q_inverse_norm: Tensor | None  # [chunks, H, C, 1], with l2norm
     k_inverse_norm: Tensor | None
+
+    def __getitem__(self, chunks: slice) -> Inputs:
+        fields = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return Inputs(*(None if x is None else x[chunks] for x in fields))
 
 
 @dataclass

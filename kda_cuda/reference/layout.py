@@ -7,8 +7,21 @@ tokens are zero: with ``k = beta = g = 0`` they neither write to the state nor d
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+# Elements of one [chunks, heads, C, D] tensor that the CPU works on at a time: some twenty of these stay in its caches.
+CPU_PART = 1 << 18
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive steps."""
+
+    chunks: slice
+    steps: list[slice]  # within the part; those of one step belong to the first sequences
 
 
 class ChunkLayout:
@@ -43,10 +56,18 @@ class ChunkLayout:
         self._natural_chunks = (begins[step] + rank[owner]).to(device)
         self._order, self._rank = order.to(device), rank.to(device)
 
-    @property
-    def steps(self) -> list[slice]:
-        """The chunks of each step; those of step ``j`` belong to the first ``stop - start`` sequences."""
-        return self._steps
+    def parts(self, like: Tensor) -> list[Part]:
+        """All steps, in parts that the caches hold where ``like [chunks, heads, C, D]`` is on the CPU."""
+        limit = CPU_PART // max(1, like[:1].numel()) if like.device.type == "cpu" else self.chunks
+        parts: list[Part] = []
+        for step in self._steps:
+            if parts and step.stop - parts[-1].chunks.start <= limit:
+                begin = parts[-1].chunks.start
+                steps = [*parts[-1].steps, slice(step.start - begin, step.stop - begin)]
+                parts[-1] = Part(slice(begin, step.stop), steps)
+            else:
+                parts.append(Part(step, [slice(0, step.stop - step.start)]))
+        return parts
 
     def to_chunks(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``[B, T, H, ...] -> [chunks, H, C, ...]`` in ``dtype``; never a view of ``x``."""
