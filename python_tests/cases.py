@@ -333,8 +333,8 @@ _ALL = (
     # how the inputs come
     Case("no_l2norm", 100, l2norm=False, scale=1.7, initial_state=True),
     Case("fp32_gate", 100, gate="violent", wide_gate=True, dtype=_BF16),
-    Case("packed", 100, batch=2, layout="packed", key_dim=60, dtype=_BF16),
+    Case("packed", 100, batch=2, layout="packed", key_dim=60, gate="fast", dtype=_BF16, **_MODEL),
     Case("expanded", 70, batch=3, layout="expanded", initial_state=True),
-    Case("transposed", 70, batch=2, layout="transposed", dtype=_BF16),
+    Case("transposed", 70, batch=2, layout="transposed", gate="long", dtype=_BF16, **_MODEL),
 )  # fmt: skip
 CASES = {case.name: case for case in _ALL}
