@@ -54,8 +54,9 @@ def inputs(shape: Shape, regime: str, device: str, dtype: torch.dtype, head_dim:
         gate = {"A_log": (1 + 15 * uniform(h)).log(), "dt_bias": dt + torch.log(-torch.expm1(-dt)), "lower_bound": None}
     bounds = torch.tensor([0, *shape.lengths], dtype=torch.int64).cumsum(0)
     q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
+    cu_seqlens = bounds.to(device) if len(shape.lengths) > 1 else None
     return {
-        "q": q, "k": k, "v": v, "g": g, "beta": beta, **gate, "cu_seqlens": bounds.to(device) if len(shape.lengths) > 1 else None,
+        "q": q, "k": k, "v": v, "g": g, "beta": beta, **gate, "cu_seqlens": cu_seqlens,
         "use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True,
         "output_final_state": True,
     }  # fmt: skip

@@ -7,15 +7,15 @@ namespace kda::emulator {
 /// Byte address of element (n, k) of B. PTX ISA, canonical layouts with the 128-byte swizzle: K-major rows of n hold 64
 /// values of k; MN-major rows of k hold 64 values of n.
 static KDA_NO_TSAN uint32_t element_address(uint64_t descriptor, int n, int k, bool mn_major) {
-  const uint32_t base = uint32_t(descriptor & 0x3FFF) << 4, panel = uint32_t(descriptor >> 16 & 0x3FFF) << 4,
+  uint32_t const base = uint32_t(descriptor & 0x3FFF) << 4, panel = uint32_t(descriptor >> 16 & 0x3FFF) << 4,
                  group = uint32_t(descriptor >> 32 & 0x3FFF) << 4;
-  const uint32_t address = mn_major ? base + n % 64 * 2 + n / 64 * panel + k % 8 * 128 + k / 8 * group
+  uint32_t const address = mn_major ? base + n % 64 * 2 + n / 64 * panel + k % 8 * 128 + k / 8 * group
                                     : base + n / 8 * group + n % 8 * 128 + k * 2;
   return address ^ (address >> 7 & 7) << 4;
 }
 
 void Engine::start_wgmma(Wgmma const& x, Location location) {
-  const int warp = running->warp;
+  int const warp = running->warp;
   Warpgroup& group = warpgroups_[warp / 4];
   if (warp / 4 * 4 + 4 > warps_) fail("wgmma by an incomplete warpgroup");
   group.arguments[warp % 4 * 32 + running->lane] = x;
@@ -45,7 +45,7 @@ KDA_NO_TSAN void Engine::issue_wgmma(Warpgroup& g) {
       fail("wgmma: the threads of a warpgroup disagree on the product");
     if (g.commits[i] != op.group) fail("wgmma: the threads of a warpgroup disagree on the group");
     std::memcpy(op.a[i], x.a, 16);
-    const int count = x.n / 2;
+    int const count = x.n / 2;
     auto it = g.accumulators[i].find(x.d);
     if (it == g.accumulators[i].end()) {
       it = g.accumulators[i].emplace(x.d, InFlight{std::vector<float>(x.d, x.d + count), op.group}).first;
@@ -80,7 +80,7 @@ __attribute__((optimize("O3"))) void Engine::run_wgmma(PendingWgmma& op) {
   float b[16][128];
   for (int n = 0; n < shape.n; ++n)
     for (int k = 0; k < 16; ++k) {
-      const uint32_t address = element_address(shape.descriptor, n, k, shape.mn_major);
+      uint32_t const address = element_address(shape.descriptor, n, k, shape.mn_major);
       if (address >= kSharedWindow) fail("wgmma: the descriptor leaves shared memory");
       uint16_t bits;
       std::memcpy(&bits, window_ + address, 2);
@@ -107,7 +107,7 @@ __attribute__((optimize("O3"))) void Engine::run_wgmma(PendingWgmma& op) {
 
 void Engine::wait_wgmma(int keep) {
   Warpgroup& g = warpgroups_[running->warp / 4];
-  const int thread = running->warp % 4 * 32 + running->lane;
+  int const thread = running->warp % 4 * 32 + running->lane;
   int before;
   size_t count;
   {

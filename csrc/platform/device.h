@@ -32,7 +32,7 @@ inline int current_device() {
 template <cudaDeviceAttr kAttribute>
 int device_attribute() {
   static int known[64] = {};
-  const int device = current_device();
+  int const device = current_device();
   int& value = known[device & 63];
   if (!value) check_cuda(cudaDeviceGetAttribute(&value, kAttribute, device), "cudaDeviceGetAttribute");
   return value;

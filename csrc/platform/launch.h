@@ -21,7 +21,7 @@ void launch(char const* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
 
 /// Launches on `stream`; throws std::runtime_error with the kernel's name.
 template <class... P, class... A>
-void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+void launch(char const* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             A&&... arguments) {
   void const* const function = reinterpret_cast<void const*>(kernel);
   if (shared_bytes > 48 * 1024)

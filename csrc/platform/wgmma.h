@@ -10,7 +10,7 @@ namespace kda {
 /// multiple of 1024 bytes. `group_stride`: bytes between groups of eight rows; `panel_stride`: bytes between panels of
 /// 64 columns (MN-major operands only).
 KDA_DEVICE uint64_t wgmma_descriptor(void const* start, uint32_t panel_stride, uint32_t group_stride) {
-  const uint32_t address = shared_address(start);
+  uint32_t const address = shared_address(start);
   return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(panel_stride >> 4) << 16 | uint64_t(group_stride >> 4) << 32 |
          uint64_t(1) << 62;
 }
@@ -74,21 +74,22 @@ KDA_DEVICE void set_max_registers() {
 #define KDA_ACC1(i) "+f"(d[i].x[0]), "+f"(d[i].x[1]), "+f"(d[i].x[2]), "+f"(d[i].x[3])
 #define KDA_ACC4(i) KDA_ACC1(i), KDA_ACC1(i + 1), KDA_ACC1(i + 2), KDA_ACC1(i + 3)
 #define KDA_ACC8(i) KDA_ACC4(i), KDA_ACC4(i + 4)
-#define KDA_REG32                                                                                                 \
+#define KDA_REG32                                                                                                  \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
   "%30,%31"
-#define KDA_REG64                                                                                                   \
-  KDA_REG32                                                                                                         \
+#define KDA_REG64                                                                                                 \
+  KDA_REG32                                                                                                       \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58," \
   "%59,%60,%61,%62,%63"
-#define KDA_WGMMA(N, TYPE, REGISTERS, A0, A1, A2, A3, DESC, SCALE, TRANS, ...)                              \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " SCALE ", 0;\n"                                           \
-               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" A0 "," A1 \
-               "," A2 "," A3 "}, " DESC ", p, 1, 1, " TRANS ";\n}"                                          \
-               : __VA_ARGS__                                                                                \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(int(accumulate)), "n"(int(kMnMajor)))
-#define KDA_WGMMA64(TYPE) \
-  KDA_WGMMA("64", TYPE, KDA_REG32, "%32", "%33", "%34", "%35", "%36", "%37", "%38", KDA_ACC8(0))
+#define KDA_WGMMA(N, TYPE, REGISTERS, A0, A1, A2, A3, DESC, SCALE, TRANS, ...)                                       \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " SCALE                                                             \
+               ", 0;\n"                                                                                              \
+               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" A0 "," A1 "," A2 \
+               "," A3 "}, " DESC ", p, 1, 1, " TRANS ";\n}"                                                          \
+               : __VA_ARGS__                                                                                         \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(int(accumulate)),                  \
+                 "n"(int(kMnMajor)))
+#define KDA_WGMMA64(TYPE) KDA_WGMMA("64", TYPE, KDA_REG32, "%32", "%33", "%34", "%35", "%36", "%37", "%38", KDA_ACC8(0))
 #define KDA_WGMMA128(TYPE) \
   KDA_WGMMA("128", TYPE, KDA_REG64, "%64", "%65", "%66", "%67", "%68", "%69", "%70", KDA_ACC8(0), KDA_ACC8(8))
 #endif

@@ -18,7 +18,7 @@ struct MmaProducts {
     for (int c = 0; c < kRows / 8; ++c) x[c] = y[c] = Accumulator{};
 #pragma unroll
     for (int d = 0; d < kDepth; d += 16) {
-      const auto a = left_from<E>(left[d / 8], left[d / 8 + 1]);
+      auto const a = left_from<E>(left[d / 8], left[d / 8 + 1]);
 #pragma unroll
       for (int c = 0; c < kRows; c += 16) multiply<E>(x[c / 8], x[c / 8 + 1], a, load_right<E>(first, c, d));
 #pragma unroll
@@ -100,7 +100,7 @@ struct WgmmaProducts {
   KDA_DEVICE void start_rows(Accumulator (&x)[kRows / 8], Tile const& tile) {
 #pragma unroll
     for (int d = 0; d < kDepth / 16; ++d) {
-      const int at = d * 16 / Tile::kPanel * Tile::kPanel * kRows + d * 16 % Tile::kPanel;
+      int const at = d * 16 / Tile::kPanel * Tile::kPanel * kRows + d * 16 % Tile::kPanel;
       wgmma_m64k16<E, kRows, false>(x, wide_left[d].x, wgmma_descriptor(&tile.data[at], 0, 1024), d > 0);
     }
   }

@@ -12,17 +12,17 @@ struct alignas(1024) SharedTile {
   using Element = T;
   static constexpr int kRows = kRowCount;
   static constexpr int kCols = kColCount;
-  static constexpr int kPiece = 16 / int(sizeof(T));                           // elements of one piece
-  static constexpr int kPanel = kCols < 8 * kPiece ? kCols : 8 * kPiece;       // columns of one panel
-  static constexpr int kPieces = kPanel / kPiece;                              // pieces of one row of a panel
-  static constexpr int kRowsPerLine = 8 / kPieces;                             // rows that share the 32 banks
+  static constexpr int kPiece = 16 / int(sizeof(T));                      // elements of one piece
+  static constexpr int kPanel = kCols < 8 * kPiece ? kCols : 8 * kPiece;  // columns of one panel
+  static constexpr int kPieces = kPanel / kPiece;                         // pieces of one row of a panel
+  static constexpr int kRowsPerLine = 8 / kPieces;                        // rows that share the 32 banks
   static constexpr int kPanelBytes = kRows * kPanel * int(sizeof(T));
   static_assert(kCols % kPanel == 0 && (kPieces & (kPieces - 1)) == 0, "a row is 2^n pieces of 16 bytes");
 
   T data[kRows * kCols];
 
   static KDA_DEVICE constexpr int index(int row, int col) {
-    const int panel = col / kPanel, piece = col % kPanel / kPiece ^ row / kRowsPerLine % kPieces;
+    int const panel = col / kPanel, piece = col % kPanel / kPiece ^ row / kRowsPerLine % kPieces;
     return (panel * kRows + row) * kPanel + piece * kPiece + col % kPiece;
   }
   KDA_DEVICE T& at(int row, int col) { return data[index(row, col)]; }

@@ -103,7 +103,8 @@ std::tuple<Tensor, Tensor, Tensor> chunk_fwd(Tensor q, Tensor k, Tensor v, Tenso
   Dtype const dtype = dtype_of_tensor(kOp, "q", q);
   require(q.size(3) >= 1 && q.size(3) <= 256, kOp, "q has shape " + shape_text(q) + ", expected 1 <= K <= 256");
   OnDeviceOf device(q);
-  ChunkFwdVariant const* variant = select_chunk_fwd(dtype, int(q.size(3)), int(chunk_size), {has_wgmma(), shared_memory_limit()});
+  ChunkFwdVariant const* variant =
+      select_chunk_fwd(dtype, int(q.size(3)), int(chunk_size), {has_wgmma(), shared_memory_limit()});
   require(variant, kOp, "this device has too little shared memory per block");
 
   ChunkFwdParams p{};

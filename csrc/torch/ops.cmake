@@ -4,6 +4,10 @@ set(KDA_NVCC "" CACHE FILEPATH "nvcc")
 set(KDA_ARCHS "80;90a" CACHE STRING "Compute capabilities, such as 80;90a")
 set(KDA_CUDART "" CACHE FILEPATH "libcudart_static.a")
 
+set(compiler ${KDA_NVCC})
+if(KDA_CCACHE)
+  set(compiler "${KDA_CCACHE} ${KDA_NVCC}")
+endif()
 set(KDA_KERNEL_OBJECTS)
 set(KDA_RESOURCE_REPORTS)
 foreach(source ${KDA_VARIANTS})
@@ -26,7 +30,7 @@ foreach(source ${KDA_VARIANTS})
   list(JOIN gencode " " gencode_text)
   add_custom_command(
     OUTPUT ${object} ${report}
-    COMMAND sh -c "${KDA_CCACHE} ${KDA_NVCC} -std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden \
+    COMMAND sh -c "${compiler} -std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden \
 -Xptxas=-v ${gencode_text} -I${PROJECT_SOURCE_DIR}/csrc -MD -MF ${object}.d -c ${source} -o ${object} 2> ${report} \
 || { cat ${report} >&2; exit 1; }"
     DEPENDS ${source}

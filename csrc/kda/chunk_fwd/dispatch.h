@@ -11,13 +11,13 @@ namespace kda {
 inline std::vector<ChunkFwdVariant> const& chunk_fwd_variants() {
   static std::vector<ChunkFwdVariant> const table = {
 #if defined(KDA_HAS_SM90)
-      describe_chunk_fwd<Bf16K64Sm90>(), describe_chunk_fwd<Bf16K128Sm90>(),
-      describe_chunk_fwd<Fp16K64Sm90>(), describe_chunk_fwd<Fp16K128Sm90>(),
+      describe_chunk_fwd<Bf16K64Sm90>(),  describe_chunk_fwd<Bf16K128Sm90>(), describe_chunk_fwd<Fp16K64Sm90>(),
+      describe_chunk_fwd<Fp16K128Sm90>(),
 #endif
-      describe_chunk_fwd<Bf16K64>(),     describe_chunk_fwd<Bf16K64C32>(),  describe_chunk_fwd<Bf16K128>(),
-      describe_chunk_fwd<Bf16K128C32>(), describe_chunk_fwd<Bf16K256>(),    describe_chunk_fwd<Fp16K64>(),
-      describe_chunk_fwd<Fp16K64C32>(),  describe_chunk_fwd<Fp16K128>(),    describe_chunk_fwd<Fp16K128C32>(),
-      describe_chunk_fwd<Fp16K256>(),    describe_chunk_fwd<Fp32K64>(),     describe_chunk_fwd<Fp32K128>(),
+      describe_chunk_fwd<Bf16K64>(),      describe_chunk_fwd<Bf16K64C32>(),   describe_chunk_fwd<Bf16K128>(),
+      describe_chunk_fwd<Bf16K128C32>(),  describe_chunk_fwd<Bf16K256>(),     describe_chunk_fwd<Fp16K64>(),
+      describe_chunk_fwd<Fp16K64C32>(),   describe_chunk_fwd<Fp16K128>(),     describe_chunk_fwd<Fp16K128C32>(),
+      describe_chunk_fwd<Fp16K256>(),     describe_chunk_fwd<Fp32K64>(),      describe_chunk_fwd<Fp32K128>(),
       describe_chunk_fwd<Fp32K256>()};
   return table;
 }
@@ -31,7 +31,7 @@ struct DeviceTraits {
 /// The first variant that the device can run, whose tile holds key_dim (and is not twice too wide) and whose chunk
 /// divides `state_tokens`, the distance of kept states. Null: none.
 inline ChunkFwdVariant const* select_chunk_fwd(Dtype dtype, int key_dim, int state_tokens, DeviceTraits device) {
-  const int key_tile = key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256;
+  int const key_tile = key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256;
   for (ChunkFwdVariant const& variant : chunk_fwd_variants())
     if (variant.dtype == dtype && variant.key_tile == key_tile && state_tokens % variant.chunk == 0 &&
         variant.shared_bytes() <= device.shared_limit && (device.has_wgmma || !variant.wgmma))

@@ -45,8 +45,8 @@ struct ChunkFwdParams {
   StateRef initial_state;
   bool const* has_initial_state;  // [sequences]; null: every sequence has one
   StateRef final_state;
-  void* chunk_states;  // [rows, value_heads, K, V] (or V, K): states at multiples of chunk_state_tokens; or null
-  int64_t chunk_state_rows;    // rows beyond it are not written
+  void* chunk_states;        // [rows, value_heads, K, V] (or V, K): states at multiples of chunk_state_tokens; or null
+  int64_t chunk_state_rows;  // rows beyond it are not written
   StateType chunk_states_type;
   int32_t chunk_state_tokens;  // a multiple of plan.chunk
   bool chunk_states_value_first;

@@ -45,7 +45,8 @@ struct ScanShape : ChunkShape<Variant> {
   static constexpr int kThreads = kConsumers + kProducers;
   // With wgmma the consumers take what the producers can spare: 216 * 128 + 144 * 256 <= 64 K registers.
   static constexpr int kConsumerRegisters = 216, kProducerRegisters = 144;
-  static_assert(kConsumers * kConsumerRegisters + kProducers * kProducerRegisters <= 65536 || !ChunkShape<Variant>::kConfig.wgmma);
+  static_assert(kConsumers * kConsumerRegisters + kProducers * kProducerRegisters <= 65536 ||
+                !ChunkShape<Variant>::kConfig.wgmma);
 };
 
 template <class Variant>
@@ -135,11 +136,11 @@ struct ScanConsumer {
 
   ChunkFwdParams const& p;
   Storage& s;
-  int const warp, value0;                    // this warp's columns of V: value0 + warp * 16 ...
-  tile::Accumulator state[kKeyTiles];        // S^T
-  tile::Accumulator x[kTokenTiles];          // X^T, then U^T
-  tile::Accumulator o[kTokenTiles];          // O^T
-  tile::LeftFragment<E> left[kChunk / 16];   // X^T, then U^T, as operand
+  int const warp, value0;                   // this warp's columns of V: value0 + warp * 16 ...
+  tile::Accumulator state[kKeyTiles];       // S^T
+  tile::Accumulator x[kTokenTiles];         // X^T, then U^T
+  tile::Accumulator o[kTokenTiles];         // O^T
+  tile::LeftFragment<E> left[kChunk / 16];  // X^T, then U^T, as operand
   Products products;
 
   /// Starts S^T (Gamma.K)^T and S^T (scale Gamma.Q)^T.
@@ -164,10 +165,10 @@ struct ScanConsumer {
   /// U^T = X^T T^T, and meanwhile S^T <- S^T Diag(Gamma_C)
   KDA_DEVICE void solve(Stage const& in) {
     products.start_lower(x, left, in.t, false);
-    const int lane = lane_index();
+    int const lane = lane_index();
 #pragma unroll
     for (int d = 0; d < kKeyTiles; ++d) {
-      const float2 gamma = *reinterpret_cast<float2 const*>(&in.gamma_c[d * 8 + lane % 4 * 2]);
+      float2 const gamma = *reinterpret_cast<float2 const*>(&in.gamma_c[d * 8 + lane % 4 * 2]);
 #pragma unroll
       for (int e = 0; e < 4; ++e) state[d].x[e] *= e % 2 ? gamma.y : gamma.x;
     }
