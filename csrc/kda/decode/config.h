@@ -1,0 +1,48 @@
+// The numbers of the decoding kernels, all from one rule: a thread holds 32 elements of the state, which it loads at
+// once. That leaves room for enough blocks per SM that 40 to 60 KB are on their way, twice what the bandwidth needs.
+#pragma once
+#include "kda/decode/params.h"
+#include "platform/platform.h"
+
+namespace kda {
+
+inline constexpr int kStateElements = 32;  // per thread
+inline constexpr int kThreadsPerSM = 640;  // that registers must suffice for
+inline constexpr int kStagedTokens = 8;    // whose inputs are in shared memory at once
+
+/// States [V, K]: a row of K lies across the lanes, a warp holds whole rows.
+template <class StateElement, int kTileOfK, bool kInPieces, int kBlockWarps = 4>
+struct ValueFirstShape {
+  using State = StateElement;
+  static constexpr bool kValueFirst = true;
+  static constexpr bool kVector = kInPieces;            // K is exactly kKeyTile and rows are aligned: 16 bytes at once
+  static constexpr int kKeyTile = kTileOfK;             // K rounded up to 64, 128 or 256
+  static constexpr int kElements = 16 / sizeof(State);  // of a piece of 16 bytes
+  static constexpr int kPieces = kStateElements / kElements;
+  static constexpr int kLanesPerRow = kKeyTile / kElements < 32 ? kKeyTile / kElements : 32;
+  static constexpr int kPiecesPerRow = kKeyTile / kElements / kLanesPerRow;  // of one lane
+  static constexpr int kRows = kPieces / kPiecesPerRow;                      // of one lane
+  static constexpr int kRowsAtOnce = 32 / kLanesPerRow;                      // in one load of the warp
+  static constexpr int kRowsPerWarp = kRows * kRowsAtOnce;
+  static constexpr int kWarps = kBlockWarps, kThreads = 32 * kWarps, kBlocksPerSM = kThreadsPerSM / kThreads;
+  static constexpr int kValueTile = kWarps * kRowsPerWarp;
+};
+
+/// States [K, V]: eight lanes hold 128 bytes of a row of V, a thread kRows consecutive rows of K.
+template <class StateElement, int kTileOfK, bool kInPieces>
+struct KeyFirstShape {
+  using State = StateElement;
+  static constexpr bool kValueFirst = false;
+  static constexpr bool kVector = kInPieces;  // V is a multiple of a piece and rows are aligned
+  static constexpr int kKeyTile = kTileOfK;
+  static constexpr int kElements = 16 / sizeof(State);  // of a piece of 16 bytes
+  static constexpr int kPieces = kStateElements / kElements;
+  static constexpr int kLanesPerRow = 8;
+  static constexpr int kRows = kPieces;  // of one lane
+  static constexpr int kKeysPerWarp = kRows * (32 / kLanesPerRow);
+  static constexpr int kWarps = kKeyTile / kKeysPerWarp, kThreads = 32 * kWarps,
+                       kBlocksPerSM = kThreadsPerSM / kThreads;
+  static constexpr int kValueTile = kLanesPerRow * kElements;
+};
+
+}  // namespace kda

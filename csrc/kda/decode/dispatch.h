@@ -1,0 +1,32 @@
+// The C API: kda::decode(params, stream). Only for files compiled apart from the kernels.
+#pragma once
+#include "kda/decode/launch.h"
+#include "kda/errors.h"
+
+namespace kda {
+
+inline int64_t state_element_bytes(DecodeParams const& p) { return p.state_dtype == Dtype::kFloat32 ? 4 : 2; }
+
+/// Whether both pools can be moved 16 bytes at a time, anywhere.
+inline bool states_in_pieces(DecodeParams const& p, int key_tile) {
+  int64_t const piece = 16 / state_element_bytes(p);
+  bool pieces = p.value_first ? p.key_dim == key_tile : p.value_dim % piece == 0;
+  for (StatePool const* pool : {&p.state, &p.new_state})
+    if (pool->data)
+      pieces = pieces && reinterpret_cast<uintptr_t>(pool->data) % 16 == 0 && pool->slot_stride % piece == 0;
+  return pieces;
+}
+
+inline int decode_key_tile(int key_dim) { return key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256; }
+
+/// Launches on `stream`. All pointers are of the current device; nothing is allocated, and nothing synchronises.
+inline void decode(DecodeParams const& p, cudaStream_t stream) {
+  if (p.sequences == 0 || p.value_dim == 0) return;
+  int const key_tile = decode_key_tile(p.key_dim);
+  bool const fp32 = p.state_dtype == Dtype::kFloat32, pieces = states_in_pieces(p, key_tile);
+  if (key_tile == 64) (fp32 ? launch_decode<DecodeFp32K64> : launch_decode<DecodeBf16K64>)(p, pieces, stream);
+  else if (key_tile == 128) (fp32 ? launch_decode<DecodeFp32K128> : launch_decode<DecodeBf16K128>)(p, pieces, stream);
+  else (fp32 ? launch_decode<DecodeFp32K256> : launch_decode<DecodeBf16K256>)(p, pieces, stream);
+}
+
+}  // namespace kda

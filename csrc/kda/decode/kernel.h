@@ -1,0 +1,95 @@
+// A few steps of the recurrence (kda.md, section 1) on one run of values of one head of one sequence per block. The
+// state is read once and written once; everything else is small beside it.
+#pragma once
+#include "kda/decode/state_tile.h"
+#include "kda/decode/token.h"
+
+namespace kda {
+
+template <class Shape>
+struct DecodeStorage {
+  typename StateTile<Shape>::Exchange exchange;
+  DecodeToken<Shape::kKeyTile, Shape::kValueTile> tokens[kStagedTokens];
+
+  /// For sequences of at most `count` tokens.
+  static size_t bytes(int64_t count) {
+    return sizeof(DecodeStorage) - size_t(count < kStagedTokens ? kStagedTokens - count : 0) * sizeof(tokens[0]);
+  }
+};
+
+/// S' = Diag(exp g) S;  u = beta (v - S'^T k);  o = scale (S'^T q + (q . k) u);  S = S' + k u^T.
+/// `output(value in the tile, o, u)` is called by one thread per value.
+template <class Tile, class Token, class F>
+KDA_DEVICE void decode_step(Tile& tile, Token const& token, typename Tile::Exchange& exchange, float scale, F output) {
+  tile.decay(token.decay);
+  float on_key[Tile::kOwn], on_query[Tile::kOwn], own[Tile::kOwn], u[Tile::kUpdates];
+  tile.project(on_key, on_query, token.k, token.q, exchange);
+#pragma unroll
+  for (int i = 0; i < Tile::kOwn; ++i) {
+    own[i] = token.beta * (token.v[tile.own(i)] - on_key[i]);
+    if (tile.writes_output()) output(tile.own(i), scale * fmaf(token.query_on_key, own[i], on_query[i]), own[i]);
+  }
+  tile.spread(u, own);
+  tile.add(token.k, u);
+}
+
+/// Where the results of one token go.
+struct DecodeOutput {
+  DecodeParams const& p;
+  int64_t o, record;
+  int values;
+
+  KDA_DEVICE DecodeOutput(DecodeParams const& params, DecodeWork const& work, int64_t t)
+      : p(params),
+        o(work.offset(p.o_strides, t, work.value_head) + work.first_value),
+        record(work.record_offset(p, t, p.value_heads, work.value_head, p.value_dim) + work.first_value),
+        values(p.value_dim - work.first_value) {}
+  KDA_DEVICE void operator()(int value, float output, float u) const {
+    if (value >= values) return;
+    store_float(p.o, p.dtype, o + value, output);
+    if (p.records.u) p.records.u[record + value] = u;
+  }
+};
+
+/// The outputs of a sequence in a null slot.
+KDA_DEVICE void zero_outputs(DecodeParams const& p, DecodeWork const& work, int value_tile, int threads) {
+  for (int64_t t = 0; t < work.tokens; ++t)
+    for (int i = thread_index(); i < value_tile && work.first_value + i < p.value_dim; i += threads)
+      store_float(p.o, p.dtype, work.offset(p.o_strides, t, work.value_head) + work.first_value + i, 0.f);
+}
+
+template <class Shape>
+KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM) decode_kernel(DecodeParams const p) {
+  using State = typename Shape::State;
+  KDA_DYNAMIC_SHARED(DecodeStorage<Shape>, storage);
+  DecodeWork const work(p, p.value_heads, Shape::kValueTile);
+  int64_t const from = work.state_offset(p.state, p, work.first_column(p));
+  if (p.state.data && from < 0) return zero_outputs(p, work, Shape::kValueTile, Shape::kThreads);
+  if (work.tokens == 0 && p.new_state.data == p.state.data) return;
+
+  StateTile<Shape> tile(p, work.first_value);
+  tile.fetch(p.state.data ? static_cast<State const*>(p.state.data) + from : nullptr);
+  auto const store = [&](int64_t column) {
+    int64_t const to = work.state_offset(p.new_state, p, column);
+    if (to >= 0) tile.store(static_cast<State*>(p.new_state.data) + to);
+  };
+
+  int64_t first = 0;
+  do {
+#pragma unroll 1
+    for (int i = thread_index() / 32; i < kStagedTokens && first + i < work.tokens; i += Shape::kWarps)
+      prepare_token(storage->tokens[i], p, work, first + i);
+    sync_block();
+    if (first == 0) tile.finish_fetch();
+#pragma unroll 1
+    for (int i = 0; i < kStagedTokens && first + i < work.tokens; ++i) {
+      DecodeOutput const output(p, work, first + i);
+      decode_step(tile, storage->tokens[i], storage->exchange, p.scale, output);
+      if (p.every_token) store(first + i);
+    }
+    sync_block();  // before the tokens are overwritten
+  } while ((first += kStagedTokens) < work.tokens);
+  if (p.new_state.data && !p.every_token) store(0);
+}
+
+}  // namespace kda

@@ -1,0 +1,284 @@
+// A block's part of a state in registers, in either layout: how it is loaded, decayed, projected, corrected, stored.
+#pragma once
+#include "kda/decode/config.h"
+
+namespace kda {
+
+/// 16 bytes of state, at most `count` elements of it.
+template <class State, bool kVector>
+KDA_DEVICE uint4 load_piece(State const* from, int count) {
+  if constexpr (kVector) return count > 0 ? *reinterpret_cast<uint4 const*>(from) : uint4{};
+  constexpr int kPerWord = 4 / sizeof(State);
+  uint32_t word[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float const low = i * kPerWord < count ? to_float(from[i * kPerWord]) : 0.f;
+    if constexpr (kPerWord == 1) word[i] = float_to_bits(low);
+    else word[i] = pack2<State>(low, 2 * i + 1 < count ? to_float(from[2 * i + 1]) : 0.f);
+  }
+  return {word[0], word[1], word[2], word[3]};
+}
+template <class State, bool kVector>
+KDA_DEVICE void store_piece(State* to, float const (&x)[16 / sizeof(State)], int count) {
+  if constexpr (!kVector) {
+#pragma unroll
+    for (int j = 0; j < int(16 / sizeof(State)); ++j)
+      if (j < count) to[j] = from_float<State>(x[j]);
+  } else if (count > 0) {
+    uint4 piece;
+    if constexpr (sizeof(State) == 4)
+      piece = {float_to_bits(x[0]), float_to_bits(x[1]), float_to_bits(x[2]), float_to_bits(x[3])};
+    else
+      piece = {pack2<State>(x[0], x[1]), pack2<State>(x[2], x[3]), pack2<State>(x[4], x[5]), pack2<State>(x[6], x[7])};
+    *reinterpret_cast<uint4*>(to) = piece;
+  }
+}
+
+/// kCount neighbours in shared memory, 16-byte aligned.
+template <int kCount>
+KDA_DEVICE void load_floats(float (&x)[kCount], float const* from) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    float4 const four = *reinterpret_cast<float4 const*>(from + i);
+    x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+  }
+}
+
+/// Pieces between global memory and registers. `Derived` says where piece i lies and how much of it exists.
+template <class Shape, class Derived>
+struct StatePieces {
+  using State = typename Shape::State;
+  static constexpr int kElements = Shape::kElements, kPieces = Shape::kPieces;
+  float x[kPieces][kElements];  // between fetch and finish_fetch, the 16 bytes of a piece in its first four
+
+  /// Starts the loads: a warp stalls at the first use of what they bring, so that comes after everything else is on
+  /// its way too, in finish_fetch. `from`: the state of this head; null: zero.
+  KDA_DEVICE void fetch(State const* from) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      uint4 const piece = load_piece<State, Shape::kVector>(from + self().offset(i), from ? self().present(i) : 0);
+      x[i][0] = bits_to_float(piece.x), x[i][1] = bits_to_float(piece.y);
+      x[i][2] = bits_to_float(piece.z), x[i][3] = bits_to_float(piece.w);
+    }
+  }
+  KDA_DEVICE void finish_fetch() {
+    if constexpr (sizeof(State) == 2) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i)
+#pragma unroll
+        for (int j = 3; j >= 0; --j) {
+          float2 const pair = unpack2<State>(float_to_bits(x[i][j]));
+          x[i][2 * j] = pair.x, x[i][2 * j + 1] = pair.y;
+        }
+    }
+  }
+  KDA_DEVICE void store(State* to) const {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+      store_piece<State, Shape::kVector>(to + self().offset(i), x[i], self().present(i));
+  }
+
+ private:
+  KDA_DEVICE Derived const& self() const { return static_cast<Derived const&>(*this); }
+};
+
+/// Rows of K across lanes. Values are named by their index in the tile.
+template <class Shape>
+struct ValueFirstTile : StatePieces<Shape, ValueFirstTile<Shape>> {
+  static constexpr int kElements = Shape::kElements, kLanesPerRow = Shape::kLanesPerRow, kRows = Shape::kRows;
+  static constexpr int kParts = Shape::kPiecesPerRow;
+  static constexpr int kOwn = 1;          // values whose sums this thread knows
+  static constexpr int kUpdates = kRows;  // values that this thread updates
+  struct Exchange {};
+  using StatePieces<Shape, ValueFirstTile<Shape>>::x;
+  int first_value, key_dim, value_dim;
+
+  KDA_DEVICE ValueFirstTile(DecodeParams const& p, int first)
+      : first_value(first), key_dim(p.key_dim), value_dim(p.value_dim) {}
+
+  KDA_DEVICE static int key(int part) { return (part * kLanesPerRow + lane_index() % kLanesPerRow) * kElements; }
+  KDA_DEVICE static int row(int r) {
+    return thread_index() / 32 * Shape::kRowsPerWarp + r * Shape::kRowsAtOnce + lane_index() / kLanesPerRow;
+  }
+  KDA_DEVICE int64_t offset(int i) const { return int64_t(first_value + row(i / kParts)) * key_dim + key(i % kParts); }
+  KDA_DEVICE int present(int i) const {
+    if (first_value + row(i / kParts) >= value_dim) return 0;
+    return Shape::kVector ? kElements : key_dim - key(i % kParts);
+  }
+  KDA_DEVICE static int own(int) { return row(lane_index() % kRows); }
+  KDA_DEVICE static bool writes_output() { return lane_index() % kLanesPerRow < kRows; }
+
+  /// S <- Diag(decay) S
+  KDA_DEVICE void decay(float const* decay) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      float d[kElements];
+      load_floats(d, decay + key(part));
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+#pragma unroll
+        for (int j = 0; j < kElements; ++j) x[r * kParts + part][j] *= d[j];
+    }
+  }
+
+  /// S^T k and S^T q of this thread's own value.
+  KDA_DEVICE void project(float (&on_key)[1], float (&on_query)[1], float const* k, float const* q, Exchange&) const {
+    float sums[2 * kRows];
+#pragma unroll
+    for (int r = 0; r < 2 * kRows; ++r) sums[r] = 0.f;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      float key_part[kElements], query_part[kElements];
+      load_floats(key_part, k + key(part)), load_floats(query_part, q + key(part));
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+#pragma unroll
+        for (int j = 0; j < kElements; ++j) {
+          sums[r] = fmaf(x[r * kParts + part][j], key_part[j], sums[r]);
+          sums[kRows + r] = fmaf(x[r * kParts + part][j], query_part[j], sums[kRows + r]);
+        }
+    }
+    sum_rows(sums, on_key[0], on_query[0]);
+  }
+
+  /// S <- S + k u^T
+  KDA_DEVICE void add(float const* k, float const (&u)[kRows]) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      float key_part[kElements];
+      load_floats(key_part, k + key(part));
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+#pragma unroll
+        for (int j = 0; j < kElements; ++j) x[r * kParts + part][j] = fmaf(key_part[j], u[r], x[r * kParts + part][j]);
+    }
+  }
+
+  /// u of the rows that this thread updates: from the lanes that know them, or from shared memory.
+  KDA_DEVICE void spread(float (&u)[kRows], float const (&own)[1]) const {
+    int const group = lane_index() / kLanesPerRow * kLanesPerRow;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) u[r] = shuffle(own[0], group + r);
+  }
+  KDA_DEVICE void read_updates(float (&u)[kRows], float const* of_tile) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) u[r] = of_tile[row(r)];
+  }
+
+ private:
+  /// Over the lanes of a row; lane l gets both sums of row l % kRows.
+  KDA_DEVICE static void sum_rows(float (&sums)[2 * kRows], float& on_key, float& on_query) {
+    static_assert(2 * kRows <= kLanesPerRow);
+    float mine = group_sum_scattered(sums);
+#pragma unroll
+    for (int bits = 2 * kRows; bits < kLanesPerRow; bits *= 2) mine += shuffle_xor(mine, bits);
+    float const other = shuffle_xor(mine, kRows);
+    bool const has_query = lane_index() & kRows;
+    on_key = has_query ? other : mine, on_query = has_query ? mine : other;
+  }
+};
+
+/// Rows of V across lanes, K across lanes' groups and warps.
+template <class Shape>
+struct KeyFirstTile : StatePieces<Shape, KeyFirstTile<Shape>> {
+  static constexpr int kElements = Shape::kElements, kRows = Shape::kRows;
+  static constexpr int kOwn = kElements, kUpdates = kElements;
+  struct Exchange {  // partial sums of the warps; by parity of the token, so that one barrier a token is enough
+    float on_key[2][Shape::kWarps][Shape::kValueTile];
+    float on_query[2][Shape::kWarps][Shape::kValueTile];
+  };
+  using StatePieces<Shape, KeyFirstTile<Shape>>::x;
+  int first_value, key_dim, value_dim;
+  int mutable parity = 0;
+
+  KDA_DEVICE KeyFirstTile(DecodeParams const& p, int first)
+      : first_value(first), key_dim(p.key_dim), value_dim(p.value_dim) {}
+
+  KDA_DEVICE static int key(int i) { return thread_index() / Shape::kLanesPerRow * kRows + i; }
+  KDA_DEVICE static int column() { return lane_index() % Shape::kLanesPerRow * kElements; }
+  KDA_DEVICE int64_t offset(int i) const { return int64_t(key(i)) * value_dim + first_value + column(); }
+  KDA_DEVICE int present(int i) const { return key(i) < key_dim ? value_dim - first_value - column() : 0; }
+  KDA_DEVICE static int own(int j) { return column() + j; }
+  KDA_DEVICE static bool writes_output() { return thread_index() < Shape::kLanesPerRow; }
+
+  /// S <- Diag(decay) S
+  KDA_DEVICE void decay(float const* decay) {
+    float d[kRows];
+    load_floats(d, decay + key(0));
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) x[i][j] *= d[i];
+  }
+
+  /// S^T k and S^T q of this thread's columns. One barrier.
+  KDA_DEVICE void project(float (&on_key)[kElements], float (&on_query)[kElements], float const* k, float const* q,
+                          Exchange& exchange) const {
+    float key_part[kRows], query_part[kRows], sums[2 * kElements];
+    load_floats(key_part, k + key(0)), load_floats(query_part, q + key(0));
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) {
+      sums[j] = sums[kElements + j] = 0.f;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        sums[j] = fmaf(x[i][j], key_part[i], sums[j]);
+        sums[kElements + j] = fmaf(x[i][j], query_part[i], sums[kElements + j]);
+      }
+    }
+    sum_groups(sums, exchange);
+    sync_block();
+    sum_warps(on_key, exchange.on_key[parity]);
+    sum_warps(on_query, exchange.on_query[parity]);
+    parity ^= 1;
+  }
+
+  /// S <- S + k u^T
+  KDA_DEVICE void add(float const* k, float const (&u)[kElements]) {
+    float key_part[kRows];
+    load_floats(key_part, k + key(0));
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) x[i][j] = fmaf(key_part[i], u[j], x[i][j]);
+  }
+
+  KDA_DEVICE void spread(float (&u)[kElements], float const (&own)[kElements]) const {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) u[j] = own[j];
+  }
+  KDA_DEVICE void read_updates(float (&u)[kElements], float const* of_tile) const {
+    load_floats(u, of_tile + column());
+  }
+
+ private:
+  /// Over the warp's four groups of keys: lanes with bit 3 keep the sums with q, those with bit 4 the upper columns.
+  KDA_DEVICE void sum_groups(float const (&sums)[2 * kElements], Exchange& exchange) const {
+    constexpr int kHalf = kElements / 2;
+    bool const query = lane_index() & 8, upper = lane_index() & 16;
+    float both[kElements], part[kHalf];
+#pragma unroll
+    for (int j = 0; j < kElements; ++j)
+      both[j] = (query ? sums[kElements + j] : sums[j]) + shuffle_xor(query ? sums[j] : sums[kElements + j], 8);
+#pragma unroll
+    for (int j = 0; j < kHalf; ++j)
+      part[j] = (upper ? both[kHalf + j] : both[j]) + shuffle_xor(upper ? both[j] : both[kHalf + j], 16);
+    int const warp = thread_index() / 32;
+    float* to = (query ? exchange.on_query : exchange.on_key)[parity][warp] + column() + (upper ? kHalf : 0);
+#pragma unroll
+    for (int j = 0; j < kHalf; ++j) to[j] = part[j];
+  }
+  KDA_DEVICE static void sum_warps(float (&sum)[kElements], float const (&partial)[Shape::kWarps][Shape::kValueTile]) {
+#pragma unroll
+    for (int w = 0; w < Shape::kWarps; ++w) {
+      float x[kElements];
+      load_floats(x, partial[w] + column());
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) sum[j] = w ? sum[j] + x[j] : x[j];
+    }
+  }
+};
+
+template <class Shape>
+using StateTile = std::conditional_t<Shape::kValueFirst, ValueFirstTile<Shape>, KeyFirstTile<Shape>>;
+
+}  // namespace kda

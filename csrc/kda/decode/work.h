@@ -1,0 +1,71 @@
+// Which block does what: a sequence, a value head, a run of values; and where the sequence's states lie.
+#pragma once
+#include "kda/decode/config.h"
+
+namespace kda {
+
+struct DecodeWork {
+  int32_t sequence, value_head, head, first_value;
+  int64_t batch_row, begin, tokens;  // of the sequence; always inside the tensors, whatever cu_seqlens contains
+
+  /// Block i of a grid of sequences x heads x tiles, neighbours in memory next to each other.
+  KDA_DEVICE DecodeWork(DecodeParams const& p, int heads, int value_tile) {
+    int32_t const tiles = (p.value_dim + value_tile - 1) / value_tile;
+    int32_t const block = int32_t(blockIdx.x), row = block / tiles;
+    first_value = block % tiles * value_tile;
+    sequence = row / heads, value_head = row % heads;
+    head = value_head / (p.value_heads / p.heads);
+    batch_row = sequence, begin = 0, tokens = p.tokens;
+    if (p.cu_seqlens.data) {
+      int64_t const end = boundary(p, sequence + 1);
+      batch_row = 0, begin = boundary(p, sequence);
+      tokens = end > begin ? end - begin : 0;
+    }
+  }
+
+  KDA_DEVICE int64_t offset(RowStrides const& s, int64_t t, int of_head) const {
+    return batch_row * s.batch + (begin + t) * s.token + of_head * s.head;
+  }
+  /// Of token t in the records: [batch, tokens, heads, dim], contiguous.
+  KDA_DEVICE int64_t record_offset(DecodeParams const& p, int64_t t, int heads, int of_head, int dim) const {
+    return ((batch_row * p.tokens + begin + t) * heads + of_head) * dim;
+  }
+
+  /// Elements before this head's state in `column` of the sequence's slots; negative: a null slot.
+  KDA_DEVICE int64_t state_offset(StatePool const& pool, DecodeParams const& p, int64_t column) const {
+    int64_t slot = sequence;
+    if (pool.slot_of.data) {
+      if (column >= pool.slot_of.columns) return -1;
+      slot = pool.slot_of.at(sequence, column);
+      if (p.zero_is_null && slot == 0) return -1;
+    }
+    if (slot < 0 || slot >= pool.slots) return -1;
+    return slot * pool.slot_stride + int64_t(value_head) * p.key_dim * p.value_dim;
+  }
+  /// The column of the state to start from.
+  KDA_DEVICE int64_t first_column(DecodeParams const& p) const {
+    if (!p.accepted.data) return 0;
+    int64_t const column = p.accepted.at(sequence) - 1, last = p.state.slot_of.columns - 1;
+    return column < 0 ? 0 : column < last ? column : last;
+  }
+
+ private:
+  KDA_DEVICE static int64_t boundary(DecodeParams const& p, int32_t n) {
+    int64_t const t = p.cu_seqlens.at(n);
+    return t < 0 ? 0 : t > p.tokens ? p.tokens : t;
+  }
+};
+
+/// One element of a tensor whose dtype only the parameters know.
+KDA_DEVICE float load_as_float(void const* from, bool is_fp32, Dtype otherwise, int64_t i) {
+  if (is_fp32 || otherwise == Dtype::kFloat32) return static_cast<float const*>(from)[i];
+  if (otherwise == Dtype::kBfloat16) return to_float(static_cast<Bf16 const*>(from)[i]);
+  return to_float(static_cast<Fp16 const*>(from)[i]);
+}
+KDA_DEVICE void store_float(void* to, Dtype dtype, int64_t i, float x) {
+  if (dtype == Dtype::kFloat32) static_cast<float*>(to)[i] = x;
+  else if (dtype == Dtype::kBfloat16) static_cast<Bf16*>(to)[i] = from_float<Bf16>(x);
+  else static_cast<Fp16*>(to)[i] = from_float<Fp16>(x);
+}
+
+}  // namespace kda
