@@ -63,27 +63,34 @@ struct ChannelGate {
   }
 };
 
-/// x[j] <- exp(log_decay(x[j])). For fp32 elements accurate; for coarser ones by the special function units, with a
-/// relative error of the decay below 2^-20. The kind is chosen outside the loop: its body is inlined kCount times.
+/// 2^x for decays: accurate for fp32 elements, by the special function units for coarser ones.
+template <class E>
+KDA_DEVICE float decay_exp2(float x) {
+  if constexpr (sizeof(E) == 4) return exp2_accurate(x);
+  else return exp2_fast(x);
+}
+
+/// x[j] <- log2 of the decay. For fp32 elements accurate; for coarser ones by the special function units. The kind is
+/// chosen outside the loop: its body is inlined kCount times.
 template <class E, int kCount>
-KDA_DEVICE void decays(float (&x)[kCount], ChannelGate const& gate) {
+KDA_DEVICE void log2_decays(float (&x)[kCount], ChannelGate const& gate) {
   constexpr bool kAccurate = sizeof(E) == 4;
   constexpr float kLog2e = 1.4426950408889634f;
   if (gate.kind == GateKind::kSoftplus) {
     float const amplitude = -gate.amplitude * kLog2e;
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
-      x[j] = kAccurate ? exp_accurate(-gate.amplitude * softplus(x[j] + gate.bias))
-                       : exp2_fast(amplitude * softplus_fast(x[j] + gate.bias));
+      x[j] = amplitude * (kAccurate ? softplus(x[j] + gate.bias) : softplus_fast(x[j] + gate.bias));
   } else if (gate.kind == GateKind::kBounded) {
     float const bound = gate.lower_bound * kLog2e;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j)
-      x[j] = kAccurate ? exp_accurate(gate.lower_bound * sigmoid(gate.amplitude * (x[j] + gate.bias)))
-                       : exp2_fast(bound * sigmoid_fast(gate.amplitude * (x[j] + gate.bias)));
+    for (int j = 0; j < kCount; ++j) {
+      float const y = gate.amplitude * (x[j] + gate.bias);
+      x[j] = bound * (kAccurate ? sigmoid(y) : sigmoid_fast(y));
+    }
   } else {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) x[j] = kAccurate ? exp_accurate(x[j]) : exp2_fast(kLog2e * x[j]);
+    for (int j = 0; j < kCount; ++j) x[j] *= kLog2e;
   }
 }
 

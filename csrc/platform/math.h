@@ -8,6 +8,7 @@
 namespace kda {
 
 KDA_DEVICE float2 operator*(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
+KDA_DEVICE float2 operator+(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
 
 /// 2^x, subnormal results become zero. PTX: ex2.approx.ftz.f32
 KDA_DEVICE float exp2_fast(float x) {
@@ -20,6 +21,7 @@ KDA_DEVICE float exp2_fast(float x) {
   return y;
 #endif
 }
+KDA_DEVICE float exp2_accurate(float x) { return exp2f(x); }
 /// log2(x), subnormal arguments count as zero. PTX: lg2.approx.ftz.f32
 KDA_DEVICE float log2_fast(float x) {
 #if defined(KDA_EMULATE)

@@ -64,10 +64,25 @@ KDA_DEVICE float2 unpack2(uint32_t bits) {
   } else {
     uint16_t const half[2] = {uint16_t(bits), uint16_t(bits >> 16)};
     Fp16 x, y;
-    std::memcpy(&x, half, 2);
-    std::memcpy(&y, half + 1, 2);
+    std::memcpy(static_cast<void*>(&x), half, 2);
+    std::memcpy(static_cast<void*>(&y), half + 1, 2);
     return {to_float(x), to_float(y)};
   }
+}
+
+/// The products of two pairs, rounded to nearest even. PTX: fma.rn.bf16x2 (with -0), mul.rn.f16x2
+template <class E>
+KDA_DEVICE uint32_t multiply2(uint32_t a, uint32_t b) {
+#if defined(KDA_EMULATE)
+  float2 const x = unpack2<E>(a), y = unpack2<E>(b);
+  return pack2<E>(x.x * y.x, x.y * y.y);
+#else
+  uint32_t product;
+  if constexpr (std::is_same_v<E, Bf16>)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+  else asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+#endif
 }
 
 /// Rounded to tf32's ten mantissa bits, halves away from zero. PTX: cvt.rna.tf32.f32

@@ -41,6 +41,17 @@ KDA_DEVICE T shuffle_xor(T value, int bits KDA_WHERE) {
 #endif
 }
 
+/// Whether any lane says so. All lanes. PTX: vote.sync.any.pred
+KDA_DEVICE bool warp_any(bool x KDA_WHERE) {
+#if defined(KDA_EMULATE)
+  int any = x;
+  for (int bits = 16; bits; bits /= 2) any |= shuffle_xor(any, bits, where);
+  return any;
+#else
+  return __any_sync(~0u, x);
+#endif
+}
+
 /// The sum over all lanes, the same bits in every lane.
 template <class T>
 KDA_DEVICE T warp_sum(T x KDA_WHERE) {

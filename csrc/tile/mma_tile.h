@@ -93,6 +93,26 @@ KDA_DEVICE LeftFragment<E> load_left(Tile const& tile, int row0, int col0) {
   return f;
 }
 
+/// A[16 x 16] = tile[row0 + .., col0 + ..] Diag(factor[col0 + ..]), `factor` in pairs.
+template <class E, class Tile, class Pair>
+KDA_DEVICE LeftFragment<E> load_left_scaled(Tile const& tile, int row0, int col0, Pair const* factor) {
+  int const lane = lane_index();
+  LeftFragment<E> f;
+  if constexpr (kIsFp32Storage<E>) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      int const row = row0 + lane / 4 + i % 2 * 8, pair = col0 / 2 + i / 4 * 4 + lane % 4;
+      float const scale = i / 2 % 2 ? factor[pair].y : factor[pair].x;
+      split<E>(f, i, to_fp32(tile.at(row, 2 * pair + i / 2 % 2)) * scale);
+    }
+  } else {
+    f = load_left<E>(tile, row0, col0);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) f.x[i] = multiply2<E>(f.x[i], factor[col0 / 2 + i / 2 * 4 + lane % 4]);
+  }
+  return f;
+}
+
 /// B[16 x 16] with B[depth, n] = tile[n0 + n, depth0 + depth].
 template <class E, class Tile>
 KDA_DEVICE RightFragment<E> load_right(Tile const& tile, int n0, int depth0) {

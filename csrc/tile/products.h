@@ -10,28 +10,24 @@ template <class E, int kRows, int kDepth>
 struct MmaProducts {
   static constexpr int kWarps = 1;  // that must call together
 
-  /// x = left first^T and y = left second^T for left [16 x kDepth] and tiles [kRows x kDepth].
+  /// The left operand of start_rows until the next read; it may change afterwards.
+  KDA_DEVICE void read(Accumulator const (&)[kDepth / 8]) {}
+  /// x = left tile^T for the left [16 x kDepth] that was read, still unchanged, and a tile [kRows x kDepth].
   template <class Tile>
-  KDA_DEVICE void start_wide(Accumulator (&x)[kRows / 8], Accumulator (&y)[kRows / 8],
-                             Accumulator const (&left)[kDepth / 8], Tile const& first, Tile const& second) {
+  KDA_DEVICE void start_rows(Accumulator (&x)[kRows / 8], Accumulator const (&left)[kDepth / 8], Tile const& tile) {
 #pragma unroll
-    for (int c = 0; c < kRows / 8; ++c) x[c] = y[c] = Accumulator{};
+    for (int c = 0; c < kRows / 8; ++c) x[c] = Accumulator{};
 #pragma unroll
     for (int d = 0; d < kDepth; d += 16) {
       auto const a = left_from<E>(left[d / 8], left[d / 8 + 1]);
 #pragma unroll
-      for (int c = 0; c < kRows; c += 16) multiply<E>(x[c / 8], x[c / 8 + 1], a, load_right<E>(first, c, d));
-#pragma unroll
-      for (int c = 0; c < kRows; c += 16) multiply<E>(y[c / 8], y[c / 8 + 1], a, load_right<E>(second, c, d));
+      for (int c = 0; c < kRows; c += 16) multiply<E>(x[c / 8], x[c / 8 + 1], a, load_right<E>(tile, c, d));
     }
   }
-  /// acc = left lower^T, or added to acc, for a lower triangular [kRows x kRows] tile.
+  /// acc += left lower^T for a lower triangular [kRows x kRows] tile.
   template <class Tile>
   KDA_DEVICE void start_lower(Accumulator (&acc)[kRows / 8], LeftFragment<E> const (&left)[kRows / 16],
-                              Tile const& lower, bool add) {
-    if (!add)
-#pragma unroll
-      for (int c = 0; c < kRows / 8; ++c) acc[c] = Accumulator{};
+                              Tile const& lower) {
 #pragma unroll
     for (int i = 0; i < kRows; i += 16)
 #pragma unroll
@@ -58,26 +54,29 @@ template <class E, int kRows, int kDepth>
 struct WgmmaProducts {
   static_assert(kRows == 64 && (kDepth == 64 || kDepth == 128) && sizeof(E) == 2);
   static constexpr int kWarps = 4;
-  LeftFragment<E> wide_left[kDepth / 16];  // must live until the products have read it
+  LeftFragment<E> rows_left[kDepth / 16];  // must live until the products have read it
 
-  template <class Tile>
-  KDA_DEVICE void start_wide(Accumulator (&x)[kRows / 8], Accumulator (&y)[kRows / 8],
-                             Accumulator const (&left)[kDepth / 8], Tile const& first, Tile const& second) {
+  KDA_DEVICE void read(Accumulator const (&left)[kDepth / 8]) {
 #pragma unroll
-    for (int d = 0; d < kDepth / 16; ++d) wide_left[d] = left_from<E>(left[2 * d], left[2 * d + 1]);
+    for (int d = 0; d < kDepth / 16; ++d) rows_left[d] = left_from<E>(left[2 * d], left[2 * d + 1]);
+  }
+  template <class Tile>
+  KDA_DEVICE void start_rows(Accumulator (&x)[kRows / 8], Accumulator const (&)[kDepth / 8], Tile const& tile) {
     wgmma_fence();
-    start_rows(x, first);
-    wgmma_commit();
-    start_rows(y, second);
+#pragma unroll
+    for (int d = 0; d < kDepth / 16; ++d) {
+      int const at = d * 16 / Tile::kPanel * Tile::kPanel * kRows + d * 16 % Tile::kPanel;
+      wgmma_m64k16<E, kRows, false>(x, rows_left[d].x, wgmma_descriptor(&tile.data[at], 0, 1024), d > 0);
+    }
     wgmma_commit();
   }
   template <class Tile>
   KDA_DEVICE void start_lower(Accumulator (&acc)[kRows / 8], LeftFragment<E> const (&left)[kRows / 16],
-                              Tile const& lower, bool add) {
+                              Tile const& lower) {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kRows / 16; ++i)
-      wgmma_m64k16<E, kRows, false>(acc, left[i].x, wgmma_descriptor(&lower.data[i * 16], 0, 1024), add || i > 0);
+      wgmma_m64k16<E, kRows, false>(acc, left[i].x, wgmma_descriptor(&lower.data[i * 16], 0, 1024), true);
     wgmma_commit();
   }
   template <class Tile>
@@ -93,16 +92,6 @@ struct WgmmaProducts {
   template <int kPending>
   KDA_DEVICE void wait() {
     wgmma_wait<kPending>();
-  }
-
- private:
-  template <class Tile>
-  KDA_DEVICE void start_rows(Accumulator (&x)[kRows / 8], Tile const& tile) {
-#pragma unroll
-    for (int d = 0; d < kDepth / 16; ++d) {
-      int const at = d * 16 / Tile::kPanel * Tile::kPanel * kRows + d * 16 % Tile::kPanel;
-      wgmma_m64k16<E, kRows, false>(x, wide_left[d].x, wgmma_descriptor(&tile.data[at], 0, 1024), d > 0);
-    }
   }
 };
 

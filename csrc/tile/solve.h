@@ -8,16 +8,21 @@ namespace kda::tile {
 
 /// Replaces the 16 x 16 diagonal block at (first, first) of I + l by its inverse, unit diagonal and zeros included.
 /// Lane `col` of sixteen owns the column `col`; `lanes` are the lanes of the warp that take part. Entries of `l` on and
-/// above the diagonal are not read.
+/// above the diagonal do not count.
 template <class Tile>
 KDA_DEVICE void invert_diagonal_block(Tile& l, int first, int col, uint32_t lanes) {
   float x[16];
 #pragma unroll
   for (int r = 0; r < 16; ++r) {
-    float sum = r == col ? 1.f : 0.f;
+    float sum[4] = {r == col ? 1.f : 0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int i = 0; i < r; ++i) sum -= l.at(first + r, first + i) * x[i];
-    x[r] = sum;
+    for (int i = 0; i < r; i += 4) {
+      float4 const row = *reinterpret_cast<float4 const*>(&l.at(first + r, first + i));
+      float const four[4] = {row.x, row.y, row.z, row.w};
+#pragma unroll
+      for (int n = 0; n < 4 && i + n < r; ++n) sum[n] -= four[n] * x[i + n];
+    }
+    x[r] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
   sync_warp(lanes);
 #pragma unroll

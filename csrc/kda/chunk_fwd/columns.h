@@ -1,8 +1,7 @@
 // A chunk in registers, by columns: each thread holds two neighbouring key channels of 16 consecutive tokens.
 //
-// Both kernels of the forward need the decays exp(sum of g from an anchor to a token). With a channel's tokens in one
-// thread these are running products of exp(g_t) <= 1, taken from the anchor outwards: no exponent is ever positive,
-// nothing is subtracted, and one exponential a token and channel is all there is (kda.md, section 4).
+// Every decay is exp of a sum of log-decays from an anchor outwards. With a channel's tokens in one thread such sums
+// are running sums: nothing is subtracted, whatever the gate (kda.md, section 4).
 #pragma once
 #include "kda/chunk_fwd/config.h"
 #include "kda/chunk_fwd/params.h"
@@ -32,7 +31,7 @@ template <class Variant>
 struct Columns {
   using E = typename Variant::Element;
   tile::Pair<E> q[kTokensPerThread], k[kTokensPerThread];
-  float g0[kTokensPerThread], g1[kTokensPerThread];  // as loaded; exp(log-decay) after `decay_from_gate`
+  float g0[kTokensPerThread], g1[kTokensPerThread];  // as loaded; log2 of the decay after `decay_from_gate`
 
   /// `group`, `pair`: which tokens and channels are this thread's. Padding is zero.
   KDA_DEVICE void load(ChunkFwdParams const& p, ChunkOfHead const& chunk, int group, int pair) {
@@ -44,42 +43,46 @@ struct Columns {
     else load_gate<E>(p, chunk, token0, rows, pair);
   }
 
-  /// g <- exp(log-decay), the factor by which each token decays each channel; 1 for padding tokens. Channels beyond
-  /// key_dim get some finite decay: their q, k and state are zero.
+  /// g <- log2 of the factor by which each token decays each channel; 0 for padding tokens. Channels beyond key_dim get
+  /// some decay: their q, k and state are zero.
   KDA_DEVICE void decay_from_gate(ChunkFwdParams const& p, ChunkOfHead const& chunk, int group, int pair) {
-    decays<E>(g0, ChannelGate(p.gate, chunk.value_head, 2 * pair, p.key_dim));
-    decays<E>(g1, ChannelGate(p.gate, chunk.value_head, 2 * pair + 1, p.key_dim));
+    log2_decays<E>(g0, ChannelGate(p.gate, chunk.value_head, 2 * pair, p.key_dim));
+    log2_decays<E>(g1, ChannelGate(p.gate, chunk.value_head, 2 * pair + 1, p.key_dim));
     int const rows = chunk.rows - group * kTokensPerThread;
     if (rows >= kTokensPerThread) return;
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j)
-      if (j >= rows) g0[j] = g1[j] = 1.f;
+      if (j >= rows) g0[j] = g1[j] = 0.f;
   }
 
+  KDA_DEVICE float2 log2_decay(int j) const { return {g0[j], g1[j]}; }
+  /// g <- the decays themselves, for running products.
+  KDA_DEVICE void exponentiate() {
+#pragma unroll
+    for (int j = 0; j < kTokensPerThread; ++j) g0[j] = decay_exp2<E>(g0[j]), g1[j] = decay_exp2<E>(g1[j]);
+  }
   KDA_DEVICE float2 decay(int j) const { return {g0[j], g1[j]}; }
 
-  /// The decay over all 16 tokens.
-  KDA_DEVICE float2 total() const {
-    float2 product = decay(0);
+  /// log2 of the decay over eight of the 16 tokens.
+  KDA_DEVICE float2 log2_half(int half) const {
+    float2 sum = log2_decay(half * kTokensPerHalf);
 #pragma unroll
-    for (int j = 1; j < kTokensPerThread; ++j) product = product * decay(j);
-    return product;
+    for (int j = 1; j < kTokensPerHalf; ++j) sum = sum + log2_decay(half * kTokensPerHalf + j);
+    return sum;
   }
 
  private:
-  /// One pair of channels of 16 tokens, `rows` of them live. Whole rows of aligned pairs are the fast path.
+  /// One pair of channels of 16 tokens, `rows` of them live.
   template <class T>
   static KDA_DEVICE void load_rows(tile::Pair<T> (&x)[kTokensPerThread], void const* base, TokenStrides const& s,
                                    bool aligned, int64_t batch_row, int64_t token0, int head, int rows, int pair,
                                    int key_dim) {
     T const* row = static_cast<T const*>(base) + batch_row * s.batch + token0 * s.token + head * s.head + 2 * pair;
-    if (aligned) {
-      bool const channel = 2 * pair < key_dim;
+    bool const first = 2 * pair < key_dim, second = 2 * pair + 1 < key_dim;
+    if (aligned && second && rows >= kTokensPerThread) {
 #pragma unroll
-      for (int j = 0; j < kTokensPerThread; ++j, row += s.token)
-        x[j] = channel && j < rows ? *reinterpret_cast<tile::Pair<T> const*>(row) : tile::Pair<T>{};
+      for (int j = 0; j < kTokensPerThread; ++j, row += s.token) x[j] = *reinterpret_cast<tile::Pair<T> const*>(row);
     } else {
-      bool const first = 2 * pair < key_dim, second = 2 * pair + 1 < key_dim;
 #pragma unroll
       for (int j = 0; j < kTokensPerThread; ++j, row += s.token)
         x[j] =

@@ -8,11 +8,12 @@ namespace kda {
 struct ChunkFwdConfig {
   int chunk = 64;      // C, tokens per chunk: 16, 32 or 64
   int key_tile = 128;  // K rounded up to 64, 128 or 256; channels beyond key_dim are zero
-  int stages = 2;      // chunks that the producers may be ahead
+  int stages = 2;      // records in shared memory at once
   bool wgmma = false;  // products by warpgroups (sm_90a; C = 64), else by warps
 };
 
-inline constexpr int kTokensPerThread = 16;  // of one pair of key channels
+inline constexpr int kTokensPerThread = 16;  // of one pair of key channels: a block
+inline constexpr int kTokensPerHalf = 8;     // on either side of a block's anchor
 inline constexpr int kValueTile = 64;        // columns of V per block of the scan
 inline constexpr int kConsumerWarps = kValueTile / 16;
 

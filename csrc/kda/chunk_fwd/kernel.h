@@ -22,46 +22,33 @@ KDA_GLOBAL void __launch_bounds__(Prepare<Variant>::kThreads, Prepare<Variant>::
   int64_t const i = slot - sequence.first_slot;
   if (i < 0 || i >= p.plan.chunks_of(sequence.length)) return;  // a slot that no chunk uses
 
-  Prepare<Variant> prepare(p, *storage, chunk_of_head(p, sequence, i, value_head));
+  Prepare<Variant> prepare{{p, *storage, chunk_record<Variant>(p.workspace, slot, p.value_heads, value_head),
+                            chunk_of_head(p, sequence, i, value_head)}};
   prepare.load_chunk();
-  prepare.dot_products();
+  prepare.normalise();
   prepare.scores();
   prepare.solve();
-  prepare.store(chunk_record<Variant>(p.workspace, slot, p.value_heads, value_head));
+  prepare.apply();
 }
 
-/// The scan's producer warps: chunk after chunk into the next free stage, global loads one chunk ahead.
+/// The scan's producer warps: record after record into the next free stage.
 template <class Variant>
 KDA_DEVICE void produce_chunks(ChunkFwdParams const& p, ScanStorage<Variant>& s, Sequence const& sequence,
                                int value_head) {
   using Shape = ScanShape<Variant>;
-  constexpr int kStages = Shape::kConfig.stages;
-  ScanProducer<Variant> producer{p, s, thread_index() - Shape::kConsumers};
-  auto const record = [&](int64_t i) -> ChunkRecord<Variant> const& {
-    return chunk_record<Variant>(p.workspace, sequence.first_slot + i, p.value_heads, value_head);
-  };
+  // Copies on their way while the producers wait for a stage: its chunk is freed only after the chunk behind it (or,
+  // with overlap, the one after that) has been announced.
+  constexpr int kStages = Shape::kStages, kPending = kStages - (Shape::kOverlap ? 2 : 1);
+  ScanProducer<Variant> producer{s};
   int64_t const chunks = p.plan.chunks_of(sequence.length);
-  if (chunks) producer.load(chunk_of_head(p, sequence, 0, value_head), record(0));
   for (int64_t i = 0; i < chunks; ++i) {
-    int const stage = int(i % kStages), parity = int(i % 2);
-    producer.announce(chunk_of_head(p, sequence, i, value_head), parity);
-    if (i >= kStages) sync_named(ScanBarrier::empty(stage), Shape::kThreads);
-    producer.copy_record(record(i), stage);
-    auto const load_next = [&] {
-      if (i + 1 < chunks) producer.load(chunk_of_head(p, sequence, i + 1, value_head), record(i + 1));
-    };
-    if constexpr (sizeof(typename Variant::Element) == 2) {  // two chunks fit into the registers
-      auto current = producer;
-      load_next();
-      current.build(stage, parity);
-    } else {
-      producer.build(stage, parity);
-      load_next();
-    }
-    cp_async_wait<0>();
-    if constexpr (Shape::kConfig.wgmma) fence_proxy_async();
-    arrive_named(ScanBarrier::full(stage), Shape::kThreads);
+    if (i > kPending) producer.template finish<kPending>(int((i - 1 - kPending) % kStages));
+    int const stage = int(i % kStages);
+    if (i >= kStages) sync_named(ScanBarrier<Variant>::empty(stage), Shape::kThreads);
+    producer.start(chunk_record<Variant>(p.workspace, sequence.first_slot + i, p.value_heads, value_head), stage);
   }
+  for (int64_t i = chunks > kPending ? chunks - 1 - kPending : 0; i < chunks; ++i)
+    producer.template finish<0>(int(i % kStages));
 }
 
 /// The scan's consumer warps: the recurrence.
@@ -69,7 +56,7 @@ template <class Variant>
 KDA_DEVICE void consume_chunks(ChunkFwdParams const& p, ScanStorage<Variant>& s, Sequence const& sequence, int n,
                                int value_head, int value0) {
   using Shape = ScanShape<Variant>;
-  constexpr int kStages = Shape::kConfig.stages, kChunk = Shape::kChunk;
+  constexpr int kStages = Shape::kStages, kChunk = Shape::kChunk;
   int const warp = thread_index() / 32, value = value0 + warp * 16;
   ScanConsumer<Variant> consumer{p, s, warp, value0};
   bool const has_initial = !p.has_initial_state || p.has_initial_state[n];
@@ -77,23 +64,32 @@ KDA_DEVICE void consume_chunks(ChunkFwdParams const& p, ScanStorage<Variant>& s,
 
   int64_t const chunks = p.plan.chunks_of(sequence.length);
   int64_t const first_kept = p.chunk_states ? first_chunk_state(p, n) : 0;
-  if (chunks) consumer.load_values(chunk_of_head(p, sequence, 0, value_head), 0);
+  auto const chunk_at = [&](int64_t i) { return chunk_of_head(p, sequence, i, value_head); };
+  auto const finish_output = [&](int64_t i) {
+    consumer.store_output(chunk_at(i), int(i % 2));
+    if (i + kStages < chunks) arrive_named(ScanBarrier<Variant>::empty(int(i % kStages)), Shape::kThreads);
+  };
+  if (chunks) consumer.load_values(chunk_at(0), 0);
   for (int64_t i = 0; i < chunks; ++i) {
-    ChunkOfHead const chunk = chunk_of_head(p, sequence, i, value_head);
-    int const stage = int(i % kStages), buffer = int(i % 2);
+    auto const& stage = s.stage[i % kStages];
     store_state(consumer.state, chunk_state_at(p, first_kept, i * kChunk, value_head), p, value);
-    sync_named(ScanBarrier::full(stage), Shape::kThreads);
+    consumer.products.read(consumer.state);
+    sync_named(ScanBarrier<Variant>::full(int(i % kStages)), Shape::kThreads);
+    consumer.start_correction(stage);
+    if (Shape::kOverlap && i > 0) {
+      consumer.products.template wait<1>();
+      finish_output(i - 1);
+    }
     cp_async_wait<0>();
     sync_warp();
-    consumer.start(s.stage[stage]);
-    consumer.correct_values(buffer);
-    if (i + 1 < chunks) consumer.load_values(chunk_of_head(p, sequence, i + 1, value_head), 1 - buffer);
-    consumer.solve(s.stage[stage]);
-    consumer.output_and_advance(s.stage[stage], buffer);
-    consumer.store_output(chunk, buffer);
-    consumer.finish();
-    if (i + kStages < chunks) arrive_named(ScanBarrier::empty(stage), Shape::kThreads);
+    if (i + 1 < chunks) consumer.load_values(chunk_at(i + 1), int((i + 1) % 2));
+    consumer.start_output(stage);
+    consumer.correct_values(int(i % 2));
+    consumer.advance(stage);
+    if (!Shape::kOverlap) finish_output(i);
   }
+  consumer.products.template wait<0>();
+  if (Shape::kOverlap && chunks) finish_output(chunks - 1);
   store_state(consumer.state, state_at(p.final_state, p, n, value_head), p, value);
 }
 
@@ -102,13 +98,9 @@ KDA_GLOBAL void __launch_bounds__(ScanShape<Variant>::kThreads, 1) chunk_fwd_sca
   KDA_DYNAMIC_SHARED(ScanStorage<Variant>, storage);
   int const n = blockIdx.x, value_head = blockIdx.y, value0 = blockIdx.z * kValueTile;
   Sequence const sequence = p.plan.sequence(n);
-  if (thread_index() < ScanShape<Variant>::kConsumers) {
-    if constexpr (Variant::config.wgmma) set_max_registers<ScanShape<Variant>::kConsumerRegisters, true>();
+  if (thread_index() < ScanShape<Variant>::kConsumers)
     consume_chunks<Variant>(p, *storage, sequence, n, value_head, value0);
-  } else {
-    if constexpr (Variant::config.wgmma) set_max_registers<ScanShape<Variant>::kProducerRegisters, false>();
-    produce_chunks<Variant>(p, *storage, sequence, value_head);
-  }
+  else produce_chunks<Variant>(p, *storage, sequence, value_head);
 }
 
 }  // namespace kda

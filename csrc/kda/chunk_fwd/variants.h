@@ -5,9 +5,9 @@
 
 namespace kda {
 
-// 16-bit elements, K <= 64 / 128 / 256. C = 64 amortises the state products best; where two stages of it exceed 99 KB
-// of shared memory (compute capability 8.6, 8.9, 12.0) C = 32 serves. At K = 256 the state takes 128 registers of a
-// thread: C = 16 leaves room for the rest, and few enough producers that 255 registers a thread exist.
+// 16-bit elements, K <= 64 / 128 / 256. C = 64 amortises the state products best; where it exceeds 99 KB of shared
+// memory (compute capability 8.6, 8.9, 12.0) C = 32 serves. At K = 256 the state takes 128 registers of a thread: C =
+// 16 leaves room for the rest.
 struct Bf16K64 {
   using Element = Bf16;
   static constexpr char const* name = "bf16_k64";
@@ -62,22 +62,22 @@ struct Fp16K256 {
 struct Bf16K64Sm90 {
   using Element = Bf16;
   static constexpr char const* name = "bf16_k64_sm90";
-  static constexpr ChunkFwdConfig config{64, 64, 2, true};
+  static constexpr ChunkFwdConfig config{64, 64, 3, true};
 };
 struct Bf16K128Sm90 {
   using Element = Bf16;
   static constexpr char const* name = "bf16_k128_sm90";
-  static constexpr ChunkFwdConfig config{64, 128, 2, true};
+  static constexpr ChunkFwdConfig config{64, 128, 3, true};
 };
 struct Fp16K64Sm90 {
   using Element = Fp16;
   static constexpr char const* name = "fp16_k64_sm90";
-  static constexpr ChunkFwdConfig config{64, 64, 2, true};
+  static constexpr ChunkFwdConfig config{64, 64, 3, true};
 };
 struct Fp16K128Sm90 {
   using Element = Fp16;
   static constexpr char const* name = "fp16_k128_sm90";
-  static constexpr ChunkFwdConfig config{64, 128, 2, true};
+  static constexpr ChunkFwdConfig config{64, 128, 3, true};
 };
 // fp32 through three tf32 products.
 struct Fp32K64 {

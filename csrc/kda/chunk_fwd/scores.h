@@ -1,0 +1,254 @@
+// A_kk and A_qk of one chunk, and what else its decays are needed for: Gamma.Q, Gamma.K, K~ and Gamma_C.
+//
+//     A[r, i] = sum_d x_r exp(G_r - G_i) k_i      for i <= r; tensor cores need exp(G_r - a) exp(a - G_i)
+//
+// Two ways. BlockScores: one anchor a for each block of 16 tokens, in its middle. It needs the decay over any eight
+// tokens to stay within what the element type can hold on both sides of 1, which almost every gate does (any with
+// lower_bound >= -5). SplitScores: for the others, whatever they are.
+#pragma once
+#include "kda/chunk_fwd/prepare_storage.h"
+#include "tile/mma_tile.h"
+
+namespace kda {
+
+/// Decays over eight tokens down to 2^-kGentle leave room in the exponent (bf16) or in the mantissa of sums of logs
+/// (fp32) on both sides; fp16 has little of the first.
+template <class E>
+inline constexpr float kGentle = std::is_same_v<E, Bf16>   ? 64.f
+                                 : std::is_same_v<E, Fp16> ? 6.f
+                                                           : 8.f;
+/// Largest |k| that may be multiplied by 2^kGentle.
+template <class E>
+inline constexpr float kLargestKey = std::is_same_v<E, Fp16> ? 512.f : 1e12f;
+
+template <class Variant>
+struct BlockScores {
+  using Thread = PrepareThread<Variant>;
+  using E = typename Thread::E;
+  static constexpr int kBlocks = Thread::kBlocks, kKeyTile = Thread::Shape::kKeyTile;
+  Thread& c;
+
+  /// This thread's channels, token by token from the anchor outwards. With e = exp(G - a):
+  /// q e, k e, k / e for the products; Gamma.q, Gamma.k and K~ are these times a decay up to or from the anchor.
+  KDA_DEVICE void write() {
+    float2 const first = c.s.log2_half[c.group][0][c.pair], second = c.s.log2_half[c.group][1][c.pair];
+    float2 const after = c.log2_groups(c.group + 1, kBlocks);
+    float2 const to_anchor = Thread::exp2(c.log2_groups(0, c.group) + first), to_end = Thread::exp2(second + after);
+    if (c.group == 0) {
+      float2 const gamma_c = Thread::exp2(first + second + after);
+      *reinterpret_cast<float2*>(&c.record.gamma_c[2 * c.pair]) = gamma_c;
+    }
+    write_factors(first);
+    float2 sum{0.f, 0.f};
+#pragma unroll
+    for (int j = kTokensPerHalf; j < kTokensPerThread; ++j) {
+      sum = sum + c.columns.log2_decay(j);
+      write_token(j, sum, to_anchor, to_end);
+    }
+    sum = {0.f, 0.f};
+#pragma unroll
+    for (int j = kTokensPerHalf - 1; j >= 0; --j) {
+      write_token(j, sum, to_anchor, to_end);
+      sum = sum + Thread::both(-1.f) * c.columns.log2_decay(j);
+    }
+  }
+
+  /// Rows of block i meet columns of block j <= i at the anchor of j.
+  KDA_DEVICE void multiply() {
+    auto const& in = c.s.blocks;
+    for (int unit = c.warp; unit < 2 * kBlocks; unit += Thread::kWarps) {
+      int const i = kBlocks - 1 - unit / 2;  // the longest rows first
+      auto const& rows = unit % 2 ? in.q : in.k;
+#pragma unroll 1
+      for (int j = 0; j <= i; ++j) {
+        tile::Accumulator acc[2] = {};
+        auto const* factor = c.s.factor[i * (i - 1) / 2 + j];
+#pragma unroll
+        for (int d = 0; d < kKeyTile; d += 16) {
+          auto const left =
+              j < i ? tile::load_left_scaled<E>(rows, i * 16, d, factor) : tile::load_left<E>(rows, i * 16, d);
+          tile::multiply<E>(acc[0], acc[1], left, tile::load_right<E>(in.k_inverse, j * 16, d));
+        }
+        store_block(unit % 2, i * 16, j * 16, acc);
+      }
+    }
+  }
+
+ private:
+  /// The decay from the anchor of every earlier block to that of this thread's.
+  KDA_DEVICE void write_factors(float2 first) {
+    float2 sum = first;
+#pragma unroll
+    for (int n = kBlocks - 2; n >= 0; --n) {
+      if (n >= c.group) continue;
+      sum = sum + c.s.log2_half[n][1][c.pair];
+      float2 const decay = Thread::exp2(sum);
+      c.s.factor[c.group * (c.group - 1) / 2 + n][c.pair] = tile::to_pair<E>(decay.x, decay.y);
+      sum = sum + c.s.log2_half[n][0][c.pair];
+    }
+  }
+  KDA_DEVICE void write_token(int j, float2 log2_e, float2 to_anchor, float2 to_end) {
+    float2 const e = Thread::exp2(log2_e), inverse = Thread::exp2(Thread::both(-1.f) * log2_e);
+    float2 const k = c.k(j), q_row = c.q(j) * e, k_row = k * e, k_column = k * inverse;
+    int const row = c.row(j);
+    c.store(c.s.blocks.q, row, q_row);
+    c.store(c.s.blocks.k, row, k_row);
+    c.store(c.s.blocks.k_inverse, row, k_column);
+    c.store(c.s.gamma_k, row, k_row * to_anchor);
+    c.store(c.record.gamma_q, row, q_row * (to_anchor * Thread::both(c.p.scale)));
+    c.store(c.record.k_tilde, row, k_column * to_end);
+  }
+  KDA_DEVICE void store_block(bool of_q, int row0, int col0, tile::Accumulator const (&acc)[2]) {
+#pragma unroll
+    for (int e = 0; e < 8; e += 2) {
+      int const r = row0 + c.lane / 4 + e / 2 % 2 * 8, i = col0 + e / 4 * 8 + c.lane % 4 * 2;
+      float const x = acc[e / 4].x[e % 4], y = acc[e / 4].x[e % 4 + 1];
+      if (of_q) {
+        tile::store_pair<E>(&c.s.a_qk.at(r, i),
+                            tile::to_pair<E>(i <= r ? c.p.scale * x : 0.f, i < r ? c.p.scale * y : 0.f));
+      } else {
+        float const beta = c.s.beta[r];
+        *reinterpret_cast<float2*>(&c.s.l.at(r, i)) = {beta * x, beta * y};  // above the diagonal never read
+      }
+    }
+  }
+};
+
+/// Splits of the chunk, halves first, down to single tokens; at the split [lo, m, hi) every row r >= m and column i < m
+/// meet at the anchor m, with two running products of exp(g) <= 1: no overflow, and underflow only where the truth is
+/// that small. The diagonal has no decay and is a plain dot product.
+template <class Variant>
+struct SplitScores {
+  using Thread = PrepareThread<Variant>;
+  using E = typename Thread::E;
+  using Split = typename Thread::Storage::Split;
+  static constexpr int kChunk = Thread::kChunk, kBlocks = Thread::kBlocks, kKeyTile = Thread::Shape::kKeyTile;
+  Thread& c;
+
+  KDA_DEVICE void write() {
+    c.columns.exponentiate();
+    float2 before = Thread::exp2(c.log2_groups(0, c.group)), after = Thread::exp2(c.log2_groups(c.group + 1, kBlocks));
+    if (c.group == 0) {
+      float2 const gamma_c = Thread::exp2(c.log2_groups(0, kBlocks));
+      *reinterpret_cast<float2*>(&c.record.gamma_c[2 * c.pair]) = gamma_c;
+    }
+#pragma unroll
+    for (int j = 0; j < kTokensPerThread; ++j) {
+      before = before * c.columns.decay(j);
+      c.store(c.record.gamma_q, c.row(j), c.q(j) * before * Thread::both(c.p.scale));
+      c.store(c.s.gamma_k, c.row(j), c.k(j) * before);
+    }
+#pragma unroll
+    for (int j = kTokensPerThread - 1; j >= 0; --j) {
+      c.store(c.record.k_tilde, c.row(j), c.k(j) * after);
+      after = after * c.columns.decay(j);
+    }
+    float dots[kTokensPerThread];
+#pragma unroll
+    for (int j = 0; j < kTokensPerThread; ++j) {
+      float2 const product = c.q(j) * c.k(j);
+      dots[j] = product.x + product.y;
+    }
+    c.sum_over_channels(dots, 0);
+  }
+
+  KDA_DEVICE void multiply() {
+    if (c.thread < kChunk) c.s.a_qk.at(c.thread, c.thread) = from_float<E>(c.p.scale * c.summed(0, c.thread));
+    level<kChunk / 2>();
+  }
+
+ private:
+  template <int kHalf>
+  KDA_DEVICE void level() {
+    if constexpr (kHalf >= 1) {
+      auto& split = c.s.split[kHalf == 32 || kHalf == 8 || kHalf == 2];
+      write_split<kHalf>(split);
+      sync_block();
+      multiply_split<kHalf>(split);
+      level<kHalf / 2>();
+    }
+  }
+
+  /// The decay between this group's tokens and an anchor that lies beyond the neighbouring group.
+  template <int kHalf>
+  KDA_DEVICE float2 groups_to_anchor(bool upper) const {
+    if constexpr (kHalf > kTokensPerThread) {
+      static_assert(kHalf == 2 * kTokensPerThread, "at most one group lies between");
+      if (upper && c.group % 2 == 1) return Thread::exp2(c.log2_groups(c.group - 1, c.group));
+      if (!upper && c.group % 2 == 0) return Thread::exp2(c.log2_groups(c.group + 1, c.group + 2));
+    }
+    return {1.f, 1.f};
+  }
+
+  /// The tokens [first, first + count) of this thread's 16, all on one side of their split.
+  template <int kHalf>
+  KDA_DEVICE void write_side(Split& split, bool upper, int first, int count) {
+    int const token0 = c.row(first), block = token0 / (2 * kHalf), in_half = token0 % kHalf;
+    float2 decay = groups_to_anchor<kHalf>(upper);
+#pragma unroll
+    for (int n = 0; n < count; ++n) {
+      int const j = upper ? n : count - 1 - n;  // outwards from the anchor
+      if (upper) {
+        decay = decay * c.columns.decay(first + j);
+        int const row = block * 2 * kHalf + in_half + j;
+        c.store(split.rows, row, c.q(first + j) * decay);
+        c.store(split.rows, row + kHalf, c.k(first + j) * decay);
+      } else {
+        c.store(split.cols, block * kHalf + in_half + j, c.k(first + j) * decay);
+        decay = decay * c.columns.decay(first + j);
+      }
+    }
+  }
+  template <int kHalf>
+  KDA_DEVICE void write_split(Split& split) {
+    if constexpr (kHalf >= kTokensPerThread) {
+      if (c.row(0) & kHalf) write_side<kHalf>(split, true, 0, kTokensPerThread);  // constants: registers have no index
+      else write_side<kHalf>(split, false, 0, kTokensPerThread);
+    } else {
+#pragma unroll
+      for (int first = 0; first < kTokensPerThread; first += 2 * kHalf) {
+        write_side<kHalf>(split, false, first, kHalf);
+        write_side<kHalf>(split, true, first + kHalf, kHalf);
+      }
+    }
+  }
+
+  /// Rows of 16 (m) against columns of 16 (n) of the splits of one level; below 16 only a diagonal of 16 x 8 counts.
+  template <int kHalf>
+  KDA_DEVICE void multiply_split(Split const& split) {
+    constexpr int kAcross = kHalf >= 16 ? kHalf / 16 : 1;
+    for (int unit = c.warp; unit < kBlocks * kAcross; unit += Thread::kWarps) {
+      int const m = unit / kAcross;
+      int const n = kHalf >= 16 ? m * 16 / (2 * kHalf) * kHalf + unit % kAcross * 16 : m / 2 * 16;
+      tile::Accumulator acc[2] = {};
+      if constexpr (kHalf >= 16) {
+#pragma unroll
+        for (int d = 0; d < kKeyTile; d += 16)
+          tile::multiply<E>(acc[0], acc[1], tile::load_left<E>(split.rows, m * 16, d),
+                            tile::load_right<E>(split.cols, n, d));
+        store_scores<kHalf>(acc[0], m * 16, n);
+        store_scores<kHalf>(acc[1], m * 16, n + 8);
+      } else {
+#pragma unroll
+        for (int d = 0; d < kKeyTile; d += 16)
+          tile::multiply_half<E>(acc[0], tile::load_left<E>(split.rows, m * 16, d),
+                                 tile::load_right<E>(split.cols, n, d), m % 2 == 1);
+        store_scores<kHalf>(acc[0], m * 16, n + m % 2 * 8);
+      }
+    }
+  }
+  template <int kHalf>
+  KDA_DEVICE void store_scores(tile::Accumulator const& acc, int row0, int col0) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      int const row = row0 + c.lane / 4 + e / 2 * 8, col = col0 + c.lane % 4 * 2 + e % 2;
+      int const block = row / (2 * kHalf);
+      if (block != col / kHalf) continue;
+      int const r = block * 2 * kHalf + kHalf + row % kHalf, i = block * 2 * kHalf + col % kHalf;
+      if (row % (2 * kHalf) >= kHalf) c.s.l.at(r, i) = c.s.beta[r] * acc.x[e];
+      else c.s.a_qk.at(r, i) = from_float<E>(c.p.scale * acc.x[e]);
+    }
+  }
+};
+
+}  // namespace kda

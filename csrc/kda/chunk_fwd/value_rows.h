@@ -1,0 +1,76 @@
+// Rows of V, of T V or of O of one chunk, between global memory and a tile in shared memory.
+#pragma once
+#include "kda/chunk_fwd/columns.h"
+#include "platform/platform.h"
+
+namespace kda {
+
+/// One chunk of one value head, from one column of V on.
+template <class E>
+struct ValueRows {
+  static constexpr int kPiece = 16 / int(sizeof(E));
+  E* base;  // of the tensor
+  int64_t first, token_stride;
+  int rows, columns;  // that exist
+  bool aligned;       // 16 bytes can be moved at once
+
+  /// `kColumns` columns of all rows from `column` on, zero where nothing exists; piece by piece over `count` threads.
+  /// Asynchronous (cp.async) where pieces are aligned.
+  template <int kColumns, class Tile>
+  KDA_DEVICE void load(Tile& tile, int column, int index, int count) const {
+    for_pieces<kColumns, Tile>(column, index, count, [&](int row, int col, int live) {
+      E* const shared = &tile.at(row, col);
+      E const* const global = base + first + row * token_stride + col;
+      if (aligned) {
+        cp_async_16(shared, live > 0 ? global : base, live > 0 ? 16 : 0);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPiece; ++i) shared[i] = i < live ? global[i] : from_float<E>(0.f);
+      }
+    });
+  }
+  template <int kColumns, class Tile>
+  KDA_DEVICE void store(Tile const& tile, int column, int index, int count) const {
+    for_pieces<kColumns, Tile>(column, index, count, [&](int row, int col, int live) {
+      E const* const shared = &tile.at(row, col);
+      E* const global = base + first + row * token_stride + col;
+      if (aligned) {
+        if (live > 0) *reinterpret_cast<uint4*>(global) = *reinterpret_cast<uint4 const*>(shared);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPiece; ++i)
+          if (i < live) global[i] = shared[i];
+      }
+    });
+  }
+
+ private:
+  template <int kColumns, class Tile, class F>
+  KDA_DEVICE void for_pieces(int column, int index, int count, F f) const {
+    constexpr int kPieces = kColumns / kPiece;
+#pragma unroll
+    for (int i = index; i < Tile::kRows * kPieces; i += count) {
+      int const row = i / kPieces, col = column + i % kPieces * kPiece;
+      int const live = row < rows ? columns - col : 0;
+      f(row, col, live < kPiece ? live : kPiece);
+    }
+  }
+};
+
+/// From column `column` on.
+template <class E>
+KDA_DEVICE ValueRows<E> value_rows(void* base, TokenStrides const& s, bool aligned, ChunkFwdParams const& p,
+                                   ChunkOfHead const& chunk, int column) {
+  int64_t const first = chunk.batch_row * s.batch + chunk.begin * s.token + chunk.value_head * s.head + column;
+  return {static_cast<E*>(base), first, s.token, chunk.rows, p.value_dim - column, aligned};
+}
+template <class E>
+KDA_DEVICE ValueRows<E> value_rows_of_v(ChunkFwdParams const& p, ChunkOfHead const& chunk, int column) {
+  return value_rows<E>(const_cast<void*>(p.v), p.v_strides, p.v_pieces_aligned, p, chunk, column);
+}
+template <class E>
+KDA_DEVICE ValueRows<E> value_rows_of_o(ChunkFwdParams const& p, ChunkOfHead const& chunk, int column) {
+  return value_rows<E>(p.o, p.o_strides, p.o_pieces_aligned, p, chunk, column);
+}
+
+}  // namespace kda
