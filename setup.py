@@ -23,6 +23,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "kda_cuda" / "__init__.py").read_text())[1]
 ALL_ARCHS = "80;90a;100;120"  # 80 serves 86 and 89, 100 serves 103
+DEFAULT_ARCHS, OLDEST_ARCH = "80;90a", 80
 
 
 def say(text: str) -> None:
@@ -81,23 +82,37 @@ def find_cuda() -> Cuda | None:
         say(f"{cuda.source}: {problem or f'CUDA {cuda.version()} in {cuda.home}'}")
         if not problem:
             return cuda
-    say("no CUDA compiler: set CUDA_HOME, or pip install 'kda_cuda[nvcc]'")
+    say("no CUDA compiler: set CUDA_HOME, or install the PyPI packages that README.md names")
     return None
 
 
 def architectures() -> str:
+    """Compute capabilities to compile for, separated by semicolons: what KDA_CUDA_ARCHS asks for."""
     asked = os.environ.get("KDA_CUDA_ARCHS", "auto")
     if asked == "all":
         return ALL_ARCHS
-    if asked != "auto":
-        return asked.replace(",", ";").replace(" ", ";")
+    if asked == "auto":
+        return ";".join(present_architectures()) or DEFAULT_ARCHS
+    archs = list(dict.fromkeys(re.split(r"[;, ]+", asked.strip(";, "))))
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch) or int(arch.rstrip("af")) < OLDEST_ARCH:
+            raise SystemExit(
+                f"KDA_CUDA_ARCHS is {asked!r}, expected auto, all, or compute capabilities of {OLDEST_ARCH} or later "
+                'such as "80;90a"'
+            )
+    return ";".join(archs)
+
+
+def present_architectures() -> list[str]:
+    """Those of this machine's GPUs, as far as there are kernels for them."""
+    if not shutil.which("nvidia-smi"):
+        return []
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    if shutil.which("nvidia-smi"):
-        found = subprocess.run(query, capture_output=True, text=True)
-        caps = sorted({line.strip().replace(".", "") for line in found.stdout.splitlines() if line.strip()})
-        if found.returncode == 0 and caps:
-            return ";".join("90a" if cap == "90" else cap for cap in caps)
-    return "80;90a"
+    lines = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    present = sorted({int(line.replace(".", "")) for line in lines if re.fullmatch(r"\d+\.\d", line)})
+    if too_old := [arch for arch in present if arch < OLDEST_ARCH]:
+        say(f"no kernels for GPUs of compute capability {too_old}: they begin at {OLDEST_ARCH}")
+    return ["90a" if arch == 90 else str(arch) for arch in present if arch >= OLDEST_ARCH]
 
 
 def kernel_options(cuda: Cuda, torch: Path, archs: str) -> dict:
@@ -179,20 +194,24 @@ class BinaryDistribution(Distribution):
         return True
 
 
-# For the Makefile and .ci/run, which build with CMake alone.
-if "--print-cuda-include" in sys.argv:
-    found = find_cuda()
-    print(found.include if found else "")
-    sys.exit(0 if found else 1)
-if "--print-kernel-options" in sys.argv:
-    options = kernel_options(find_cuda(), package_dir("torch"), sys.argv[-1])
-    print(*(f"'-D{k}={v}'" for k, v in options.items()), f"'-DKDA_OUTPUT={ROOT / 'build' / 'other-archs'}'")
-    sys.exit(0)
+def main() -> None:
+    # For the Makefile and .ci/run, which build with CMake alone.
+    if "--print-cuda-include" in sys.argv:
+        found = find_cuda()
+        print(found.include if found else "")
+        sys.exit(0 if found else 1)
+    if "--print-kernel-options" in sys.argv:
+        options = kernel_options(find_cuda(), package_dir("torch"), sys.argv[-1])
+        print(*(f"'-D{k}={v}'" for k, v in options.items()), f"'-DKDA_OUTPUT={ROOT / 'build' / 'other-archs'}'")
+        sys.exit(0)
+    setup(
+        version=VERSION,
+        ext_modules=[Extension("kda_cuda._C", sources=[])],
+        cmdclass={"build_ext": CMakeBuild, "build_py": PackagePy},
+        distclass=BinaryDistribution,
+        setup_requires=[] if package_dir("torch") or os.environ.get("KDA_CUDA_BUILD") == "off" else ["torch>=2.10"],
+    )
 
-setup(
-    version=VERSION,
-    ext_modules=[Extension("kda_cuda._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "build_py": PackagePy},
-    distclass=BinaryDistribution,
-    setup_requires=[] if package_dir("torch") or os.environ.get("KDA_CUDA_BUILD") == "off" else ["torch>=2.10"],
-)
+
+if __name__ == "__main__":
+    main()

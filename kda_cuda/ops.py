@@ -179,7 +179,7 @@ def kda_gate(
         dt_bias: fp32, HV * K elements, or None.
         lower_bound: negative; selects the bounded form.
         head_dim: K, where g has its heads flattened.
-        dtype: of the result.
+        dtype: of the result (float64 on CPU).
 
     Returns:
         The log-decay ``[..., HV, K]``.
@@ -194,7 +194,8 @@ def kda_gate(
     """
     c = Checker("kda_gate")
     c.tensor("g", g)
-    c.dtype("g", g, FLOAT_DTYPES[:3] if g.device.type == "cuda" else FLOAT_DTYPES)
+    dtypes = FLOAT_DTYPES[:3] if g.device.type == "cuda" else FLOAT_DTYPES
+    c.dtype("g", g, dtypes)
     if head_dim is not None:
         c.integer("head_dim", head_dim)
         if g.dim() < 1 or head_dim < 1 or g.shape[-1] % head_dim:
@@ -203,6 +204,6 @@ def kda_gate(
     if g.dim() < 2:
         raise c.value_error(f"g has shape {list(g.shape)}, expected [..., HV, K], or [..., HV*K] with head_dim=K")
     A_log, dt_bias, lower_bound = check_gate_parameters(c, g, *g.shape[-2:], A_log, dt_bias, lower_bound)
-    c.choice("dtype", dtype, FLOAT_DTYPES)
+    c.choice("dtype", dtype, dtypes)
     op = "kda_gate" if calls.needs_grad(g, A_log, dt_bias) else "kda_gate_fwd"
     return variants.run(op, "kda_gate_fwd", (g, A_log, dt_bias, lower_bound, dtype))

@@ -12,9 +12,6 @@ import torch
 
 from kda_cuda import demo
 
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory) -> tuple[dict, Path]:
@@ -125,30 +122,3 @@ def test_validation_files_are_not_learned_from():
     assert len(corpus.train) > 5 * len(corpus.validation) > 1_000_000
     sample = bytes(corpus.validation[100_000:100_200].tolist())
     assert sample not in bytes(corpus.train.tolist())
-
-
-def readme_blocks() -> list[str]:
-    """The Python blocks of the README."""
-    pieces = README.read_text().split("```python\n")[1:]
-    return [piece.split("```")[0] for piece in pieces]
-
-
-@pytest.mark.parametrize("number", range(len(readme_blocks())))
-def test_readme_example_runs(number):
-    exec(compile(readme_blocks()[number], f"README block {number}", "exec"), {"__name__": "readme"})
-
-
-def test_readme_has_its_examples():
-    assert len(readme_blocks()) >= 3
-
-
-def test_readme_says_what_the_demo_measured():
-    """Its numbers are those of bench/results/demo.json, and that run met its targets."""
-    result, text = json.loads((ROOT / "bench/results/demo.json").read_text()), README.read_text()
-    cost = result["forgetful"] / result["bits_per_byte"] - 1
-    assert result["bits_per_byte"] <= 0.60 * result["order0"] and cost >= 0.05
-    for number in (result["bits_per_byte"], result["order0"], result["forgetful"]):
-        assert f"{number:.3f}" in text
-    assert f"{cost:+.1%}" in text and f"{result['difference']:.1e}" in text
-    for row in result["cache_bytes"].values():
-        assert " | ".join(f"{count:,}" for count in row.values()) in text

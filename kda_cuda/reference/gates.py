@@ -45,11 +45,15 @@ def log_decay_bwd(
         y = amplitude * x
         dx = lower_bound * torch.sigmoid(y) * torch.sigmoid(-y) * amplitude * dg  # 1 - sigmoid(y) would cancel
         d_log_amplitude = dx * x
-    tokens = tuple(range(g.dim() - 2))
     none = x.new_empty(0)
-    dA_log = none if A_log is None else d_log_amplitude.sum((*tokens, -1)).reshape(A_log.shape).to(A_log.dtype)
-    ddt_bias = none if dt_bias is None else dx.sum(tokens).reshape(dt_bias.shape).to(dt_bias.dtype)
+    dA_log = none if A_log is None else _over_tokens(d_log_amplitude).sum(-1).reshape(A_log.shape).to(A_log.dtype)
+    ddt_bias = none if dt_bias is None else _over_tokens(dx).reshape(dt_bias.shape).to(dt_bias.dtype)
     return dx, dA_log, ddt_bias
+
+
+def _over_tokens(x: Tensor) -> Tensor:
+    """The sum over all leading dimensions, of which there may be none: ``[..., HV, K] -> [HV, K]``."""
+    return x.flatten(0, -3).sum(0) if x.dim() > 2 else x
 
 
 def kda_gate_fwd(
