@@ -1,5 +1,7 @@
 #include "emulator/engine.h"
 
+#include <algorithm>
+
 namespace kda::emulator {
 
 Engine::Engine(dim3 g, dim3 b, size_t dynamic_bytes, Options const& o)
@@ -34,9 +36,13 @@ static KDA_NO_TSAN uint32_t nth_bit(uint32_t mask, uint32_t n) {
 
 KDA_NO_TSAN Fiber* Engine::pick() {
   EngineOnly scope;
-  if (!warps_ready_) return nullptr;
-  int warp = running ? running->warp : 0;
   bool const seeded = options_.seed != 0;
+  if (seeded && !loads_.empty() && random() % 64 == 0) finish_load(random() % loads_.size());
+  while (!warps_ready_) {
+    if (loads_.empty() || !live_) return nullptr;
+    finish_load(seeded ? random() % loads_.size() : 0);
+  }
+  int warp = running ? running->warp : 0;
   if (!seeded) {
     if (!ready_[warp]) {
       uint32_t const above = warp == 31 ? 0 : warps_ready_ & ~((2u << warp) - 1);
@@ -78,9 +84,8 @@ KDA_NO_TSAN void Engine::thread_entry() {
 KDA_NO_TSAN void Engine::finish_thread() {
   {
     EngineOnly scope;
-    if (!running->copies.empty()) fail("a thread exits with cp.async copies that were never waited for");
-    if (!warpgroups_[running->warp / 4].accumulators[running->warp % 4 * 32 + running->lane].empty())
-      fail("a thread exits with wgmma results that were never waited for");
+    check_finished_thread();
+    if (live_ == 1) check_finished_block();
   }
   running->done = true;
   --live_;
@@ -108,6 +113,13 @@ std::string Engine::who_waits_where() const {
                    : std::string(f.operation) + "(" + std::to_string(f.operation_id) + ") at " + f.location.text()];
   std::string text;
   for (auto const& [where, n] : count) text += "\n    " + std::to_string(n) + " threads: " + where;
+  for (auto const& [at, b] : mbarriers_)
+    for (uint32_t lanes : b.waiting) {
+      if (!lanes) continue;
+      text += "\n    the mbarrier of " + b.initialised.text() + ": " + std::to_string(b.pending) + " of " +
+              std::to_string(b.count) + " arrivals and " + std::to_string(b.bytes) + " bytes outstanding";
+      break;
+    }
   return text;
 }
 
@@ -118,7 +130,10 @@ void Engine::reset_block(uint3 index) {
   live_ = threads_;
   running = nullptr;
   statics_.clear();
+  mbarriers_.clear();
+  loads_.clear();
   for (Warpgroup& g : warpgroups_) g = Warpgroup{};
+  entry_registers_ = std::min(256, 65536 / (warps_ * 32) / 8 * 8);  // of a kernel with one block per multiprocessor
   random_ = (options_.seed * 0x9E3779B97F4A7C15ull) ^ (index.x * 0x85EBCA6Bull + index.y * 0xC2B2AE35ull + index.z + 1);
   random(), random();
   schedule_ = int(random() % 3);
@@ -138,7 +153,7 @@ void Engine::reset_block(uint3 index) {
   warps_ready_ = 0;
   for (int i = 0; i < threads_; ++i) {
     Fiber& f = fibers_[size_t(i)];
-    f.done = false, f.warp = i / 32, f.lane = i % 32, f.copies = {};
+    f.done = false, f.warp = i / 32, f.lane = i % 32, f.copies = {}, f.bulk_stores = {};
     f.thread = uint3{unsigned(i) % block.x, unsigned(i) / block.x % block.y, unsigned(i) / (block.x * block.y)};
     f.context.restart(&Engine::thread_entry);
     make_ready(f.warp, 1u << f.lane);

@@ -4,8 +4,8 @@
 // runs next is the schedule's choice (Options::seed). Copies are asynchronous in earnest: they take effect at the wait
 // that covers them, and until then their destination is poisoned.
 //
-// Not modelled, so to be proven on a GPU: proxy fences, the accumulation order of the tensor cores, ordering of plain
-// global flags between blocks, clusters, speed.
+// Not modelled, so to be proven on a GPU: proxy fences (fence.proxy.async, fence.mbarrier_init, wgmma.fence), the
+// accumulation order of the tensor cores, ordering of plain global flags between blocks, clusters, speed.
 #pragma once
 #include <cstdio>
 #include <cstdlib>
@@ -53,11 +53,31 @@ struct Copy {
   char* to;
   char const* from;
   uint32_t bytes, valid;  // the rest is zero-filled
+  Location location{"", 0};
 };
 struct CopyQueue {
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> groups;
   bool empty() const { return open.empty() && groups.empty(); }
+};
+
+/// A bulk copy: its pieces, one per run of bytes that are neighbours on both sides.
+struct BulkLoad {
+  std::vector<Copy> pieces;
+  uint32_t bytes;    // that the barrier counts: zero-filled ones too
+  uint32_t barrier;  // shared offset
+  Location location;
+};
+/// Reads shared memory into `staged` and then writes it, both as late as the kernel's waits allow.
+struct BulkStore {
+  std::vector<Copy> pieces;
+  std::vector<char> staged;
+  bool read = false;
+  Location location;
+};
+struct BulkStoreQueue {
+  std::vector<BulkStore> open;
+  std::vector<std::vector<BulkStore>> groups;
 };
 
 struct Fiber {
@@ -69,6 +89,7 @@ struct Fiber {
   int operation_id = 0;
   Location location{"", 0};
   CopyQueue copies;
+  BulkStoreQueue bulk_stores;
 };
 
 /// Lanes of one warp on their way into one collective.
@@ -82,9 +103,9 @@ struct WarpMeeting {
 /// One thread's part of a warpgroup product, as started.
 struct Wgmma {
   int n;
-  bool mn_major, accumulate;
-  uint64_t descriptor;
-  uint32_t const* a;
+  bool a_mn_major, b_mn_major, accumulate;
+  uint64_t a_descriptor, b_descriptor;
+  uint32_t const* a;  // four registers; null: A comes from shared memory
   float* d;
   float (*value)(uint16_t);
 };
@@ -99,6 +120,7 @@ struct PendingWgmma {
 struct InFlight {
   std::vector<float> value;
   int group;
+  Location location{"", 0};
 };
 struct Warpgroup {
   uint32_t arrived = 0;
@@ -107,6 +129,10 @@ struct Warpgroup {
   std::vector<PendingWgmma> pending;
   int commits[128] = {};
   std::map<float*, InFlight> accumulators[128];  // in flight; the kernel's own registers hold NaN meanwhile
+  int registers = 0;                             // per thread, by setmaxnreg; 0: as the block started
+  int registers_wanted = 0;                      // by the setmaxnreg in progress; 0: none
+  uint32_t registers_arrived = 0;
+  uint32_t registers_waiting[4] = {};
 };
 
 /// Synchronisation objects alternate with the phase: a thread already in the next phase must not leak order into this.
@@ -114,6 +140,19 @@ struct NamedBarrier {
   uint64_t sync[2] = {};
   uint32_t phase = 0, expected = 0, arrived = 0;
   uint32_t lanes[kMaxWarps] = {}, waiting[kMaxWarps] = {};
+};
+
+/// An mbarrier; the word in shared memory only says that there is one. A phase ends when no arrival and no byte is
+/// outstanding. Two synchronisation objects, for the reason given at NamedBarrier.
+struct MbarrierState {
+  uint64_t sync[2] = {};
+  uint32_t count = 0, pending = 0;
+  uint32_t phase = 0;  // parity of the phase in progress
+  int64_t bytes = 0;   // expected and not yet arrived
+  uint32_t waiting[kMaxWarps] = {};
+  bool loads = false;       // a bulk copy has arrived in the phase in progress
+  bool unobserved = false;  // the last phase had bulk copies, and nobody has waited for it
+  Location initialised{"", 0}, last_load{"", 0}, unobserved_load{"", 0};
 };
 
 class Engine {
@@ -137,6 +176,7 @@ class Engine {
   uint32_t shared_offset(void const* p);
 
   [[noreturn]] KDA_NO_TSAN void fail(std::string const& what);
+  [[noreturn]] KDA_NO_TSAN void fail(std::string const& what, Location at) { fail(what + " at " + at.text()); }
 
   /// Every lane of `mask` arrives with its arguments; the last one runs `exchange` over all of them.
   template <class A>
@@ -153,10 +193,20 @@ class Engine {
   void start_wgmma(Wgmma const& x, Location location);
   void commit_wgmma();
   void wait_wgmma(int keep);
+  KDA_NO_TSAN void set_registers(int count, bool more, Location location);
 
   void copy_async(Copy copy);
   void commit_copies();
   void wait_copies(size_t keep);
+
+  void init_mbarrier(uint64_t& word, uint32_t count, Location location);
+  void arrive_mbarrier(uint64_t const& word, uint32_t expected_bytes, Location location);
+  void wait_mbarrier(uint64_t const& word, uint32_t parity, Location location);
+  void start_bulk_load(BulkLoad load, uint64_t const& word);
+  void start_bulk_store(BulkStore store);
+  void commit_bulk_stores();
+  /// `written`: until the writes are done too, not just the reads of shared memory.
+  void wait_bulk_stores(size_t keep, bool written);
 
  private:
   static constexpr size_t kDynamicOffset = 1024;
@@ -173,6 +223,9 @@ class Engine {
   uint32_t warp_phase_[kMaxWarps] = {};
   NamedBarrier barriers_[kNamedBarriers];
   Warpgroup warpgroups_[kMaxWarps / 4];
+  std::map<uint32_t, MbarrierState> mbarriers_;  // by shared offset
+  std::vector<BulkLoad> loads_;                  // on their way
+  int entry_registers_ = 0;                      // per thread, when the block starts
   std::string error_;
   uint64_t random_ = 1;
   int schedule_ = 0;  // 0: a warp runs as far as it can; 1: sometimes another; 2: any
@@ -191,9 +244,15 @@ class Engine {
   KDA_NO_TSAN void block_on(char const* operation, int id, Location location);
   KDA_NO_TSAN WarpMeeting* meet(char const* operation, uint32_t mask, void* arguments, Location location);
   KDA_NO_TSAN void release_barrier(NamedBarrier& barrier, bool wait);
-  KDA_NO_TSAN void issue_wgmma(Warpgroup& group);
+  KDA_NO_TSAN void issue_wgmma(Warpgroup& group, Location location);
   KDA_NO_TSAN PendingWgmma* due_wgmma(Warpgroup& group, size_t i, int before);
   void run_wgmma(PendingWgmma& op);
+  KDA_NO_TSAN MbarrierState& mbarrier(uint64_t const& word, char const* operation, Location location);
+  KDA_NO_TSAN void complete_phase(MbarrierState& barrier);
+  KDA_NO_TSAN void finish_load(size_t i);
+  KDA_NO_TSAN void grant_registers();
+  KDA_NO_TSAN void check_finished_thread();
+  KDA_NO_TSAN void check_finished_block();
   KDA_NO_TSAN void finish_thread();
   std::string who_waits_where() const;
   static KDA_NO_TSAN void thread_entry();

@@ -1,11 +1,13 @@
 // Warpgroup products: started by all 128 threads together, executed at the first wait that covers them. Until then the
 // accumulators are poisoned; B is read as late as the kernel allows, A when the product starts (it is in registers).
+#include <algorithm>
+
 #include "emulator/engine.h"
 
 namespace kda::emulator {
 
-/// Byte address of element (n, k) of B. PTX ISA, canonical layouts with the 128-byte swizzle: K-major rows of n hold 64
-/// values of k; MN-major rows of k hold 64 values of n.
+/// Byte address of element (n, k) of B, or (m, k) of A. PTX ISA, canonical layouts with the 128-byte swizzle: K-major
+/// rows of n hold 64 values of k; MN-major rows of k hold 64 values of n.
 static KDA_NO_TSAN uint32_t element_address(uint64_t descriptor, int n, int k, bool mn_major) {
   uint32_t const base = uint32_t(descriptor & 0x3FFF) << 4, panel = uint32_t(descriptor >> 16 & 0x3FFF) << 4,
                  group = uint32_t(descriptor >> 32 & 0x3FFF) << 4;
@@ -17,7 +19,10 @@ static KDA_NO_TSAN uint32_t element_address(uint64_t descriptor, int n, int k, b
 void Engine::start_wgmma(Wgmma const& x, Location location) {
   int const warp = running->warp;
   Warpgroup& group = warpgroups_[warp / 4];
-  if (warp / 4 * 4 + 4 > warps_) fail("wgmma by an incomplete warpgroup");
+  if (warp / 4 * 4 + 4 > warps_) fail("wgmma by an incomplete warpgroup", location);
+  for (uint64_t descriptor : {x.a ? x.b_descriptor : x.a_descriptor, x.b_descriptor})
+    if (descriptor >> 62 != 1 || descriptor >> 49 & 7)
+      fail("wgmma: a descriptor that is not of the 128-byte swizzle with base offset 0", location);
   group.arguments[warp % 4 * 32 + running->lane] = x;
   if (++group.arrived < 128) {
     group.waiting[warp % 4] |= 1u << running->lane;
@@ -25,14 +30,14 @@ void Engine::start_wgmma(Wgmma const& x, Location location) {
     return;
   }
   group.arrived = 0;
-  issue_wgmma(group);
+  issue_wgmma(group, location);
   for (int w = 0; w < 4; ++w) {
     make_ready(warp / 4 * 4 + w, group.waiting[w]);
     group.waiting[w] = 0;
   }
 }
 
-KDA_NO_TSAN void Engine::issue_wgmma(Warpgroup& g) {
+KDA_NO_TSAN void Engine::issue_wgmma(Warpgroup& g, Location location) {
   EngineOnly scope;
   bool all_done = true;
   for (PendingWgmma const& earlier : g.pending) all_done = all_done && earlier.done;
@@ -41,19 +46,22 @@ KDA_NO_TSAN void Engine::issue_wgmma(Warpgroup& g) {
   op.shape = g.arguments[0], op.group = g.commits[0], op.done = false;
   for (int i = 0; i < 128; ++i) {
     Wgmma const& x = g.arguments[i];
-    if (x.descriptor != op.shape.descriptor || x.accumulate != op.shape.accumulate || x.n != op.shape.n)
-      fail("wgmma: the threads of a warpgroup disagree on the product");
-    if (g.commits[i] != op.group) fail("wgmma: the threads of a warpgroup disagree on the group");
-    std::memcpy(op.a[i], x.a, 16);
+    Wgmma const& first = op.shape;
+    if (x.a_descriptor != first.a_descriptor || x.b_descriptor != first.b_descriptor || !x.a != !first.a ||
+        x.accumulate != first.accumulate || x.n != first.n || x.a_mn_major != first.a_mn_major ||
+        x.b_mn_major != first.b_mn_major)
+      fail("wgmma: the threads of a warpgroup disagree on the product", location);
+    if (g.commits[i] != op.group) fail("wgmma: the threads of a warpgroup disagree on the group", location);
+    if (x.a) std::memcpy(op.a[i], x.a, 16);
     int const count = x.n / 2;
     auto it = g.accumulators[i].find(x.d);
     if (it == g.accumulators[i].end()) {
       it = g.accumulators[i].emplace(x.d, InFlight{std::vector<float>(x.d, x.d + count), op.group}).first;
     } else {
       for (int j = 0; j < count; ++j)
-        if (x.d[j] == x.d[j]) fail("wgmma: an accumulator was written while in flight");
+        if (x.d[j] == x.d[j]) fail("wgmma: an accumulator was written while in flight, before the product", location);
     }
-    it->second.group = op.group;
+    it->second.group = op.group, it->second.location = location;
     op.d[i] = it->second.value.data();
     std::memset(x.d, 0xFF, size_t(count) * 4);
   }
@@ -74,33 +82,44 @@ KDA_NO_TSAN PendingWgmma* Engine::due_wgmma(Warpgroup& g, size_t i, int before) 
   return &op;
 }
 
-/// Instrumented where it reads B: the sanitizers see the access.
+/// Instrumented where it reads shared memory: the sanitizers see the access.
+template <int kRowLimit>
+static void load_operand(float (&to)[16][kRowLimit], char const* window, uint64_t descriptor, int rows, bool mn_major,
+                         float (*value)(uint16_t)) {
+  for (int n = 0; n < rows; ++n)
+    for (int k = 0; k < 16; ++k) {
+      uint32_t const address = element_address(descriptor, n, k, mn_major);
+      if (address >= kSharedWindow) Engine::current().fail("wgmma: the descriptor leaves shared memory");
+      uint16_t bits;
+      std::memcpy(&bits, window + address, 2);
+      to[k][n] = value(bits);
+    }
+}
+
+/// A[64 x 16], transposed, from the registers of the warpgroup's threads.
+static KDA_NO_TSAN void gather_left(float (&to)[16][64], PendingWgmma const& op) {
+  for (int i = 0; i < 128; ++i)
+    for (int r = 0; r < 4; ++r)
+      for (int h = 0; h < 2; ++h) {
+        int const row = i / 32 * 16 + i % 32 / 4 + r % 2 * 8, k = i % 4 * 2 + h + r / 2 * 8;
+        to[k][row] = op.shape.value(uint16_t(op.a[i][r] >> 16 * h));
+      }
+}
+
 __attribute__((optimize("O3"))) void Engine::run_wgmma(PendingWgmma& op) {
   Wgmma const shape = op.shape;
-  float b[16][128];
-  for (int n = 0; n < shape.n; ++n)
-    for (int k = 0; k < 16; ++k) {
-      uint32_t const address = element_address(shape.descriptor, n, k, shape.mn_major);
-      if (address >= kSharedWindow) fail("wgmma: the descriptor leaves shared memory");
-      uint16_t bits;
-      std::memcpy(&bits, window_ + address, 2);
-      b[k][n] = shape.value(bits);
-    }
+  float a[16][64], b[16][256];
+  load_operand(b, window_, shape.b_descriptor, shape.n, shape.b_mn_major, shape.value);
+  if (!shape.a) load_operand(a, window_, shape.a_descriptor, 64, shape.a_mn_major, shape.value);
   EngineOnly scope;
-  for (int warp = 0; warp < 4; ++warp) {
-    float a[16][16];
-    for (int l = 0; l < 32; ++l)
-      for (int i = 0; i < 4; ++i)
-        for (int h = 0; h < 2; ++h)
-          a[l / 4 + i % 2 * 8][l % 4 * 2 + h + i / 2 * 8] = shape.value(uint16_t(op.a[warp * 32 + l][i] >> 16 * h));
-    for (int r = 0; r < 16; ++r) {
-      float sum[128] = {};
-      for (int k = 0; k < 16; ++k)
-        for (int n = 0; n < shape.n; ++n) sum[n] += a[r][k] * b[k][n];
-      for (int n = 0; n < shape.n; ++n) {
-        float& d = op.d[warp * 32 + r % 8 * 4 + n % 8 / 2][n / 8 * 4 + r / 8 * 2 + n % 2];
-        d = (shape.accumulate ? d : 0.f) + sum[n];
-      }
+  if (shape.a) gather_left(a, op);
+  for (int r = 0; r < 64; ++r) {
+    float sum[256] = {};
+    for (int k = 0; k < 16; ++k)
+      for (int n = 0; n < shape.n; ++n) sum[n] += a[k][r] * b[k][n];
+    for (int n = 0; n < shape.n; ++n) {
+      float& d = op.d[r / 16 * 32 + r % 8 * 4 + n % 8 / 2][n / 8 * 4 + r % 16 / 8 * 2 + n % 2];
+      d = (shape.accumulate ? d : 0.f) + sum[n];
     }
   }
 }
@@ -126,6 +145,52 @@ void Engine::wait_wgmma(int keep) {
     } else {
       ++it;
     }
+}
+
+// ---- setmaxnreg ------------------------------------------------------------------------------------------------
+
+/// All warps of the warpgroup together; `inc` waits until the block's pool has the registers. The compiler starts a
+/// block with as many registers as fit, but no more than an `inc` asks for.
+KDA_NO_TSAN void Engine::set_registers(int count, bool more, Location location) {
+  EngineOnly scope;
+  int const warp = running->warp;
+  std::string const operation = std::string(more ? "setmaxnreg.inc " : "setmaxnreg.dec ") + std::to_string(count);
+  if (warp / 4 * 4 + 4 > warps_) fail(operation + " by an incomplete warpgroup", location);
+  Warpgroup& g = warpgroups_[warp / 4];
+  if (count % 8 || count < 24 || count > 256) fail(operation + ": not a multiple of 8 in 24..256", location);
+  if (g.registers_wanted && g.registers_wanted != (more ? count : -count))
+    fail(operation + ": the warps of a warpgroup disagree", location);
+  if (more && !g.registers) entry_registers_ = std::min(entry_registers_, count);
+  int const now = g.registers ? g.registers : entry_registers_;
+  if (more ? count < now : count > now)
+    fail(operation + ": the threads have " + std::to_string(now) + " registers", location);
+  g.registers_wanted = more ? count : -count;
+  ++g.registers_arrived;
+  g.registers_waiting[warp % 4] |= 1u << running->lane;
+  grant_registers();
+  block_on(more ? "setmaxnreg.inc" : "setmaxnreg.dec", count, location);
+}
+
+/// Completes every setmaxnreg at which its whole warpgroup waits and for which the pool has enough.
+KDA_NO_TSAN void Engine::grant_registers() {
+  int const groups = (warps_ + 3) / 4;
+  for (bool again = true; again;) {
+    again = false;
+    int taken = 0;
+    for (int i = 0; i < groups; ++i) taken += warpgroups_[i].registers ? warpgroups_[i].registers : entry_registers_;
+    for (int i = 0; i < groups && !again; ++i) {
+      Warpgroup& g = warpgroups_[i];
+      int const wanted = std::abs(g.registers_wanted), now = g.registers ? g.registers : entry_registers_;
+      if (g.registers_arrived < 128 || taken + wanted - now > entry_registers_ * groups) continue;
+      g.registers = wanted;
+      g.registers_arrived = 0, g.registers_wanted = 0;
+      for (int w = 0; w < 4; ++w) {
+        make_ready(i * 4 + w, g.registers_waiting[w]);
+        g.registers_waiting[w] = 0;
+      }
+      again = true;
+    }
+  }
 }
 
 }  // namespace kda::emulator

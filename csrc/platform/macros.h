@@ -8,7 +8,9 @@
 #if defined(KDA_EMULATE)
 #include "emulator/engine.h"
 #undef __launch_bounds__
+#undef __grid_constant__
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define KDA_DEVICE inline
 #define KDA_HOST_DEVICE inline
 #define KDA_GLOBAL inline

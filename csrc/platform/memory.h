@@ -1,4 +1,4 @@
-// Copies into shared memory and the matrix moves between it and registers.
+// Copies of 16 bytes into shared memory and the matrix moves between it and registers.
 #pragma once
 #include "platform/macros.h"
 
@@ -15,12 +15,12 @@ KDA_DEVICE uint32_t shared_address(void const* p) {
 
 /// 16 bytes from global to shared memory, of which `valid` are read and the rest is zero.
 /// PTX: cp.async.cg.shared.global
-KDA_DEVICE void cp_async_16(void* to, void const* from, int valid = 16) {
+KDA_DEVICE void cp_async_16(void* to, void const* from, int valid = 16 KDA_WHERE) {
 #if defined(KDA_EMULATE)
   auto& engine = emulator::Engine::current();
   if (engine.shared_offset(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
-    engine.fail("cp.async: an address is not a multiple of 16 bytes");
-  engine.copy_async({static_cast<char*>(to), static_cast<char const*>(from), 16, uint32_t(valid)});
+    engine.fail("cp.async: an address is not a multiple of 16 bytes", where);
+  engine.copy_async({static_cast<char*>(to), static_cast<char const*>(from), 16, uint32_t(valid), where});
 #else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
                : "memory");
@@ -46,15 +46,15 @@ KDA_DEVICE void cp_async_wait() {
 
 #if defined(KDA_EMULATE)
 namespace emulator {
-struct MatrixLoad {
+struct MatrixMove {
   uint32_t row[4], result[4];  // the 16 bytes at this lane's address; its four registers
 };
 /// Register m of lane l: row l/4, columns 2(l%4), 2(l%4)+1 of matrix m, whose row r lies at the address of lane 8m + r.
-inline KDA_NO_TSAN void exchange_ldmatrix(MatrixLoad** lanes, uint32_t) {
+inline KDA_NO_TSAN void exchange_ldmatrix(MatrixMove** lanes, uint32_t) {
   for (int l = 0; l < 32; ++l)
     for (int m = 0; m < 4; ++m) lanes[l]->result[m] = lanes[m * 8 + l / 4]->row[l % 4];
 }
-inline KDA_NO_TSAN void exchange_ldmatrix_trans(MatrixLoad** lanes, uint32_t) {
+inline KDA_NO_TSAN void exchange_ldmatrix_trans(MatrixMove** lanes, uint32_t) {
   for (int l = 0; l < 32; ++l)
     for (int m = 0; m < 4; ++m) {
       uint32_t pair = 0;
@@ -66,13 +66,36 @@ inline KDA_NO_TSAN void exchange_ldmatrix_trans(MatrixLoad** lanes, uint32_t) {
     }
 }
 inline void load_matrices(uint32_t (&registers)[4], void const* row, bool transpose, Location where) {
-  MatrixLoad a;
+  MatrixMove a;
   Engine& engine = Engine::current();
-  if (engine.shared_offset(row) % 16) engine.fail("ldmatrix: row address is not a multiple of 16 bytes");
+  if (engine.shared_offset(row) % 16) engine.fail("ldmatrix: row address is not a multiple of 16 bytes", where);
   for (int i = 0; i < 4; ++i) a.row[i] = static_cast<uint32_t const*>(row)[i];  // own row: the sanitizers see it
-  engine.warp_collective<MatrixLoad>(transpose ? "ldmatrix.trans" : "ldmatrix", ~0u, &a,
+  engine.warp_collective<MatrixMove>(transpose ? "ldmatrix.trans" : "ldmatrix", ~0u, &a,
                                      transpose ? exchange_ldmatrix_trans : exchange_ldmatrix, where);
   for (int i = 0; i < 4; ++i) registers[i] = a.result[i];
+}
+/// The inverse of exchange_ldmatrix.
+inline KDA_NO_TSAN void exchange_stmatrix(MatrixMove** lanes, uint32_t) {
+  for (int l = 0; l < 32; ++l)
+    for (int m = 0; m < 4; ++m) lanes[m * 8 + l / 4]->row[l % 4] = lanes[l]->result[m];
+}
+inline KDA_NO_TSAN void exchange_stmatrix_trans(MatrixMove** lanes, uint32_t) {
+  for (int r = 0; r < 32; ++r)  // row r % 8 of matrix r / 8
+    for (int c = 0; c < 8; ++c) {
+      uint32_t const word = lanes[c * 4 + r % 8 / 2]->result[r / 8];
+      uint32_t const value = r % 2 ? word >> 16 : word & 0xFFFFu;
+      uint32_t& to = lanes[r]->row[c / 2];
+      to = c % 2 ? (to & 0xFFFFu) | value << 16 : (to & 0xFFFF0000u) | value;
+    }
+}
+inline void store_matrices(void* row, uint32_t const (&registers)[4], bool transpose, Location where) {
+  MatrixMove a;
+  Engine& engine = Engine::current();
+  if (engine.shared_offset(row) % 16) engine.fail("stmatrix: row address is not a multiple of 16 bytes", where);
+  for (int i = 0; i < 4; ++i) a.result[i] = registers[i];
+  engine.warp_collective<MatrixMove>(transpose ? "stmatrix.trans" : "stmatrix", ~0u, &a,
+                                     transpose ? exchange_stmatrix_trans : exchange_stmatrix, where);
+  for (int i = 0; i < 4; ++i) static_cast<uint32_t*>(row)[i] = a.row[i];  // own row: the sanitizers see it
 }
 struct MatrixTranspose {
   uint32_t row, result;
@@ -110,6 +133,27 @@ KDA_DEVICE void ldmatrix_x4_trans(uint32_t (&registers)[4], void const* row KDA_
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
                : "r"(shared_address(row))
+               : "memory");
+#endif
+}
+/// The inverse of ldmatrix_x4: lane l gives the address of row l % 8 of matrix l / 8. sm_90.
+/// PTX: stmatrix.sync.aligned.m8n8.x4.shared.b16
+KDA_DEVICE void stmatrix_x4(void* row, uint32_t const (&registers)[4] KDA_WHERE) {
+#if defined(KDA_EMULATE)
+  emulator::store_matrices(row, registers, false, where);
+#else
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)),
+               "r"(registers[0]), "r"(registers[1]), "r"(registers[2]), "r"(registers[3])
+               : "memory");
+#endif
+}
+/// The same, each matrix transposed. PTX: stmatrix.sync.aligned.m8n8.x4.trans.shared.b16
+KDA_DEVICE void stmatrix_x4_trans(void* row, uint32_t const (&registers)[4] KDA_WHERE) {
+#if defined(KDA_EMULATE)
+  emulator::store_matrices(row, registers, true, where);
+#else
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)),
+               "r"(registers[0]), "r"(registers[1]), "r"(registers[2]), "r"(registers[3])
                : "memory");
 #endif
 }

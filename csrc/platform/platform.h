@@ -18,6 +18,8 @@
 #include "platform/types.h"
 #if defined(KDA_DEVICE_CODE)
 #include "platform/barriers.h"
+#include "platform/bulk_copy.h"
+#include "platform/mbarrier.h"
 #include "platform/memory.h"
 #include "platform/mma.h"
 #include "platform/warp.h"
