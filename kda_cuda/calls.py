@@ -11,9 +11,11 @@ from torch import Tensor
 from . import variants
 from .checks import Checker, check_cu_seqlens, check_gate_parameters, check_initial_state, check_qkvgb, cu_seqlens_list
 
-CHUNK_KWARGS = ("A_log", "dt_bias", "chunk_size", "transpose_state_layout", "use_graph", "max_num_seqs")
+CHUNK_KWARGS = ("A_log", "dt_bias", "chunk_size", "transpose_state_layout", "use_graph", "max_num_seqs",
+                "deterministic")  # fmt: skip
 RECURRENT_KWARGS = ("transpose_state_layout",)
 CHUNK_SIZES = (32, 64)
+DETERMINISTIC = (True, "batch_invariant")
 FEW_TOKENS = 16  # up to here the recurrence is faster than one chunk of the reference
 _CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -64,9 +66,11 @@ def under_autocast(q, k, v, g, beta) -> tuple:
 
 def common_arguments(
     c: Checker, q, k, v, g, beta, A_log, dt_bias, scale, initial_state, flags: dict[str, bool], lower_bound,
-    state_v_first: bool, cu_seqlens, cu_seqlens_cpu,
+    state_v_first: bool, cu_seqlens, cu_seqlens_cpu, padded: bool = False,
 ) -> tuple:  # fmt: skip
-    """All checks that chunk_kda and fused_recurrent_kda share; returns the arguments that their ops share."""
+    """All checks that the functions on sequences share; returns the arguments that their ops share.
+
+    ``padded``: tokens may follow the last sequence."""
     q, k, v, g, beta = under_autocast(q, k, v, g, beta)
     check_qkvgb(c, q, k, v, g, beta)
     key_dim, value_heads = q.shape[3], v.shape[2]
@@ -79,7 +83,7 @@ def common_arguments(
     else:
         A_log = dt_bias = lower_bound = None
     if cu_seqlens is not None:
-        check_cu_seqlens(c, q, cu_seqlens, cu_seqlens_cpu)
+        check_cu_seqlens(c, q, cu_seqlens, cu_seqlens_cpu, padded)
         cu_seqlens = cu_seqlens.contiguous()
     elif cu_seqlens_cpu is not None:
         raise c.value_error("cu_seqlens is None and cu_seqlens_cpu is not, expected both or cu_seqlens alone")
@@ -95,6 +99,12 @@ def common_arguments(
         lower_bound,
     )
     return (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, *transforms, state_v_first)
+
+
+def batch_invariant(c: Checker, deterministic: bool | str) -> bool:
+    """What ``deterministic`` asks for beyond the same bits from run to run, which are always given."""
+    c.choice("deterministic", deterministic, DETERMINISTIC)
+    return deterministic == "batch_invariant"
 
 
 def in_inference_mode() -> bool:
@@ -115,10 +125,13 @@ def chunk_state_rows(c: Checker, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tens
     return sum((end - begin + chunk - 1) // chunk for begin, end in itertools.pairwise(bounds))
 
 
-def run_chunk(common: tuple, output_final_state: bool, chunk_size: int = 64, keep_states: bool = False, rows=None):
+def run_chunk(
+    common: tuple, output_final_state: bool, chunk_size: int = 64, keep_states: bool = False, rows=None,
+    batch_invariant: bool = False,
+):  # fmt: skip
     """o, final_state (None where not asked for) and the chunk states, with autograd if any input needs a gradient."""
     op = "chunk" if needs_grad(*common) else "chunk_fwd"
-    arguments = (*common, output_final_state, chunk_size, keep_states, rows)
+    arguments = (*common, output_final_state, chunk_size, keep_states, rows, batch_invariant)
     o, final_state, h = variants.run(op, "chunk_fwd", arguments)
     return o, final_state if output_final_state else None, h
 

@@ -85,7 +85,9 @@ def cu_seqlens_list(cu_seqlens: Tensor) -> list[int]:
     return cu_seqlens.detach().tolist()
 
 
-def check_cu_seqlens(c: Checker, q: Tensor, cu_seqlens: Tensor, cu_seqlens_cpu: Tensor | None) -> None:
+def check_cu_seqlens(
+    c: Checker, q: Tensor, cu_seqlens: Tensor, cu_seqlens_cpu: Tensor | None, padded: bool = False
+) -> None:
     c.tensor("cu_seqlens", cu_seqlens)
     c.device("cu_seqlens", cu_seqlens, q.device, "q")
     c.rank("cu_seqlens", cu_seqlens, "N+1")
@@ -100,24 +102,25 @@ def check_cu_seqlens(c: Checker, q: Tensor, cu_seqlens: Tensor, cu_seqlens_cpu: 
         c.rank("cu_seqlens_cpu", cu_seqlens_cpu, "N+1")
         c.dtype("cu_seqlens_cpu", cu_seqlens_cpu, INDEX_DTYPES)
         c.shape("cu_seqlens_cpu", cu_seqlens_cpu, **{"N+1": cu_seqlens.shape[0]})
-        check_boundaries(c, "cu_seqlens_cpu", cu_seqlens_cpu, q.shape[1])
+        check_boundaries(c, "cu_seqlens_cpu", cu_seqlens_cpu, q.shape[1], padded)
     if check_contents(cu_seqlens):
-        check_boundaries(c, "cu_seqlens", cu_seqlens, q.shape[1])
+        check_boundaries(c, "cu_seqlens", cu_seqlens, q.shape[1], padded)
 
 
-def check_boundaries(c: Checker, name: str, cu_seqlens: Tensor, tokens: int) -> None:
-    """From 0 to T, never backwards. One vectorised look, a second one only to say what is wrong."""
+def check_boundaries(c: Checker, name: str, cu_seqlens: Tensor, tokens: int, padded: bool) -> None:
+    """From 0 to T (``padded``: or less), never backwards. One vectorised look, a second one to say what is wrong."""
     if torch.compiler.is_compiling():
         return
     bounds = cu_seqlens_list(cu_seqlens)
-    if bounds[0] == 0 and bounds[-1] == tokens and bounds == sorted(bounds):
+    ends_well = bounds[-1] <= tokens if padded else bounds[-1] == tokens
+    if bounds[0] == 0 and ends_well and bounds == sorted(bounds):
         return
     if bounds[0] != 0:
         raise c.value_error(f"{name}[0] is {bounds[0]}, expected 0")
     for i in range(1, len(bounds)):
         if bounds[i] < bounds[i - 1]:
             raise c.value_error(f"{name}[{i}] is {bounds[i]} after {bounds[i - 1]}, expected no decrease")
-    raise c.value_error(f"{name}[-1] is {bounds[-1]}, expected T={tokens}")
+    raise c.value_error(f"{name}[-1] is {bounds[-1]}, expected {'at most ' if padded else ''}T={tokens}")
 
 
 def check_initial_state(

@@ -24,8 +24,15 @@ _INPUTS = (
     "bool allow_neg_eigval, float? lower_bound, bool state_v_first"
 )
 _CHUNK = (
-    f"({_INPUTS}, bool output_final_state, int chunk_size, bool output_chunk_states, SymInt? chunk_state_rows=None) "
-    "-> (Tensor, Tensor, Tensor)"
+    f"({_INPUTS}, bool output_final_state, int chunk_size, bool output_chunk_states, SymInt? chunk_state_rows=None, "
+    "bool batch_invariant=False) -> (Tensor, Tensor, Tensor)"
+)
+_PREFILL = (
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor(a!) state_pool, "
+    "Tensor? slot_of, Tensor? initial_slot_of, Tensor? has_initial_state, Tensor(b!)? checkpoint_pool, "
+    "Tensor? checkpoint_slots, Tensor? cu_seqlens, Tensor(c!)? workspace, float scale, bool use_qk_l2norm, "
+    "bool use_gate, bool use_beta_sigmoid, bool allow_neg_eigval, float? lower_bound, bool state_v_first, "
+    "bool zero_is_null, int checkpoint_interval, bool batch_invariant) -> Tensor"
 )
 _GATE = "(Tensor g, Tensor? A_log, Tensor? dt_bias, float? lower_bound, ScalarType dtype) -> Tensor"
 
@@ -38,6 +45,7 @@ SCHEMAS = {
     "chunk_bwd": f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, int chunk_size) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "chunk": _CHUNK,
+    "prefill": _PREFILL,
     "recurrent_fwd": f"({_INPUTS}, bool output_final_state) -> (Tensor, Tensor)",
 }
 REFERENCE = {
@@ -47,6 +55,7 @@ REFERENCE = {
     "chunk_fwd": reference.chunk_fwd,
     "chunk_bwd": reference.chunk_bwd,
     "chunk": reference.chunk_fwd,
+    "prefill": reference.prefill,
     "recurrent_fwd": reference.recurrent_fwd,
 }
 FUNCTIONAL = {"chunk": "chunk_fwd", "kda_gate": "kda_gate_fwd"}  # op with autograd -> its raw forward
@@ -79,7 +88,7 @@ def _state_shape(q, v, cu_seqlens, v_first):
 def _fake_chunk_fwd(
     q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, use_qk_l2norm, use_gate, use_beta_sigmoid,
     allow_neg_eigval, lower_bound, state_v_first, output_final_state, chunk_size, output_chunk_states,
-    chunk_state_rows=None,
+    chunk_state_rows=None, batch_invariant=False,
 ):  # fmt: skip
     dtype = compute_dtype(q.dtype)
     final_state = q.new_empty(0, dtype=dtype)
@@ -94,6 +103,10 @@ def _fake_chunk_fwd(
             rows = (1, chunk_state_rows if chunk_state_rows is not None else torch.library.get_ctx().new_dynamic_size())
         h = k.new_empty((*rows, *state))
     return v.new_empty(v.shape), final_state, h
+
+
+def _fake_prefill(q, k, v, *rest):
+    return v.new_empty(v.shape)
 
 
 def _fake_recurrent_fwd(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, *rest):
@@ -115,6 +128,7 @@ FAKES: dict[str, Callable] = {
     "chunk_fwd": _fake_chunk_fwd,
     "chunk_bwd": _fake_chunk_bwd,
     "chunk": _fake_chunk_fwd,
+    "prefill": _fake_prefill,
     "recurrent_fwd": _fake_recurrent_fwd,
 }
 
@@ -162,7 +176,7 @@ def _gate_backward(namespace: str, ctx, dy):
 
 def _save_chunk(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:9])
-    *ctx.options, _, ctx.chunk_size, _, _ = inputs[9:]
+    *ctx.options, _, ctx.chunk_size, _, _, _ = inputs[9:]
     ctx.set_materialize_grads(False)
 
 
@@ -174,7 +188,7 @@ def _chunk_backward(namespace: str, ctx, do, dfinal_state, dh):
         dfinal_state = None
     args = (do, dfinal_state, *tensors, *ctx.options, ctx.chunk_size)
     gradients = _backward(namespace, "chunk_bwd", tensors[0], args)
-    return *(_present(d, x) for d, x in zip(gradients, tensors[:8], strict=True)), *([None] * 12)
+    return *(_present(d, x) for d, x in zip(gradients, tensors[:8], strict=True)), *([None] * 13)
 
 
 _AUTOGRAD = {"chunk": (_chunk_backward, _save_chunk), "kda_gate": (_gate_backward, _save_gate)}

@@ -63,7 +63,8 @@ def chunk_kda(
         cp_context: must be None.
         **kwargs: ``A_log`` fp32 ``[HV]`` and ``dt_bias`` fp32 ``[HV * K]`` of the gate; ``chunk_size`` 64 or 32;
             ``use_graph`` and ``max_num_seqs`` are accepted; ``transpose_state_layout`` is the deprecated name of
-            ``state_v_first``.
+            ``state_v_first``; ``deterministic="batch_invariant"``: the bits that the forward gives a sequence do not
+            depend on what it is batched with (from run to run they are always the same).
 
     Returns:
         ``(o, final_state)``, or ``(o, final_state, h)``: o ``[B, T, HV, V]`` in the dtype of v, final_state fp32 or
@@ -100,14 +101,15 @@ def chunk_kda(
     )  # fmt: skip
     chunk_size = kwargs.get("chunk_size", 64)
     c.choice("chunk_size", chunk_size, calls.CHUNK_SIZES)
+    invariant = calls.batch_invariant(c, kwargs.get("deterministic", True))
     if cp_context is not None:
         raise c.value_error(f"cp_context is a {type(cp_context).__name__}, expected None: no context parallelism here")
     if not return_intermediate_states:
-        return calls.run_chunk(common, output_final_state, chunk_size)[:2]
+        return calls.run_chunk(common, output_final_state, chunk_size, batch_invariant=invariant)[:2]
     if not calls.in_inference_mode():
         raise c.value_error("return_intermediate_states is True outside of torch.inference_mode(), expected inside")
     rows = calls.chunk_state_rows(c, cu_seqlens, cu_seqlens_cpu, chunk_size)
-    return calls.run_chunk(common, output_final_state, chunk_size, True, rows)
+    return calls.run_chunk(common, output_final_state, chunk_size, True, rows, invariant)
 
 
 def fused_recurrent_kda(

@@ -17,17 +17,7 @@ from .cases import CASES, Case, Inputs
 
 KERNELS = ["chunk_fwd_prepare", "chunk_fwd_scan"]
 MODEL = {"gate": "long", "beta_sigmoid": True}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Whatever is allocated holds NaN until it is written."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def run(x: Inputs) -> dict[str, Tensor]:

@@ -89,6 +89,7 @@ CHUNK_CALLS = [
      "cu_seqlens is None and cu_seqlens_cpu is not, expected both or cu_seqlens alone"),
     (packed([0, 3, 8], initial_state=torch.zeros(1, HV, K, V)), ValueError,
      "initial_state has shape [1, 4, 16, 24], expected [N=2, HV=4, K=16, V=24]"),
+    ({"deterministic": False}, ValueError, "deterministic is False, expected one of [True, 'batch_invariant']"),
     ({"chunk_size": 48}, ValueError, "chunk_size is 48, expected one of [32, 64]"),
     ({"cp_context": object()}, ValueError, "cp_context is a object, expected None: no context parallelism here"),
     ({"return_intermediate_states": True}, ValueError,
@@ -97,7 +98,7 @@ CHUNK_CALLS = [
      "got both state_v_first and transpose_state_layout, expected only state_v_first"),
     ({"headfirst": True, "Alog": None}, TypeError,
      "got unexpected keyword arguments ['Alog', 'headfirst'], expected some of "
-     "['A_log', 'chunk_size', 'dt_bias', 'max_num_seqs', 'transpose_state_layout', 'use_graph']"),
+     "['A_log', 'chunk_size', 'deterministic', 'dt_bias', 'max_num_seqs', 'transpose_state_layout', 'use_graph']"),
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 
-#include "platform/platform.h"
+#include "kda/indices.h"
 
 namespace kda {
 
@@ -23,6 +23,7 @@ struct ChunkPlan {
   void const* cu_seqlens;  // [sequences + 1], int32 or int64; null: every batch row is one sequence
   bool cu_seqlens_is_int64;
   int32_t chunk;
+  Slots state_slots;  // with indices: a sequence whose slot is null counts as empty
 
   KDA_HOST_DEVICE int64_t chunks_of(int64_t length) const { return (length + chunk - 1) / chunk; }
 
@@ -38,10 +39,12 @@ struct ChunkPlan {
   }
 
   KDA_DEVICE Sequence sequence(int32_t n) const {
-    if (!cu_seqlens) return {n, 0, tokens, n * chunks_of(tokens)};
+    if (!cu_seqlens) return {n, 0, is_null(n) ? 0 : tokens, n * chunks_of(tokens)};
     int64_t const begin = boundary(n), end = boundary(n + 1);
-    return {0, begin, end > begin ? end - begin : 0, begin / chunk + n};
+    return {0, begin, end > begin && !is_null(n) ? end - begin : 0, begin / chunk + n};
   }
+
+  KDA_DEVICE bool is_null(int32_t n) const { return state_slots.index.data && state_slots.of(n) < 0; }
 
   /// The sequence whose slots contain `slot`: the last one that starts at or before it.
   KDA_DEVICE int32_t sequence_of_slot(int64_t slot) const {

@@ -1,4 +1,4 @@
-// torch.ops.kda_cuda.chunk_fwd
+// torch.ops.kda_cuda.chunk_fwd and prefill: the same kernels, with states in tensors of their own or in a pool.
 #include "kda/chunk_fwd/dispatch.h"
 #include "platform/device.h"
 #include "torch/common.h"
@@ -6,11 +6,11 @@
 namespace kda {
 namespace {
 
-constexpr char const* kOp = "chunk_fwd";
+constexpr int64_t kCheckpointTokens = 64;  // checkpoints are multiples of this apart; every variant's chunk divides it
 
 /// Strides of [B, T, H, ...]; the last dimension must be contiguous.
-TokenStrides token_strides(char const* name, Tensor const& x) {
-  require(x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1, kOp,
+TokenStrides token_strides(char const* op, char const* name, Tensor const& x) {
+  require(x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1, op,
           std::string(name) + " is strided in its last dimension, expected it contiguous");
   return {x.stride(0), x.stride(1), x.stride(2)};
 }
@@ -23,8 +23,105 @@ bool aligned(Tensor const& x, int64_t elements) {
   return ok;
 }
 
-StateType state_type(Tensor const& x, char const* name) {
-  switch (dtype_of_tensor(kOp, name, x)) {
+/// The five inputs of an op.
+struct Streams {
+  char const* op;
+  Tensor const &q, &k, &v, &g, &beta;
+
+  void check() const {
+    for (auto const& [name, x, rank] :
+         {std::tuple{"q", &q, 4}, {"k", &k, 4}, {"v", &v, 4}, {"g", &g, 4}, {"beta", &beta, 3}})
+      require(
+          x->dim() == rank, op,
+          std::string(name) + " has shape " + shape_text(*x) + ", expected " + std::to_string(rank) + " dimensions");
+    auto const [batch, tokens, heads, key_dim] = std::array{q.size(0), q.size(1), q.size(2), q.size(3)};
+    int64_t const value_heads = v.size(2), value_dim = v.size(3);
+    require(key_dim >= 1 && key_dim <= 256, op, "q has shape " + shape_text(q) + ", expected 1 <= K <= 256");
+    require_shape(op, "k", k, {batch, tokens, heads, key_dim});
+    require_shape(op, "v", v, {batch, tokens, value_heads, value_dim});
+    require_shape(op, "g", g, {batch, tokens, value_heads, key_dim});
+    require_shape(op, "beta", beta, {batch, tokens, value_heads});
+    require(heads > 0 && value_heads % heads == 0, op, "v has a number of heads that is no multiple of q's");
+    ScalarType const dtype = q.scalar_type();
+    require(k.scalar_type() == dtype && v.scalar_type() == dtype, op, "q, k and v differ in dtype");
+    for (auto const& [name, x] : {std::pair{"g", &g}, {"beta", &beta}})
+      require(x->scalar_type() == ScalarType::Float || x->scalar_type() == dtype, op,
+              std::string(name) + " has neither the dtype of q nor float32");
+  }
+
+  void set(ChunkFwdParams& p, Tensor const& o) const {
+    p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr(), p.g = g.data_ptr(), p.beta = beta.data_ptr();
+    p.o = o.data_ptr();
+    p.q_strides = token_strides(op, "q", q), p.k_strides = token_strides(op, "k", k);
+    p.v_strides = token_strides(op, "v", v), p.g_strides = token_strides(op, "g", g);
+    p.o_strides = token_strides(op, "o", o), p.beta_strides = {beta.stride(0), beta.stride(1), beta.stride(2)};
+    p.g_is_fp32 = g.scalar_type() == ScalarType::Float, p.beta_is_fp32 = beta.scalar_type() == ScalarType::Float;
+    p.q_pairs_aligned = aligned(q, 2), p.k_pairs_aligned = aligned(k, 2), p.g_pairs_aligned = aligned(g, 2);
+    int64_t const piece = 16 / int64_t(v.element_size());
+    p.v_pieces_aligned = aligned(v, piece), p.o_pieces_aligned = aligned(o, piece);
+    p.heads = int32_t(q.size(2)), p.value_heads = int32_t(v.size(2));
+    p.key_dim = int32_t(q.size(3)), p.value_dim = int32_t(v.size(3));
+  }
+};
+
+/// What is done to the inputs before the recurrence.
+struct Transforms {
+  double scale;
+  bool l2norm, gate, beta_sigmoid, neg_eigval;
+  std::optional<double> lower_bound;
+  OptionalTensor const &A_log, &dt_bias;
+
+  void set(char const* op, ChunkFwdParams& p) const {
+    p.scale = float(scale), p.l2norm = l2norm, p.beta_sigmoid = beta_sigmoid, p.neg_eigval = neg_eigval;
+    if (A_log) require_shape(op, "A_log", *A_log, {p.value_heads});
+    if (dt_bias) require_shape(op, "dt_bias", *dt_bias, {p.value_heads, p.key_dim});
+    p.gate = {!gate         ? GateKind::kLogDecay
+              : lower_bound ? GateKind::kBounded
+                            : GateKind::kSoftplus,
+              optional_floats(op, "A_log", A_log), optional_floats(op, "dt_bias", dt_bias),
+              float(lower_bound.value_or(0))};
+  }
+};
+
+void set_plan(char const* op, ChunkFwdParams& p, Tensor const& q, OptionalTensor const& cu_seqlens, int chunk) {
+  require(q.size(0) <= INT32_MAX, op, "q has shape " + shape_text(q) + ", expected B below 2^31");
+  p.plan.tokens = q.size(1), p.plan.sequences = int32_t(q.size(0)), p.plan.chunk = chunk;
+  if (!cu_seqlens) return;
+  require(q.size(0) == 1, op, "q has shape " + shape_text(q) + ", expected B=1 with cu_seqlens");
+  require(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2 && cu_seqlens->is_contiguous(), op,
+          "cu_seqlens has shape " + shape_text(*cu_seqlens) + ", expected [N+1], contiguous");
+  p.plan.sequences = int32_t(cu_seqlens->size(0) - 1);
+  p.plan.cu_seqlens = cu_seqlens->data_ptr();
+  p.plan.cu_seqlens_is_int64 = is_int64(op, "cu_seqlens", *cu_seqlens);
+}
+
+/// Checks the inputs, chooses the variant and says everything but states, output and workspace.
+ChunkFwdVariant const& plan_call(ChunkFwdParams& p, Streams const& streams, Transforms const& transforms,
+                                 OptionalTensor const& cu_seqlens, Tensor const& o, int64_t state_tokens) {
+  ChunkFwdVariant const* variant = select_chunk_fwd(dtype_of_tensor(streams.op, "q", streams.q), int(streams.q.size(3)),
+                                                    int(state_tokens), {has_wgmma(), shared_memory_limit()});
+  require(variant, streams.op, "this device has too little shared memory per block");
+  streams.set(p, o);
+  set_plan(streams.op, p, streams.q, cu_seqlens, variant->chunk);
+  transforms.set(streams.op, p);
+  return *variant;
+}
+
+/// The caller's workspace, or one of our own.
+Tensor workspace_for(char const* op, ChunkFwdParams const& p, ChunkFwdVariant const& variant, Tensor const& q,
+                     OptionalTensor const& given) {
+  int64_t const bytes = int64_t(variant.workspace_bytes(p.plan, p.value_heads));
+  if (!given) return torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+  require(given->scalar_type() == ScalarType::Byte && given->dim() == 1 && given->is_contiguous(), op,
+          "workspace has shape " + shape_text(*given) + ", expected uint8, 1 dimension, contiguous");
+  require(given->size(0) >= bytes, op,
+          "workspace has " + std::to_string(given->size(0)) + " bytes, expected at least " + std::to_string(bytes));
+  require(reinterpret_cast<uintptr_t>(given->data_ptr()) % 16 == 0, op, "workspace is not aligned to 16 bytes");
+  return *given;
+}
+
+StateType state_type(char const* op, char const* name, Tensor const& x) {
+  switch (dtype_of_tensor(op, name, x)) {
     case Dtype::kFloat32:
       return StateType::kFloat32;
     case Dtype::kBfloat16:
@@ -34,40 +131,28 @@ StateType state_type(Tensor const& x, char const* name) {
   }
 }
 
-void set_streams(ChunkFwdParams& p, Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g,
-                 Tensor const& beta, Tensor const& o) {
-  auto const [batch, tokens, heads, key_dim] = std::array{q.size(0), q.size(1), q.size(2), q.size(3)};
-  int64_t const value_heads = v.size(2), value_dim = v.size(3);
-  require_shape(kOp, "k", k, {batch, tokens, heads, key_dim});
-  require_shape(kOp, "v", v, {batch, tokens, value_heads, value_dim});
-  require_shape(kOp, "g", g, {batch, tokens, value_heads, key_dim});
-  require_shape(kOp, "beta", beta, {batch, tokens, value_heads});
-  require(heads > 0 && value_heads % heads == 0, kOp, "v has a number of heads that is no multiple of q's");
-  p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr(), p.g = g.data_ptr(), p.beta = beta.data_ptr();
-  p.o = o.data_ptr();
-  p.q_strides = token_strides("q", q), p.k_strides = token_strides("k", k), p.v_strides = token_strides("v", v);
-  p.g_strides = token_strides("g", g), p.o_strides = token_strides("o", o);
-  p.beta_strides = {beta.stride(0), beta.stride(1), beta.stride(2)};
-  p.g_is_fp32 = g.scalar_type() == ScalarType::Float, p.beta_is_fp32 = beta.scalar_type() == ScalarType::Float;
-  require(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), kOp, "q, k and v differ in dtype");
-  require(p.g_is_fp32 || g.scalar_type() == q.scalar_type(), kOp, "g has neither the dtype of q nor float32");
-  require(p.beta_is_fp32 || beta.scalar_type() == q.scalar_type(), kOp, "beta has neither the dtype of q nor float32");
-  p.q_pairs_aligned = aligned(q, 2), p.k_pairs_aligned = aligned(k, 2), p.g_pairs_aligned = aligned(g, 2);
-  int64_t const piece = 16 / int64_t(v.element_size());
-  p.v_pieces_aligned = aligned(v, piece), p.o_pieces_aligned = aligned(o, piece);
-  p.heads = int32_t(heads), p.value_heads = int32_t(value_heads);
-  p.key_dim = int32_t(key_dim), p.value_dim = int32_t(value_dim);
+/// States [slots, HV, K, V] (V, K) with contiguous slots.
+StateRef states_in(char const* op, char const* name, Tensor const& x, ChunkFwdParams const& p, bool value_first) {
+  int64_t const rows = value_first ? p.value_dim : p.key_dim, cols = value_first ? p.key_dim : p.value_dim;
+  require_shape(op, name, x, {x.dim() ? x.size(0) : 0, p.value_heads, rows, cols});
+  int64_t dense = 1;
+  bool contiguous = true;
+  for (int64_t d = 3; d > 0; --d) {
+    contiguous = contiguous && (x.size(d) == 1 || x.stride(d) == dense);
+    dense *= x.size(d);
+  }
+  require(contiguous && (x.size(0) <= 1 || x.stride(0) >= dense), op,
+          std::string(name) + " is strided inside a slot, or its slots overlap: expected only the slots strided");
+  return {x.data_ptr(), {{}, x.size(0), false}, x.stride(0), state_type(op, name, x), value_first};
 }
 
-void set_plan(ChunkFwdParams& p, Tensor const& q, OptionalTensor const& cu_seqlens, int chunk) {
-  p.plan = {q.size(1), int32_t(q.size(0)), nullptr, false, chunk};
-  if (!cu_seqlens) return;
-  require(q.size(0) == 1, kOp, "q has shape " + shape_text(q) + ", expected B=1 with cu_seqlens");
-  require(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2 && cu_seqlens->is_contiguous(), kOp,
-          "cu_seqlens has shape " + shape_text(*cu_seqlens) + ", expected [N+1], contiguous");
-  p.plan.sequences = int32_t(cu_seqlens->size(0) - 1);
-  p.plan.cu_seqlens = cu_seqlens->data_ptr();
-  p.plan.cu_seqlens_is_int64 = cu_seqlens->scalar_type() == ScalarType::Long;
+Indices indices(char const* op, char const* name, Tensor const& x, int64_t rows, int64_t rank) {
+  require(x.dim() == rank && x.size(0) == rows, op,
+          std::string(name) + " has shape " + shape_text(x) + ", expected [" + std::to_string(rows) +
+              (rank == 2 ? ", checkpoints]" : "]"));
+  require(rank == 1 || x.size(1) <= 1 || x.stride(1) == 1, op,
+          std::string(name) + " is strided in its last dimension, expected it contiguous");
+  return {x.data_ptr(), is_int64(op, name, x), x.stride(0), rank == 2 ? int32_t(x.size(1)) : 1};
 }
 
 /// Rows of the kept states. Variable lengths must be known to the host: where the caller does not say how many rows
@@ -83,8 +168,44 @@ int64_t chunk_state_rows(ChunkPlan const& plan, OptionalTensor const& cu_seqlens
   return rows;
 }
 
-StateRef state_ref(Tensor const& x, char const* name, bool value_first) {
-  return {x.data_ptr(), nullptr, x.size(0), x.stride(0), state_type(x, name), value_first};
+/// Every sequence starts from its slot of the pool and leaves its final state there.
+void set_pool(char const* op, ChunkFwdParams& p, Tensor const& pool, OptionalTensor const& slot_of,
+              OptionalTensor const& initial_slot_of, OptionalTensor const& has_initial_state, bool value_first,
+              bool zero_is_null) {
+  int64_t const sequences = p.plan.sequences;
+  p.final_state = states_in(op, "state_pool", pool, p, value_first);
+  if (slot_of) {
+    p.final_state.slots.index = indices(op, "slot_of", *slot_of, sequences, 1);
+    p.final_state.slots.zero_is_null = zero_is_null;
+  } else {
+    require(pool.size(0) >= sequences, op,
+            "state_pool has shape " + shape_text(pool) + ", expected a slot for each of " + std::to_string(sequences) +
+                " sequences without slot_of");
+  }
+  p.initial_state = p.final_state;
+  if (initial_slot_of) {
+    p.initial_state.slots.index = indices(op, "initial_slot_of", *initial_slot_of, sequences, 1);
+    p.initial_state.slots.zero_is_null = zero_is_null;
+  }
+  if (has_initial_state) {
+    require_shape(op, "has_initial_state", *has_initial_state, {sequences});
+    require(has_initial_state->scalar_type() == ScalarType::Bool && has_initial_state->is_contiguous(), op,
+            "has_initial_state is not a contiguous bool tensor");
+    p.has_initial_state = static_cast<bool const*>(has_initial_state->data_ptr());
+  }
+  p.plan.state_slots = p.final_state.slots;
+  p.clear_unowned = p.plan.tokens > 0 && (slot_of || p.plan.cu_seqlens);
+}
+
+void set_checkpoints(char const* op, ChunkFwdParams& p, Tensor const& pool, Tensor const& slots, int64_t interval,
+                     bool value_first, bool zero_is_null) {
+  require(interval > 0 && interval % kCheckpointTokens == 0 && interval <= INT32_MAX, op,
+          "checkpoint_interval is " + std::to_string(interval) + ", expected a positive multiple of " +
+              std::to_string(kCheckpointTokens));
+  p.checkpoints = states_in(op, "checkpoint_pool", pool, p, value_first);
+  p.checkpoints.slots.index = indices(op, "checkpoint_slots", slots, p.plan.sequences, 2);
+  p.checkpoints.slots.zero_is_null = zero_is_null;
+  p.checkpoint_tokens = int32_t(interval);
 }
 
 }  // namespace
@@ -95,43 +216,29 @@ std::tuple<Tensor, Tensor, Tensor> chunk_fwd(Tensor q, Tensor k, Tensor v, Tenso
                                              bool use_beta_sigmoid, bool allow_neg_eigval,
                                              std::optional<double> lower_bound, bool state_v_first,
                                              bool output_final_state, int64_t chunk_size, bool output_chunk_states,
-                                             std::optional<int64_t> known_state_rows) {
-  for (auto const& [name, x, rank] :
-       {std::tuple{"q", &q, 4}, {"k", &k, 4}, {"v", &v, 4}, {"g", &g, 4}, {"beta", &beta, 3}})
-    require(x->dim() == rank, kOp,
-            std::string(name) + " has shape " + shape_text(*x) + ", expected " + std::to_string(rank) + " dimensions");
-  Dtype const dtype = dtype_of_tensor(kOp, "q", q);
-  require(q.size(3) >= 1 && q.size(3) <= 256, kOp, "q has shape " + shape_text(q) + ", expected 1 <= K <= 256");
+                                             std::optional<int64_t> known_state_rows, bool batch_invariant) {
+  constexpr char const* kOp = "chunk_fwd";
+  Streams const streams{kOp, q, k, v, g, beta};
+  streams.check();
   OnDeviceOf device(q);
-  ChunkFwdVariant const* variant =
-      select_chunk_fwd(dtype, int(q.size(3)), int(chunk_size), {has_wgmma(), shared_memory_limit()});
-  require(variant, kOp, "this device has too little shared memory per block");
-
   ChunkFwdParams p{};
   Tensor o = torch::stable::new_empty(v, v.sizes());
-  set_streams(p, q, k, v, g, beta, o);
-  set_plan(p, q, cu_seqlens, variant->chunk);
-  p.scale = float(scale);
-  p.l2norm = use_qk_l2norm, p.beta_sigmoid = use_beta_sigmoid, p.neg_eigval = allow_neg_eigval;
-  if (A_log) require_shape(kOp, "A_log", *A_log, {p.value_heads});
-  if (dt_bias) require_shape(kOp, "dt_bias", *dt_bias, {p.value_heads, p.key_dim});
-  p.gate = {!use_gate     ? GateKind::kLogDecay
-            : lower_bound ? GateKind::kBounded
-                          : GateKind::kSoftplus,
-            optional_floats(kOp, "A_log", A_log), optional_floats(kOp, "dt_bias", dt_bias),
-            float(lower_bound.value_or(0))};
+  Transforms const transforms{scale,       use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval,
+                              lower_bound, A_log,         dt_bias};
+  ChunkFwdVariant const& variant = plan_call(p, streams, transforms, cu_seqlens, o, chunk_size);
+  p.batch_invariant = batch_invariant;
 
   int64_t const rows = state_v_first ? p.value_dim : p.key_dim, cols = state_v_first ? p.key_dim : p.value_dim;
   Tensor initial;
   if (initial_state) {
     require_shape(kOp, "initial_state", *initial_state, {p.plan.sequences, p.value_heads, rows, cols});
     initial = torch::stable::contiguous(*initial_state);
-    p.initial_state = state_ref(initial, "initial_state", state_v_first);
+    p.initial_state = states_in(kOp, "initial_state", initial, p, state_v_first);
   }
   Tensor final_state = torch::stable::new_empty(q, {0}, ScalarType::Float);
   if (output_final_state) {
     final_state = torch::stable::new_empty(q, {p.plan.sequences, p.value_heads, rows, cols}, ScalarType::Float);
-    p.final_state = state_ref(final_state, "final_state", state_v_first);
+    p.final_state = states_in(kOp, "final_state", final_state, p, state_v_first);
   }
   Tensor h = torch::stable::new_empty(k, {0});
   if (output_chunk_states) {
@@ -139,16 +246,44 @@ std::tuple<Tensor, Tensor, Tensor> chunk_fwd(Tensor q, Tensor k, Tensor v, Tenso
         cu_seqlens && known_state_rows ? *known_state_rows : chunk_state_rows(p.plan, cu_seqlens, chunk_size);
     require(kept >= 0, kOp, "chunk_state_rows is negative");
     h = torch::stable::new_empty(k, {q.size(0), kept, p.value_heads, rows, cols});
-    p.chunk_states = h.data_ptr(), p.chunk_state_rows = q.size(0) * kept, p.chunk_states_type = state_type(h, "h");
-    p.chunk_state_tokens = int32_t(chunk_size), p.chunk_states_value_first = state_v_first;
+    p.chunk_states = states_in(kOp, "h", torch::stable::flatten(h, 0, 1), p, state_v_first);
+    p.chunk_state_tokens = int32_t(chunk_size);
   }
-  int64_t const bytes = int64_t(variant->workspace_bytes(p.plan, p.value_heads));
-  Tensor const workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+  Tensor const workspace = workspace_for(kOp, p, variant, q, std::nullopt);
   p.workspace = workspace.data_ptr();
-  if (p.plan.sequences > 0) variant->launch(p, device.stream());
+  if (p.plan.sequences > 0) variant.launch(p, device.stream());
   return {o, final_state, h};
+}
+
+Tensor prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, OptionalTensor A_log, OptionalTensor dt_bias,
+               Tensor state_pool, OptionalTensor slot_of, OptionalTensor initial_slot_of,
+               OptionalTensor has_initial_state, OptionalTensor checkpoint_pool, OptionalTensor checkpoint_slots,
+               OptionalTensor cu_seqlens, OptionalTensor workspace, double scale, bool use_qk_l2norm, bool use_gate,
+               bool use_beta_sigmoid, bool allow_neg_eigval, std::optional<double> lower_bound, bool state_v_first,
+               bool zero_is_null, int64_t checkpoint_interval, bool batch_invariant) {
+  constexpr char const* kOp = "prefill";
+  Streams const streams{kOp, q, k, v, g, beta};
+  streams.check();
+  OnDeviceOf device(q);
+  ChunkFwdParams p{};
+  Tensor o = torch::stable::new_empty(v, v.sizes());
+  Transforms const transforms{scale,       use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval,
+                              lower_bound, A_log,         dt_bias};
+  ChunkFwdVariant const& variant = plan_call(p, streams, transforms, cu_seqlens, o, kCheckpointTokens);
+  p.batch_invariant = batch_invariant;
+  set_pool(kOp, p, state_pool, slot_of, initial_slot_of, has_initial_state, state_v_first, zero_is_null);
+  if (checkpoint_slots)
+    set_checkpoints(kOp, p, checkpoint_pool ? *checkpoint_pool : state_pool, *checkpoint_slots, checkpoint_interval,
+                    state_v_first, zero_is_null);
+  Tensor const scratch = workspace_for(kOp, p, variant, q, workspace);
+  p.workspace = scratch.data_ptr();
+  if (p.plan.sequences > 0) variant.launch(p, device.stream());
+  return o;
 }
 
 }  // namespace kda
 
-KDA_TORCH_IMPL(m) { m.impl("chunk_fwd", TORCH_BOX(&kda::chunk_fwd)); }
+KDA_TORCH_IMPL(m) {
+  m.impl("chunk_fwd", TORCH_BOX(&kda::chunk_fwd));
+  m.impl("prefill", TORCH_BOX(&kda::prefill));
+}

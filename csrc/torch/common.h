@@ -81,6 +81,13 @@ inline void require_shape(char const* op, char const* name, Tensor const& x, std
   require(same, op, std::string(name) + " has shape " + shape_text(x) + ", expected [" + text + "]");
 }
 
+inline bool is_int64(char const* op, char const* name, Tensor const& x) {
+  bool const wide = x.scalar_type() == ScalarType::Long;
+  require(wide || x.scalar_type() == ScalarType::Int, op,
+          std::string(name) + " has a dtype that is no index, expected int32 or int64");
+  return wide;
+}
+
 /// Null where the argument is absent.
 inline float const* optional_floats(char const* op, char const* name, OptionalTensor const& x) {
   if (!x) return nullptr;

@@ -7,6 +7,7 @@ S_C = Diag(Gamma_C) S_0 + K~^T U,    K~ = exp(G_C - G) . K
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +99,59 @@ def outputs(c: Chunks, run: Scan, scale: float) -> Tensor:
     return o.mul_(scale)
 
 
+def run_chunks(
+    streams: tuple[Tensor, ...],
+    transforms: Transforms,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk_size: int,
+    keep_states: bool,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``streams``: q, k, v, g, beta, A_log, dt_bias; states are ``[N, HV, K, V]``.
+
+    Returns o, the final states, and the states before every chunk ``[B, chunks of a sequence, ...]``
+    (``[1, chunks of all, ...]`` with cu_seqlens; none unless kept), both in the compute dtype.
+    """
+    if batch_invariant:
+        return _one_by_one(streams, transforms, initial_state, cu_seqlens, scale, chunk_size, keep_states)
+    q, _, v, *_ = streams
+    layout = ChunkLayout(q.shape[0], q.shape[1], chunk_size, cu_seqlens, q.device)
+    x = transforms.apply(layout, *streams)
+    state = state_or_zeros(layout, x, initial_state, False)
+    o = torch.empty_like(x.v)
+    states = x.v.new_empty(layout.chunks if keep_states else 0, *state.shape[1:])
+    for part in layout.parts(x.k):
+        c = Chunks.prepare(x[part.chunks])
+        run = scan(part.steps, c, state)
+        o[part.chunks] = outputs(c, run, scale)
+        if keep_states:
+            states[part.chunks] = run.states
+    kept = layout.natural_chunks(states) if keep_states else states
+    return layout.to_tokens(o, v.dtype), layout.natural_states(state), kept
+
+
+def _one_by_one(streams, transforms, initial_state, cu_seqlens, scale, chunk_size, keep_states) -> tuple:
+    """Each sequence by itself: products of other batches may sum in another order."""
+    *tokens, A_log, dt_bias = streams
+    if cu_seqlens is None:
+        alone = [[x[n : n + 1] for x in tokens] for n in range(tokens[0].shape[0])]
+    else:
+        bounds = cu_seqlens.tolist()
+        alone = [[x[:, begin:end] for x in tokens] for begin, end in itertools.pairwise(bounds)]
+    if not alone:
+        return run_chunks(streams, transforms, initial_state, cu_seqlens, scale, chunk_size, keep_states)
+    results = [
+        run_chunks((*one, A_log, dt_bias), transforms, state, None, scale, chunk_size, keep_states)
+        for n, one in enumerate(alone)
+        for state in [None if initial_state is None else initial_state[n : n + 1]]
+    ]
+    o, final_state, states = zip(*results, strict=True)
+    along = 0 if cu_seqlens is None else 1
+    return torch.cat(o, along), torch.cat(final_state), torch.cat(states, along if keep_states else 0)
+
+
 def chunk_fwd(
     q: Tensor,
     k: Tensor,
@@ -119,23 +173,17 @@ def chunk_fwd(
     chunk_size: int,
     output_chunk_states: bool,
     chunk_state_rows: int | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = ChunkLayout(q.shape[0], q.shape[1], chunk_size, cu_seqlens, q.device)
     transforms = Transforms(use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval, lower_bound)
-    x = transforms.apply(layout, q, k, v, g, beta, A_log, dt_bias)
-    state = state_or_zeros(layout, x, initial_state, state_v_first)
-    o = torch.empty_like(x.v)
-    states = x.v.new_empty(layout.chunks if output_chunk_states else 0, *state.shape[1:])
-    for part in layout.parts(x.k):
-        c = Chunks.prepare(x[part.chunks])
-        run = scan(part.steps, c, state)
-        o[part.chunks] = outputs(c, run, scale)
-        if output_chunk_states:
-            states[part.chunks] = run.states
-
-    final_state, h = x.v.new_empty(0), k.new_empty(0)
+    initial = None if initial_state is None else key_first(initial_state, state_v_first)
+    o, state, states = run_chunks(
+        (q, k, v, g, beta, A_log, dt_bias), transforms, initial, cu_seqlens, scale, chunk_size, output_chunk_states,
+        batch_invariant,
+    )  # fmt: skip
+    final_state, h = state.new_empty(0), k.new_empty(0)
     if output_final_state:
-        final_state = key_first(layout.natural_states(state), state_v_first).contiguous()
+        final_state = key_first(state, state_v_first).contiguous()
     if output_chunk_states:
-        h = key_first(layout.natural_chunks(states), state_v_first).to(k.dtype).contiguous()
-    return layout.to_tokens(o, v.dtype), final_state, h
+        h = key_first(states, state_v_first).to(k.dtype).contiguous()
+    return o, final_state, h

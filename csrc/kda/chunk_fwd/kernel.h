@@ -59,11 +59,10 @@ KDA_DEVICE void consume_chunks(ChunkFwdParams const& p, ScanStorage<Variant>& s,
   constexpr int kStages = Shape::kStages, kChunk = Shape::kChunk;
   int const warp = thread_index() / 32, value = value0 + warp * 16;
   ScanConsumer<Variant> consumer{p, s, warp, value0};
-  bool const has_initial = !p.has_initial_state || p.has_initial_state[n];
-  load_state(consumer.state, state_at(has_initial ? p.initial_state : StateRef{}, p, n, value_head), p, value);
+  load_state(consumer.state, initial_state_at(p, n, value_head), p, value);
 
   int64_t const chunks = p.plan.chunks_of(sequence.length);
-  int64_t const first_kept = p.chunk_states ? first_chunk_state(p, n) : 0;
+  int64_t const first_kept = first_chunk_state(p, n);
   auto const chunk_at = [&](int64_t i) { return chunk_of_head(p, sequence, i, value_head); };
   auto const finish_output = [&](int64_t i) {
     consumer.store_output(chunk_at(i), int(i % 2));
@@ -72,7 +71,7 @@ KDA_DEVICE void consume_chunks(ChunkFwdParams const& p, ScanStorage<Variant>& s,
   if (chunks) consumer.load_values(chunk_at(0), 0);
   for (int64_t i = 0; i < chunks; ++i) {
     auto const& stage = s.stage[i % kStages];
-    store_state(consumer.state, chunk_state_at(p, first_kept, i * kChunk, value_head), p, value);
+    keep_states(consumer.state, p, n, first_kept, i * kChunk, value_head, value);
     consumer.products.read(consumer.state);
     sync_named(ScanBarrier<Variant>::full(int(i % kStages)), Shape::kThreads);
     consumer.start_correction(stage);
@@ -90,7 +89,7 @@ KDA_DEVICE void consume_chunks(ChunkFwdParams const& p, ScanStorage<Variant>& s,
   }
   consumer.products.template wait<0>();
   if (Shape::kOverlap && chunks) finish_output(chunks - 1);
-  store_state(consumer.state, state_at(p.final_state, p, n, value_head), p, value);
+  finish_states(consumer.state, p, n, sequence.length, value_head, value);
 }
 
 template <class Variant>

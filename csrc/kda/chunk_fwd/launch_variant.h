@@ -1,5 +1,6 @@
 // The launch of one variant; included by its file in variants/ alone.
 #pragma once
+#include "kda/chunk_fwd/clear.h"
 #include "kda/chunk_fwd/kernel.h"
 #include "kda/chunk_fwd/launch.h"
 #include "kda/chunk_fwd/variants.h"
@@ -11,6 +12,9 @@ template <class Variant>
 void launch_chunk_fwd(ChunkFwdParams const& p, cudaStream_t stream) {
   unsigned const value_tiles = unsigned((p.value_dim + kValueTile - 1) / kValueTile);
   unsigned const slots = unsigned(p.plan.slots()), heads = unsigned(p.value_heads);
+  if (p.clear_unowned)
+    launch("chunk_fwd_clear", chunk_fwd_clear_kernel<Variant>, dim3(unsigned(p.plan.sequences + 2), kClearBlocks),
+           dim3(kClearThreads), 0, stream, p);
   if (slots)
     launch("chunk_fwd_prepare", chunk_fwd_prepare_kernel<Variant>, dim3(slots, heads), dim3(Prepare<Variant>::kThreads),
            sizeof(PrepareStorage<Variant>), stream, p);

@@ -14,12 +14,11 @@ struct TokenStrides {
 
 enum class StateType : int32_t { kFloat32, kBfloat16, kFloat16 };
 
-/// A set of K x V states, one per sequence and value head.
+/// A set of K x V states, for every value head.
 struct StateRef {
-  void* data;              // [slots, value_heads, key_dim, value_dim] or [..., value_dim, key_dim]; null: absent
-  int32_t const* slot_of;  // [sequences]; null: sequence n uses slot n; negative: null slot (zeros, never written)
-  int64_t slots;           // slot_of beyond it is treated as a null slot
-  int64_t slot_stride;     // elements
+  void* data;  // [slots, value_heads, key_dim, value_dim] or [..., value_dim, key_dim]; null: absent
+  Slots slots;
+  int64_t slot_stride;  // elements
   StateType type;
   bool value_first;  // [..., value_dim, key_dim]
 };
@@ -42,16 +41,18 @@ struct ChunkFwdParams {
   bool l2norm, beta_sigmoid, neg_eigval;
   GateParams gate;
 
-  StateRef initial_state;
-  bool const* has_initial_state;  // [sequences]; null: every sequence has one
-  StateRef final_state;
-  void* chunk_states;        // [rows, value_heads, K, V] (or V, K): states at multiples of chunk_state_tokens; or null
-  int64_t chunk_state_rows;  // rows beyond it are not written
-  StateType chunk_states_type;
-  int32_t chunk_state_tokens;  // a multiple of plan.chunk
-  bool chunk_states_value_first;
+  StateRef initial_state;         // a null slot reads as zero
+  bool const* has_initial_state;  // [sequences]; false: starts from zero; null: every sequence has one
+  StateRef final_state;           // null slots are not written, here and below
+  StateRef checkpoints;           // column j of sequence n: its state after (j + 1) * checkpoint_tokens tokens
+  int32_t checkpoint_tokens;      // a multiple of plan.chunk
+  StateRef chunk_states;          // row r: the r-th state before a multiple of chunk_state_tokens, of all sequences
+  int32_t chunk_state_tokens;     // a multiple of plan.chunk
 
-  void* workspace;  // chunk_fwd_workspace_bytes(...)
+  bool clear_unowned;    // o is zero for null sequences and outside of all sequences; else it is not written there
+  bool batch_invariant;  // the bits of a sequence may not depend on what it is batched with
+
+  void* workspace;  // ChunkFwdVariant::workspace_bytes, aligned to 16
 };
 
 }  // namespace kda

@@ -12,13 +12,21 @@ struct StateAt {
   StateType type;
 };
 
-KDA_DEVICE StateAt state_at(StateRef const& ref, ChunkFwdParams const& p, int sequence, int value_head) {
-  int64_t slot = sequence;
-  if (ref.data && ref.slot_of) slot = ref.slot_of[sequence];
-  bool const absent = !ref.data || slot < 0 || slot >= ref.slots;
+KDA_DEVICE StateAt state_in_slot(StateRef const& ref, ChunkFwdParams const& p, int64_t slot, int value_head) {
   int64_t const offset = slot * ref.slot_stride + int64_t(value_head) * p.key_dim * p.value_dim;
-  return {absent ? nullptr : ref.data, offset, ref.value_first ? 1 : p.value_dim, ref.value_first ? p.key_dim : 1,
+  return {slot < 0 ? nullptr : ref.data, offset, ref.value_first ? 1 : p.value_dim, ref.value_first ? p.key_dim : 1,
           ref.type};
+}
+
+/// Where sequence n starts from.
+KDA_DEVICE StateAt initial_state_at(ChunkFwdParams const& p, int n, int value_head) {
+  bool const zero = !p.initial_state.data || (p.has_initial_state && !p.has_initial_state[n]);
+  return state_in_slot(p.initial_state, p, zero ? -1 : p.initial_state.slots.of(n), value_head);
+}
+
+/// Where the state of sequence n after its last token goes.
+KDA_DEVICE StateAt final_state_at(ChunkFwdParams const& p, int n, int value_head) {
+  return state_in_slot(p.final_state, p, p.final_state.data ? p.final_state.slots.of(n) : -1, value_head);
 }
 
 KDA_DEVICE float load_state_element(StateAt const& s, int64_t i) {
@@ -77,6 +85,7 @@ KDA_DEVICE void store_state(tile::Accumulator (&state)[kKeyTiles], StateAt const
 /// The first row of `chunk_states` that belongs to sequence n. All lanes of a warp.
 KDA_DEVICE int64_t first_chunk_state(ChunkFwdParams const& p, int n) {
   int64_t const kept = p.chunk_state_tokens;
+  if (!p.chunk_states.data) return 0;
   if (!p.plan.cu_seqlens) return n * ((p.plan.tokens + kept - 1) / kept);
   int64_t sum = 0;
   for (int i = lane_index(); i < n; i += 32) sum += (p.plan.sequence(i).length + kept - 1) / kept;
@@ -85,12 +94,35 @@ KDA_DEVICE int64_t first_chunk_state(ChunkFwdParams const& p, int n) {
 
 /// Where the state before `token` of a sequence is kept: row `first` + token / kept, if that is a boundary.
 KDA_DEVICE StateAt chunk_state_at(ChunkFwdParams const& p, int64_t first, int64_t token, int value_head) {
-  if (!p.chunk_states || token % p.chunk_state_tokens) return {};
-  int64_t const row = first + token / p.chunk_state_tokens;
-  if (row >= p.chunk_state_rows) return {};
-  return {p.chunk_states, (row * p.value_heads + value_head) * p.key_dim * p.value_dim,
-          p.chunk_states_value_first ? 1 : p.value_dim, p.chunk_states_value_first ? p.key_dim : 1,
-          p.chunk_states_type};
+  if (!p.chunk_states.data || token % p.chunk_state_tokens) return {};
+  return state_in_slot(p.chunk_states, p, p.chunk_states.slots.of(first + token / p.chunk_state_tokens), value_head);
+}
+
+/// Where sequence n leaves its state after `tokens` tokens as a checkpoint.
+KDA_DEVICE StateAt checkpoint_at(ChunkFwdParams const& p, int n, int64_t tokens, int value_head) {
+  if (!p.checkpoints.data || tokens == 0 || tokens % p.checkpoint_tokens) return {};
+  int64_t const column = tokens / p.checkpoint_tokens - 1;
+  if (column >= p.checkpoints.slots.index.columns) return {};
+  return state_in_slot(p.checkpoints, p, p.checkpoints.slots.of(n, column), value_head);
+}
+
+/// Before each chunk: the states that are kept at its first token.
+template <int kKeyTiles>
+KDA_DEVICE void keep_states(tile::Accumulator (&state)[kKeyTiles], ChunkFwdParams const& p, int n, int64_t first_row,
+                            int64_t token, int value_head, int value) {
+#pragma unroll 1
+  for (int kind = 0; kind < 2; ++kind)
+    store_state(state, kind ? checkpoint_at(p, n, token, value_head) : chunk_state_at(p, first_row, token, value_head),
+                p, value);
+}
+
+/// After the last chunk: the final state, which may be a checkpoint too.
+template <int kKeyTiles>
+KDA_DEVICE void finish_states(tile::Accumulator (&state)[kKeyTiles], ChunkFwdParams const& p, int n, int64_t length,
+                              int value_head, int value) {
+#pragma unroll 1
+  for (int kind = 0; kind < 2; ++kind)
+    store_state(state, kind ? checkpoint_at(p, n, length, value_head) : final_state_at(p, n, value_head), p, value);
 }
 
 }  // namespace kda

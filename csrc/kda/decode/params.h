@@ -2,25 +2,13 @@
 #pragma once
 #include "kda/dtype.h"
 #include "kda/gate.h"
+#include "kda/indices.h"
 
 namespace kda {
 
 /// Elements between neighbours; the last dimension is contiguous.
 struct RowStrides {
   int64_t batch, token, head;
-};
-
-/// Integers that only the device knows: [rows] or [rows, columns].
-struct Indices {
-  void const* data;  // null: absent
-  bool is_int64;
-  int64_t row_stride;
-  int32_t columns;
-
-  KDA_DEVICE int64_t at(int64_t row, int64_t column = 0) const {
-    int64_t const i = row * row_stride + column;
-    return is_int64 ? static_cast<int64_t const*>(data)[i] : static_cast<int32_t const*>(data)[i];
-  }
 };
 
 struct StatePool {

@@ -1,0 +1,436 @@
+"""``kda_cuda.prefill``: states in pools, checkpoints, null slots, and what bad contents must not do."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+import kda_cuda
+from kda_cuda import library, testing
+
+from .cases import CASES, Case, Inputs
+from .test_chunk_fwd import VARIANTS, assert_variant
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+MODEL = {"gate": "long", "beta_sigmoid": True}
+SEQUENCES = Case("sequences", 451, lengths=(130, 0, 64, 193, 1, 63), heads=1, value_heads=2, dtype=torch.bfloat16,
+                 initial_state=True, **MODEL)  # fmt: skip
+RAGGED = Case("ragged", 211, lengths=(130, 0, 81), heads=1, value_heads=2, key_dim=60, value_dim=72, initial_state=True,
+              state_v_first=True, index_dtype=torch.int64, **MODEL)  # fmt: skip
+BATCH = Case("batch", 130, batch=3, heads=1, key_dim=100, value_dim=36, dtype=torch.float16, initial_state=True)
+
+
+def streams_of(x: Inputs) -> dict:
+    """What chunk_kda and prefill share."""
+    apart = ("initial_state", "output_final_state", "chunk_size")
+    return {name: value for name, value in x.public().items() if name not in apart}
+
+
+def make_pool(x: Inputs, slots: int, dtype=torch.float32, pad: int = 0, fill: float = float("nan")) -> Tensor:
+    """Slots that hold ``fill``, with ``pad`` more of it between them."""
+    size = x.initial_state[0].numel()
+    memory = torch.full((slots, size + pad), fill, dtype=dtype, device=x.q.device)
+    return memory[:, :size].unflatten(1, x.initial_state.shape[1:])
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.clone().view(torch.uint8) if x.is_contiguous() else x.contiguous().view(torch.uint8)
+
+
+def memory_of(pool: Tensor) -> Tensor:
+    """All of a pool's memory, padding included."""
+    whole = pool.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=pool.device).set_(whole, 0, (whole.nbytes(),))
+
+
+def expect(x: Inputs, **changes) -> tuple[Tensor, Tensor]:
+    """o and final states by chunk_kda, which other tests hold to the recurrence."""
+    with torch.inference_mode():
+        return kda_cuda.chunk_kda(**x.replace(**changes).public())
+
+
+def assert_same(x: Tensor, y: Tensor, exact: bool) -> None:
+    torch.testing.assert_close(x, y, **({"rtol": 0, "atol": 0} if exact else {}))
+
+
+def tensor(x: Inputs, values, dtype=torch.int32) -> Tensor:
+    return torch.tensor(list(values), dtype=dtype, device=x.q.device)
+
+
+# ---- pools -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [SEQUENCES, RAGGED, BATCH, CASES["packed"]], ids=str)
+def test_a_pool_holds_the_states(case, device):
+    """In place, in any slots, with memory between them: bit by bit what chunk_kda makes of a tensor of states."""
+    x = case.inputs(device)
+    if x.initial_state is None:
+        x = x.replace(initial_state=torch.zeros_like(x.dfinal_state))
+    sequences = x.initial_state.shape[0]
+    slot_of = tensor(x, range(sequences + 1, 1, -1), torch.int64)
+    pool = make_pool(x, sequences + 4, pad=24)
+    pool[slot_of] = x.initial_state
+    before = memory_of(pool).clone()
+    o, kernels = device.run(lambda: kda_cuda.prefill(**streams_of(x), state_pool=pool, slot_of=slot_of))
+    assert kernels == (["chunk_fwd_clear", "chunk_fwd_prepare", "chunk_fwd_scan"] if device.runs_kernels else [])
+    wanted, final = expect(x)
+    assert torch.equal(o, wanted) and torch.equal(pool[slot_of], final)
+    pool[slot_of] = x.initial_state
+    assert torch.equal(memory_of(pool), before), "something else was written"
+
+
+def test_without_slots_sequence_n_has_slot_n(device):
+    x = BATCH.inputs(device)
+    pool = make_pool(x, 5, fill=1e30)
+    pool[:3] = x.initial_state
+    o = kda_cuda.prefill(**streams_of(x), state_pool=pool)
+    wanted, final = expect(x)
+    assert torch.equal(o, wanted) and torch.equal(pool[:3], final) and bool((pool[3:] == 1e30).all())
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_states_are_rounded_once(dtype, v_first, device):
+    """A pool of 16-bit states: read exactly, computed in fp32, rounded when written; checkpoints likewise."""
+    x = SEQUENCES.inputs(device)
+    initial = x.initial_state.to(dtype)
+    pool, checkpoints = make_pool(x, 6, dtype), make_pool(x, 1, dtype)
+    if v_first:
+        x = x.replace(state_v_first=True)  # K = V: the same shapes
+    pool.copy_(initial)
+    slots = tensor(x, [[-1]] * 3 + [[0]] + [[-1]] * 2)
+    o = kda_cuda.prefill(**streams_of(x), state_pool=pool, checkpoint_slots=slots, checkpoint_pool=checkpoints)
+    wanted, final = expect(x, initial_state=initial.float())
+    assert torch.equal(o, wanted) and torch.equal(pool, final.to(dtype))
+    first = prefix(x, 3, 64)
+    assert_same(checkpoints, expect(first, initial_state=initial[3:4].float())[1].to(dtype), device.runs_kernels)
+
+
+@pytest.mark.devices("cpu")
+def test_double_states(device):
+    x = RAGGED.inputs(device).double()
+    pool = x.initial_state.clone()
+    o = kda_cuda.prefill(**streams_of(x), state_pool=pool)
+    wanted, final = expect(x)
+    assert torch.equal(o, wanted) and torch.equal(pool, final) and pool.dtype == torch.float64
+
+
+def test_has_initial_state(device):
+    """What a slot holds before a sequence starts in it is not read, even NaN."""
+    x = SEQUENCES.inputs(device)
+    fresh = torch.tensor([True, True, False, False, True, False], device=x.q.device)
+    pool = x.initial_state.clone()
+    pool[fresh] = float("nan")
+    strided = torch.stack([~fresh, fresh], 1)[:, 0]
+    o = kda_cuda.prefill(**streams_of(x), state_pool=pool, has_initial_state=strided)
+    initial = x.initial_state.clone()
+    initial[fresh] = 0
+    wanted, final = expect(x, initial_state=initial)
+    assert torch.equal(o, wanted) and torch.equal(pool, final)
+
+
+@pytest.mark.parametrize("zero_is_null", [False, True])
+def test_null_slots(zero_is_null, device):
+    """Padding: zero output, nothing written, no effect on anyone else."""
+    x = SEQUENCES.inputs(device)
+    slot_of = [3, 1, 0 if zero_is_null else -1, 4, -7, 2]
+    pool = make_pool(x, 5, pad=8, fill=1e30)
+    live = [n for n, slot in enumerate(slot_of) if slot >= (1 if zero_is_null else 0)]
+    pool[tensor(x, [slot_of[n] for n in live], torch.int64)] = x.initial_state[live]
+    checkpoints = make_pool(x, 6)
+    checkpoint_slots = tensor(x, [[n] for n in range(6)])
+    o = kda_cuda.prefill(**streams_of(x), state_pool=pool, slot_of=tensor(x, slot_of), zero_is_null=zero_is_null,
+                         checkpoint_slots=checkpoint_slots, checkpoint_pool=checkpoints)  # fmt: skip
+    wanted, final = expect(x)
+    for n, (begin, end) in enumerate(itertools.pairwise(x.sequence_bounds())):
+        if n in live:
+            assert torch.equal(o[:, begin:end], wanted[:, begin:end]) and torch.equal(pool[slot_of[n]], final[n])
+        else:
+            assert not o[:, begin:end].any()
+    assert bool((pool[[s for s in range(5) if s not in [slot_of[n] for n in live]]] == 1e30).all())
+    assert bool(checkpoints[1:3].isnan().all()), "sequence 1 is empty, 2 is null"
+    assert not checkpoints[3].isnan().any()
+    assert bool(checkpoints[0].isnan().all()) == zero_is_null, "slot 0 of the other pool is null too"
+
+
+def test_null_rows_of_a_batch(device):
+    x = BATCH.inputs(device)
+    x.v[1] = float("nan")
+    pool = x.initial_state.clone()
+    o = kda_cuda.prefill(**streams_of(x), state_pool=pool, slot_of=tensor(x, [2, -1, 0]))
+    wanted, final = expect(x, initial_state=x.initial_state[[2, 1, 0]])
+    assert not o[1].any()
+    assert torch.equal(o[::2], wanted[::2]) and torch.equal(pool[[2, 0]], final[::2])
+    assert torch.equal(pool[1], x.initial_state[1])
+
+
+def test_tokens_after_the_last_sequence_are_padding(device):
+    """A graph captured for more tokens: zero output there, whatever they hold."""
+    x = RAGGED.inputs(device)
+    longer = {n: torch.cat([getattr(x, n), torch.full_like(getattr(x, n)[:, :75], float("nan"))], 1)
+              for n in ("q", "k", "v", "g", "beta")}  # fmt: skip
+    pool = x.initial_state.clone()
+    o = kda_cuda.prefill(**streams_of(x.replace(**longer)), state_pool=pool)
+    wanted, final = expect(x)
+    assert not o[:, 211:].any() and torch.equal(o[:, :211], wanted) and torch.equal(pool, final)
+
+
+def test_indices_of_any_type_and_stride(device):
+    x = SEQUENCES.inputs(device)
+    slots = [4, 0, 5, 1, 3, 2]
+    results = []
+    for dtype in (torch.int32, torch.int64):
+        table = tensor(x, [[99, slot, 77] for slot in slots], dtype)
+        wide = tensor(x, [[6 + n, 50, 12 + n, 50] for n in range(6)], dtype)
+        for slot_of, checkpoint_slots in ((table[:, 1], wide[:, ::2]), (table[:, 1].clone(), wide[:, ::2].clone())):
+            pool = make_pool(x, 18)
+            pool[:6] = x.initial_state
+            o = kda_cuda.prefill(**streams_of(x), state_pool=pool, slot_of=slot_of, checkpoint_slots=checkpoint_slots)
+            results.append((o, pool))
+    assert not results[0][1][6].isnan().any()
+    for o, pool in results[1:]:
+        assert torch.equal(o, results[0][0]) and torch.equal(bits(pool), bits(results[0][1]))
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def prefix(x: Inputs, n: int, tokens: int) -> Inputs:
+    """The first tokens of sequence n, by themselves."""
+    if x.cu_seqlens is None:
+        rows, begin = slice(n, n + 1), 0
+    else:
+        rows, begin = slice(None), x.sequence_bounds()[n]
+    streams = {name: getattr(x, name)[rows, begin : begin + tokens] for name in ("q", "k", "v", "g", "beta")}
+    return x.replace(**streams, initial_state=x.initial_state[n : n + 1], cu_seqlens=None)
+
+
+def assert_checkpoints(x: Inputs, pool: Tensor, slots: list[list[int]], interval: int, exact: bool) -> int:
+    """Each is the final state of its prefix; all other slots hold NaN. Returns how many there are."""
+    untouched = set(range(pool.shape[0]))
+    bounds = x.sequence_bounds() if x.cu_seqlens is not None else [0, x.q.shape[1]]
+    for n, row in enumerate(slots):
+        length = bounds[n + 1] - bounds[n] if x.cu_seqlens is not None else bounds[1]
+        for j, slot in enumerate(row):
+            if slot >= 0 and (j + 1) * interval <= length:
+                assert_same(pool[slot], expect(prefix(x, n, (j + 1) * interval))[1][0].to(pool.dtype), exact)
+                untouched.remove(slot)
+    assert bool(pool[list(untouched)].isnan().all())
+    return pool.shape[0] - len(untouched)
+
+
+@pytest.mark.parametrize(("interval", "count"), [(64, 6), (128, 2), (192, 1), (256, 0)])
+def test_checkpoints_are_the_final_states_of_prefixes(interval, count, device):
+    x = SEQUENCES.inputs(device)
+    slots = [[6 * j + n for j in range(4)] for n in range(6)]
+    pool, checkpoints = x.initial_state.clone(), make_pool(x, 30, pad=8)
+    o = kda_cuda.prefill(**streams_of(x), state_pool=pool, checkpoint_pool=checkpoints, checkpoint_interval=interval,
+                         checkpoint_slots=tensor(x, slots))  # fmt: skip
+    wanted, final = expect(x)
+    assert torch.equal(o, wanted) and torch.equal(pool, final)
+    assert assert_checkpoints(x, checkpoints, slots, interval, device.runs_kernels) == count
+
+
+def test_130_tokens_have_checkpoints_at_64_and_128(device):
+    x = prefix(SEQUENCES.inputs(device), 0, 130)
+    pool = make_pool(x, 4)
+    pool[0] = x.initial_state[0]
+    kda_cuda.prefill(**streams_of(x), state_pool=pool, slot_of=tensor(x, [0]), checkpoint_slots=tensor(x, [[3, 2, 1]]))
+    assert_same(pool[3], expect(prefix(x, 0, 64))[1][0], device.runs_kernels)
+    assert_same(pool[2], expect(prefix(x, 0, 128))[1][0], device.runs_kernels)
+    assert bool(pool[1].isnan().all())
+
+
+def test_checkpoints_of_a_batch_some_not_wanted(device):
+    x = BATCH.inputs(device)
+    slots = [[-1, 2], [5, -3], [0, 7]]
+    pool, checkpoints = x.initial_state.clone(), make_pool(x, 9, torch.bfloat16)
+    kda_cuda.prefill(**streams_of(x), state_pool=pool, checkpoint_pool=checkpoints, checkpoint_slots=tensor(x, slots))
+    assert assert_checkpoints(x, checkpoints, slots, 64, device.runs_kernels) == 4
+
+
+VARIANTS_HERE = ["bf16_k64", "bf16_k128_sm90", "fp16_k64_c32", "fp32_k128", "bf16_k256"]
+
+
+@pytest.mark.devices("emulator")
+@pytest.mark.parametrize("variant", VARIANTS_HERE)
+def test_checkpoints_of_every_kind_of_variant(variant, device):
+    dtype, key_dim, _, arch = VARIANTS[variant]
+    x = Case("checkpoints", 193, key_dim=key_dim, dtype=dtype, heads=1, value_dim=72, initial_state=True, **MODEL,
+             chunk_size=VARIANTS[variant][2]).inputs()  # fmt: skip
+    with testing.emulated(arch=arch):
+        assert_variant(variant, x)
+        pool, checkpoints = x.initial_state.clone(), make_pool(x, 4)
+        kda_cuda.prefill(**streams_of(x), state_pool=pool, checkpoint_pool=checkpoints,
+                         checkpoint_slots=tensor(x, [[2, 1, 0]]))  # fmt: skip
+        assert_checkpoints(x, checkpoints, [[2, 1, 0]], 64, exact=True)
+        assert torch.equal(pool, expect(x)[1])
+
+
+def test_restart_from_a_checkpoint(device):
+    """A prefix cache: the second request shares 128 tokens with the first, and the cached state stays."""
+    x = prefix(SEQUENCES.inputs(device), 3, 193)
+    pool = make_pool(x, 8)
+    first = kda_cuda.prefill(**streams_of(x), state_pool=pool, slot_of=tensor(x, [1]),
+                             has_initial_state=torch.tensor([False], device=x.q.device),
+                             checkpoint_slots=tensor(x, [[-1, 5]]))  # fmt: skip
+    cached = pool[5].clone()
+    rest = x.replace(**{name: getattr(x, name)[:, 128:] for name in ("q", "k", "v", "g", "beta")})
+    second = kda_cuda.prefill(**streams_of(rest), state_pool=pool, slot_of=tensor(x, [2]),
+                              initial_slot_of=tensor(x, [5]))  # fmt: skip
+    assert_same(second, first[:, 128:], device.runs_kernels)
+    assert_same(pool[2], pool[1], device.runs_kernels)
+    assert torch.equal(pool[5], cached)
+    third = kda_cuda.prefill(**streams_of(x), state_pool=pool, slot_of=tensor(x, [3]), initial_slot_of=tensor(x, [-1]))
+    assert torch.equal(third, first) and torch.equal(pool[3], pool[1]), "a null initial slot starts from zero"
+
+
+# ---- contents that nobody checks -------------------------------------------------------------------------------------
+
+
+def raw_op(device):
+    namespace = {"cpu": library.NAMESPACE, "emulator": library.NAMESPACE_EMULATED, "cuda": library.NAMESPACE}
+    return getattr(torch.ops, namespace[device.name]).prefill
+
+
+def raw_arguments(x: Inputs, pool, slot_of=None, initial=None, checkpoint_pool=None, checkpoint_slots=None,
+                  workspace=None) -> tuple:  # fmt: skip
+    return (x.q, x.k, x.v, x.g, x.beta, x.A_log, x.dt_bias, pool, slot_of, initial, None, checkpoint_pool,
+            checkpoint_slots, x.cu_seqlens, workspace, x.scale, x.use_qk_l2norm, x.use_gate, x.use_beta_sigmoid,
+            x.allow_neg_eigval, x.lower_bound, x.state_v_first, False, 64, False)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_slots_out_of_range_are_null(dtype, device):
+    """The public function refuses them where it can read them; the kernels never touch what they point to."""
+    x = SEQUENCES.inputs(device)
+    huge = torch.iinfo(dtype).max
+    slot_of = [2, 6, huge, 3, torch.iinfo(dtype).min, 5]
+    memory = torch.full((18, *x.initial_state.shape[1:]), float("nan"), device=x.q.device)
+    memory[::2] = 1e30
+    pool = memory[6:12]  # six slots among poisoned neighbours
+    pool[[2, 3, 5]] = x.initial_state[[0, 3, 5]]
+    before = memory.clone()
+    guard = torch.full((6, *x.initial_state.shape[1:]), float("nan"), device=x.q.device)
+    wild = tensor(x, [[huge, 4], [-9, 4], [2, 2], [-1, 99], [1, 1], [3, huge]], dtype)
+    o = raw_op(device)(*raw_arguments(x, pool, tensor(x, slot_of, dtype), None, guard[2:4], wild))
+    wanted, final = expect(x)
+    for n, (begin, end) in enumerate(itertools.pairwise(x.sequence_bounds())):
+        if n in (0, 3, 5):
+            assert torch.equal(o[:, begin:end], wanted[:, begin:end]) and torch.equal(pool[slot_of[n]], final[n])
+        else:
+            assert not o[:, begin:end].any()
+    memory[[8, 9, 11]] = before[[8, 9, 11]]
+    assert torch.equal(bits(memory), bits(before)) and bool(guard.isnan().all())
+
+
+GARBAGE = {
+    "decreasing": [0, 150, 30, 211],
+    "negative": [-5, 60, -1, 211],
+    "beyond": [0, 500, 100_000, 2**31 - 1],
+    "all beyond": [2**31 - 1] * 4,
+    "backwards": [211, 140, 70, 0],
+    "late": [100, 120, 120, 130],
+}
+
+
+@pytest.mark.devices("emulator", "cuda")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("bounds", GARBAGE.values(), ids=list(GARBAGE))
+def test_garbage_in_cu_seqlens_stays_in_range(bounds, dtype, device):
+    """NaN before and after every input, every pool and the workspace: none is read, none is overwritten."""
+    x = RAGGED.inputs(device)
+
+    def guarded(y: Tensor, size: int | None = None, fill: float = float("nan"), dim: int = 1) -> Tensor:
+        size = y.shape[dim] if size is None else size
+        shape = [*y.shape[:dim], size + 128, *y.shape[dim + 1 :]]
+        return torch.full(shape, fill, dtype=y.dtype, device=y.device).narrow(dim, 64, size)
+
+    streams = {name: guarded(getattr(x, name)).copy_(getattr(x, name)) for name in ("q", "k", "v", "g", "beta")}
+    pool = guarded(x.initial_state, dim=0).copy_(x.initial_state)
+    checkpoints = guarded(x.initial_state, dim=0).zero_()
+    workspace = guarded(torch.empty(0, dtype=torch.uint8, device=x.q.device), 1 << 22, 171, 0).zero_()
+    extremes = {2**31 - 1: torch.iinfo(dtype).max, -5: torch.iinfo(dtype).min}
+    cu_seqlens = tensor(x, [extremes.get(b, b) for b in bounds], dtype)
+    slots = tensor(x, [[0, 1], [2, -1], [-1, -1]])
+    x = x.replace(**streams, cu_seqlens=cu_seqlens)
+    o = raw_op(device)(*raw_arguments(x, pool, None, None, checkpoints, slots, workspace))
+    assert o.shape == x.v.shape
+    for y in (pool, checkpoints):
+        assert bool(y.isfinite().all()), "something outside was read"
+        whole = torch.as_strided(y, (y.shape[0] + 128, *y.shape[1:]), y.stride(), 0)
+        assert bool(whole[:64].isnan().all() and whole[-64:].isnan().all()), "something outside was written"
+    around = torch.as_strided(workspace, (workspace.numel() + 128,), (1,), 0)
+    assert bool((around[:64] == 171).all() and (around[-64:] == 171).all())
+
+
+# ---- the op as torch sees it -----------------------------------------------------------------------------------------
+
+
+def op_samples(device="cpu") -> list[tuple]:
+    sequences, batch = RAGGED.inputs(device), BATCH.inputs(device)
+    slots, checkpoint_slots = tensor(sequences, [4, -1, 2]), tensor(sequences, [[0, 1], [-1, -1], [3, -1]])
+    workspace = torch.zeros(1 << 22, dtype=torch.uint8, device=sequences.q.device)
+    return [
+        raw_arguments(sequences, make_pool(sequences, 5, fill=0.5), slots, None, None, checkpoint_slots),
+        raw_arguments(sequences, make_pool(sequences, 5, pad=4, fill=0.5), slots, tensor(sequences, [0, 1, 3]),
+                      make_pool(sequences, 4, fill=0.0), checkpoint_slots, workspace),
+        raw_arguments(batch, make_pool(batch, 3, torch.bfloat16, fill=0.5)),
+    ]  # fmt: skip
+
+
+def test_opcheck(device):
+    op = raw_op(device).default
+    utilities = ["test_schema", "test_faketensor", "test_autograd_registration"]
+    if device.name == "cpu":
+        utilities.append("test_aot_dispatch_static")
+    for arguments in op_samples(device):
+        torch.library.opcheck(op, arguments, test_utils=utilities)
+
+
+def test_opcheck_of_the_reference_anywhere():
+    for arguments in op_samples():
+        torch.library.opcheck(torch.ops.kda_cuda_reference.prefill.default, arguments)
+
+
+def test_compiled_without_a_break(device):
+    x = RAGGED.inputs(device)
+    slots = tensor(x, [[3, 4], [-1, -1], [5, -1]])
+
+    def step(pool: Tensor) -> Tensor:
+        return kda_cuda.prefill(**streams_of(x), state_pool=pool, checkpoint_slots=slots) + 1
+
+    pools = [make_pool(x, 6, fill=0.25) for _ in range(2)]
+    eager = step(pools[0])
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(pools[1])
+    assert torch.equal(eager, compiled) and torch.equal(*pools)
+
+
+def test_inputs_are_untouched(device):
+    x = SEQUENCES.inputs(device)
+    before = x.map(torch.clone)
+    kda_cuda.prefill(**streams_of(x), state_pool=x.initial_state.clone())
+    for name, y in x.tensors().items():
+        assert torch.equal(y, before.tensors()[name]), name
+
+
+@pytest.mark.parametrize("case", [RAGGED, BATCH], ids=str)
+def test_nothing_to_do(case, device):
+    """No tokens, or no sequences: states are copied, or nothing is."""
+    x = case.inputs(device)
+    none = {name: getattr(x, name)[:, :0] for name in ("q", "k", "v", "g", "beta")}
+    x = x.replace(**none, cu_seqlens=None if x.cu_seqlens is None else torch.zeros_like(x.cu_seqlens))
+    pool = make_pool(x, 6)
+    pool[[4, 0, 2]] = x.initial_state
+    o = kda_cuda.prefill(**streams_of(x), state_pool=pool, slot_of=tensor(x, [1, 3, 5]),
+                         initial_slot_of=tensor(x, [4, 0, 2]), checkpoint_slots=tensor(x, [[5], [1], [3]]))  # fmt: skip
+    assert o.shape == x.v.shape and torch.equal(pool[[1, 3, 5]], x.initial_state)
+    if x.cu_seqlens is None:
+        rows = {name: getattr(x, name)[:0] for name in ("q", "k", "v", "g", "beta")}
+        before = pool.clone()
+        assert kda_cuda.prefill(**streams_of(x.replace(**rows)), state_pool=pool).shape[0] == 0
+        assert torch.equal(bits(pool), bits(before))
