@@ -48,7 +48,7 @@ struct ChunkPlan {
 
   /// The sequence whose slots contain `slot`: the last one that starts at or before it.
   KDA_DEVICE int32_t sequence_of_slot(int64_t slot) const {
-    if (!cu_seqlens) return int32_t(slot / chunks_of(tokens));
+    if (!cu_seqlens) return int32_t(uint32_t(slot) / uint32_t(chunks_of(tokens)));  // a grid's size: 31 bits
     int32_t low = 0, high = sequences - 1;
     while (low < high) {
       int32_t const middle = (low + high + 1) / 2;

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "platform/platform.h"
+#include "tile/pair.h"
 #include "tile/shared_tile.h"
 
 namespace kda::tile {
@@ -197,18 +198,23 @@ KDA_DEVICE void load_transposed(Accumulator& d0, Accumulator& d1, Tile const& ti
   }
 }
 
-/// The inverse of load_transposed for one accumulator: tile[row0 .. row0 + 8, col0 .. col0 + 16) = d^T.
-template <class E, class Tile>
-KDA_DEVICE void store_transposed(Tile& tile, int row0, int col0, Accumulator const& d) {
+/// The inverse of load_transposed. `kStmatrix`: the device has it (sm_90).
+template <class E, bool kStmatrix, class Tile>
+KDA_DEVICE void store_transposed(Tile& tile, int row0, int col0, Accumulator const& d0, Accumulator const& d1) {
   int const lane = lane_index();
+  if constexpr (kIsFp32Storage<E>) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if constexpr (kIsFp32Storage<E>) {
-      tile.at(row0 + lane % 4 * 2, col0 + half * 8 + lane / 4) = d.x[half * 2];
-      tile.at(row0 + lane % 4 * 2 + 1, col0 + half * 8 + lane / 4) = d.x[half * 2 + 1];
+    for (int i = 0; i < 8; ++i)
+      tile.at(row0 + i / 4 * 8 + lane % 4 * 2 + i % 2, col0 + lane / 4 + i / 2 % 2 * 8) = (i < 4 ? d0 : d1).x[i % 4];
+  } else {
+    uint32_t const x[4] = {pack2<E>(d0.x[0], d0.x[1]), pack2<E>(d0.x[2], d0.x[3]), pack2<E>(d1.x[0], d1.x[1]),
+                           pack2<E>(d1.x[2], d1.x[3])};
+    if constexpr (kStmatrix) {
+      stmatrix_x4_trans(&tile.at(row0 + lane % 8 + lane / 16 * 8, col0 + lane / 8 % 2 * 8), x);
     } else {
-      uint32_t const pair = movmatrix_trans(pack2<E>(d.x[half * 2], d.x[half * 2 + 1]));
-      store_pair(&tile.at(row0 + lane / 4, col0 + half * 8 + lane % 4 * 2), pair);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        store_pair<E>(&tile.at(row0 + i / 2 * 8 + lane / 4, col0 + i % 2 * 8 + lane % 4 * 2), movmatrix_trans(x[i]));
     }
   }
 }

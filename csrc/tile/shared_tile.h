@@ -23,7 +23,7 @@ struct alignas(1024) SharedTile {
 
   /// Unsigned, so that the low bits of a row that is a constant plus a multiple of eight are constants to the compiler.
   static KDA_DEVICE constexpr uint32_t index(uint32_t row, uint32_t col) {
-    const uint32_t panel = col / kPanel, piece = (col % kPanel / kPiece) ^ (row / kRowsPerLine % kPieces);
+    uint32_t const panel = col / kPanel, piece = (col % kPanel / kPiece) ^ (row / kRowsPerLine % kPieces);
     return (panel * kRows + row) * kPanel + piece * kPiece + col % kPiece;
   }
   KDA_DEVICE T& at(uint32_t row, uint32_t col) { return data[index(row, col)]; }

@@ -9,14 +9,13 @@ namespace {
 
 /// One line of "name=value" pairs.
 int describe(ChunkFwdVariant const& v, ChunkPlan const& plan, int value_heads, int value_dim, char* to, int capacity) {
-  int const value_tiles = (value_dim + kValueTile - 1) / kValueTile;
   return std::snprintf(
       to, size_t(capacity),
       "variant=%s chunk=%d key_tile=%d prepare_grid=%lldx%d prepare_threads=%d prepare_shared_bytes=%zu "
       "scan_grid=%dx%dx%d scan_threads=%d scan_shared_bytes=%zu workspace_bytes=%zu",
       v.name, v.chunk, v.key_tile, (long long)plan.slots(), value_heads, v.prepare_threads, v.prepare_shared_bytes,
-      plan.sequences, value_heads, value_tiles, v.scan_threads, v.scan_shared_bytes,
-      v.workspace_bytes(plan, value_heads));
+      plan.sequences, value_heads, value_tiles(value_dim), v.scan_threads, v.scan_shared_bytes,
+      v.workspace_bytes(plan, value_heads, value_dim));
 }
 
 }  // namespace

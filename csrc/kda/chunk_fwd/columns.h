@@ -1,4 +1,4 @@
-// A chunk in registers, by columns: each thread holds two neighbouring key channels of 16 consecutive tokens.
+// A chunk in registers, by columns: each thread holds two neighbouring key channels of 8 consecutive tokens.
 //
 // Every decay is exp of a sum of log-decays from an anchor outwards. With a channel's tokens in one thread such sums
 // are running sums: nothing is subtracted, whatever the gate (kda.md, section 4).
@@ -63,16 +63,16 @@ struct Columns {
   }
   KDA_DEVICE float2 decay(int j) const { return {g0[j], g1[j]}; }
 
-  /// log2 of the decay over eight of the 16 tokens.
-  KDA_DEVICE float2 log2_half(int half) const {
-    float2 sum = log2_decay(half * kTokensPerHalf);
+  /// log2 of the decay over all eight tokens.
+  KDA_DEVICE float2 log2_total() const {
+    float2 sum = log2_decay(0);
 #pragma unroll
-    for (int j = 1; j < kTokensPerHalf; ++j) sum = sum + log2_decay(half * kTokensPerHalf + j);
+    for (int j = 1; j < kTokensPerThread; ++j) sum = sum + log2_decay(j);
     return sum;
   }
 
  private:
-  /// One pair of channels of 16 tokens, `rows` of them live.
+  /// One pair of channels of 8 tokens, `rows` of them live.
   template <class T>
   static KDA_DEVICE void load_rows(tile::Pair<T> (&x)[kTokensPerThread], void const* base, TokenStrides const& s,
                                    bool aligned, int64_t batch_row, int64_t token0, int head, int rows, int pair,

@@ -12,10 +12,11 @@ struct ChunkFwdConfig {
   bool wgmma = false;  // products by warpgroups (sm_90a; C = 64), else by warps
 };
 
-inline constexpr int kTokensPerThread = 16;  // of one pair of key channels: a block
-inline constexpr int kTokensPerHalf = 8;     // on either side of a block's anchor
-inline constexpr int kValueTile = 64;        // columns of V per block of the scan
+inline constexpr int kTokensPerThread = 8;  // of one pair of key channels
+inline constexpr int kTokensPerBlock = 16;  // that share an anchor, in their middle
+inline constexpr int kValueTile = 64;       // columns of V per block of the scan
 inline constexpr int kConsumerWarps = kValueTile / 16;
+KDA_HOST_DEVICE int value_tiles(int value_dim) { return (value_dim + kValueTile - 1) / kValueTile; }
 
 template <class Variant>
 struct ChunkShape {
@@ -23,8 +24,9 @@ struct ChunkShape {
   static constexpr int kChunk = kConfig.chunk;
   static constexpr int kKeyTile = kConfig.key_tile;
   static constexpr int kPairs = kKeyTile / 2;                // pairs of key channels
-  static constexpr int kGroups = kChunk / kTokensPerThread;  // groups of 16 tokens
-  static constexpr int kColumnThreads = kPairs * kGroups;    // threads that hold a chunk in registers
+  static constexpr int kGroups = kChunk / kTokensPerThread;  // groups of 8 tokens
+  static constexpr int kBlocks = kChunk / kTokensPerBlock;
+  static constexpr int kColumnThreads = kPairs * kGroups;  // threads that hold a chunk in registers
   static constexpr int kWarpsPerGroup = kPairs / 32;
   static_assert(kPairs % 32 == 0 && kChunk % 16 == 0 && kChunk <= 64);
 };

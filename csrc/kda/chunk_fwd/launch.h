@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 
+#include "kda/chunk_fwd/config.h"
 #include "kda/chunk_fwd/params.h"
 #include "kda/dtype.h"
 
@@ -11,8 +12,8 @@ struct ChunkFwdVariant {
   char const* name;
   Dtype dtype;
   int chunk, key_tile;
-  bool wgmma;           // needs compute capability 9.0
-  size_t record_bytes;  // workspace per slot and value head
+  bool wgmma;                             // needs compute capability 9.0
+  size_t record_bytes, value_tile_bytes;  // workspace per slot and value head, and per tile of V there
   size_t prepare_shared_bytes, scan_shared_bytes;
   int prepare_threads, scan_threads;
   void (*launch)(ChunkFwdParams const&, cudaStream_t);
@@ -20,8 +21,8 @@ struct ChunkFwdVariant {
   size_t shared_bytes() const {
     return prepare_shared_bytes > scan_shared_bytes ? prepare_shared_bytes : scan_shared_bytes;
   }
-  size_t workspace_bytes(ChunkPlan const& plan, int value_heads) const {
-    return size_t(plan.slots()) * value_heads * record_bytes;
+  size_t workspace_bytes(ChunkPlan const& plan, int value_heads, int value_dim) const {
+    return size_t(plan.slots()) * value_heads * (record_bytes + value_tiles(value_dim) * value_tile_bytes);
   }
 };
 

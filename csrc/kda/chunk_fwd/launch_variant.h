@@ -10,7 +10,6 @@ namespace kda {
 
 template <class Variant>
 void launch_chunk_fwd(ChunkFwdParams const& p, cudaStream_t stream) {
-  unsigned const value_tiles = unsigned((p.value_dim + kValueTile - 1) / kValueTile);
   unsigned const slots = unsigned(p.plan.slots()), heads = unsigned(p.value_heads);
   if (p.clear_unowned)
     launch("chunk_fwd_clear", chunk_fwd_clear_kernel<Variant>, dim3(unsigned(p.plan.sequences + 2), kClearBlocks),
@@ -18,7 +17,8 @@ void launch_chunk_fwd(ChunkFwdParams const& p, cudaStream_t stream) {
   if (slots)
     launch("chunk_fwd_prepare", chunk_fwd_prepare_kernel<Variant>, dim3(slots, heads), dim3(Prepare<Variant>::kThreads),
            sizeof(PrepareStorage<Variant>), stream, p);
-  launch("chunk_fwd_scan", chunk_fwd_scan_kernel<Variant>, dim3(unsigned(p.plan.sequences), heads, value_tiles),
+  launch("chunk_fwd_scan", chunk_fwd_scan_kernel<Variant>,
+         dim3(unsigned(p.plan.sequences), heads, unsigned(value_tiles(p.value_dim))),
          dim3(ScanShape<Variant>::kThreads), sizeof(ScanStorage<Variant>), stream, p);
 }
 
@@ -30,6 +30,7 @@ ChunkFwdVariant describe_chunk_fwd() {
           Variant::config.key_tile,
           Variant::config.wgmma,
           sizeof(ChunkRecord<Variant>),
+          sizeof(typename ChunkRecord<Variant>::Values),
           sizeof(PrepareStorage<Variant>),
           sizeof(ScanStorage<Variant>),
           Prepare<Variant>::kThreads,

@@ -13,40 +13,37 @@ struct Prepare : PrepareThread<Variant> {
   using E = typename Base::E;
   using Shape = typename Base::Shape;
   using SolveElement = std::conditional_t<sizeof(E) == 4, float, tile::Tf32>;
-  using Base::chunk, Base::columns, Base::group, Base::lane, Base::p, Base::pair, Base::record, Base::s, Base::thread,
+  using Base::chunk, Base::columns, Base::group, Base::lane, Base::out, Base::p, Base::pair, Base::s, Base::thread,
       Base::warp;
   static constexpr int kChunk = Base::kChunk, kBlocks = Base::kBlocks, kKeyTile = Shape::kKeyTile;
   static constexpr int kThreads = Base::kThreads, kWarps = Base::kWarps;
-  static constexpr int kBlocksPerSm = 512 / kThreads;  // 128 registers a thread
+  static constexpr int kBlocksPerSm = (sizeof(E) == 4 ? 512 : 1024) / kThreads;  // 128 or 64 registers a thread
 
   KDA_DEVICE void load_chunk() {
     columns.load(p, chunk, group, pair);
     load_values(0);
     columns.decay_from_gate(p, chunk, group, pair);
-    s.log2_half[group][0][pair] = columns.log2_half(0);
-    s.log2_half[group][1][pair] = columns.log2_half(1);
+    s.log2_total[group][pair] = columns.log2_total();
     if (thread < kChunk) s.beta[thread] = thread < chunk.rows ? load_beta<E>(p, chunk, thread) : 0.f;
     clear(s.a_qk);
   }
 
   /// The norms of q and k, and whether any thread's gate is too steep for BlockScores.
   KDA_DEVICE void normalise() {
-    float norms[2 * kTokensPerThread];
-    float largest_key = 0.f;
+    float norms[2 * kTokensPerThread], largest_key = 0.f;
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
       float2 const q = tile::to_float2<E>(columns.q[j]), k = tile::to_float2<E>(columns.k[j]);
       norms[j] = q.x * q.x + q.y * q.y;
       norms[kTokensPerThread + j] = k.x * k.x + k.y * k.y;
-      largest_key = fmaxf(largest_key, norms[kTokensPerThread + j]);
     }
     if (p.l2norm) {
-      int const token = this->row(lane % kTokensPerThread);
-      s.dots[lane / kTokensPerThread][warp % Shape::kWarpsPerGroup][token] = warp_sum_scattered(norms);
-      largest_key = 0.f;
+      this->sum_over_channels(norms);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kTokensPerThread; ++j) largest_key = fmaxf(largest_key, norms[kTokensPerThread + j]);
     }
-    bool const any = warp_any(is_steep(columns.log2_half(0)) || is_steep(columns.log2_half(1)) ||
-                              !(largest_key <= kLargestKey<E> * kLargestKey<E>));
+    bool const any = warp_any(is_steep(columns.log2_total()) || !(largest_key <= kLargestKey<E> * kLargestKey<E>));
     if (lane == 0) s.steep[warp] = any;
     sync_block();
     if (thread < kChunk) {
@@ -79,25 +76,27 @@ struct Prepare : PrepareThread<Variant> {
 
   /// W over Gamma.K and T V over V; then everything leaves.
   KDA_DEVICE void apply() {
-    for (int column = warp; column < kKeyTile / 16; column += kWarps) apply_inverse(s.gamma_k, column * 16);
-    for (int first = 0; first < p.value_dim; first += kKeyTile) {
-      if (first) {
-        sync_block();
-        load_values(first);
-        cp_async_wait<0>();
-        sync_block();
-      }
-      for (int column = warp; column < kKeyTile / 16; column += kWarps) apply_inverse(s.v, column * 16);
+    constexpr int kUnits = kKeyTile / 16;
+    for (int unit = warp; unit < 2 * kUnits; unit += kWarps)
+      apply_inverse(unit < kUnits ? s.gamma_k : s.v, unit % kUnits * 16);
+    sync_block();
+    copy(out.record().w.data, s.gamma_k.data);
+    copy(out.record().a_qk.data, s.a_qk.data);
+    store_values(0);
+    for (int first = kKeyTile; first < p.value_dim; first += kKeyTile) {
       sync_block();
-      value_rows_of_o<E>(p, chunk, first).template store<kKeyTile>(s.v, 0, thread, kThreads);
+      load_values(first);
+      cp_async_wait<0>();
+      sync_block();
+      for (int unit = warp; unit < kUnits; unit += kWarps) apply_inverse(s.v, unit * 16);
+      sync_block();
+      store_values(first);
     }
-    copy_image(record.w, s.gamma_k);
-    copy_image(record.a_qk, s.a_qk);
   }
 
  private:
-  KDA_DEVICE static bool is_steep(float2 log2_half) {  // also where it is nan
-    return !(log2_half.x >= -kGentle<E> && log2_half.y >= -kGentle<E>);
+  KDA_DEVICE static bool is_steep(float2 log2_total) {  // also where it is nan
+    return !(log2_total.x >= -kGentle<E> && log2_total.y >= -kGentle<E>);
   }
   template <class Scores>
   KDA_DEVICE void scores_by() {
@@ -114,12 +113,20 @@ struct Prepare : PrepareThread<Variant> {
   KDA_DEVICE void clear(Tile& t) {
     for (int i = thread; i < int(sizeof(Tile) / 16); i += kThreads) reinterpret_cast<uint4*>(&t)[i] = uint4{};
   }
-  template <class Tile>
-  KDA_DEVICE void copy_image(E* to, Tile const& from) {
-    constexpr int kPieces = Tile::kRows * Tile::kCols / Tile::kPiece;
+  template <int kCount>
+  KDA_DEVICE void copy(E (&to)[kCount], E const (&from)[kCount]) {
+    constexpr int kPieces = kCount * int(sizeof(E)) / 16;
 #pragma unroll
-    for (int i = thread; i < kPieces; i += kThreads)
-      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<uint4 const*>(from.data)[i];
+    for (int i = 0; i < kPieces; i += kThreads)
+      if (i + thread < kPieces)
+        reinterpret_cast<uint4*>(to)[i + thread] = reinterpret_cast<uint4 const*>(from)[i + thread];
+  }
+  /// The tiles of 64 columns that lie in the panels of s.v, one behind the other.
+  KDA_DEVICE void store_values(int first) {
+    using Values = typename Base::Record::Values;
+    auto const* const tiles = reinterpret_cast<Values const*>(s.v.data);
+    for (int i = 0; i < kKeyTile / kValueTile && first + i * kValueTile < p.value_dim; ++i)
+      copy(out.values(first / kValueTile + i).data, tiles[i].data);
   }
 
   KDA_DEVICE void store_block_column(tile::Accumulator const (&x)[kBlocks][2], int column) {

@@ -12,7 +12,7 @@ struct PrepareStorage {
   using Shape = ChunkShape<Variant>;
   using Wide = typename ChunkRecord<Variant>::Wide;
   using Square = typename ChunkRecord<Variant>::Square;
-  static constexpr int kChunk = Shape::kChunk, kBlocks = Shape::kGroups, kWarps = Shape::kColumnThreads / 32;
+  static constexpr int kChunk = Shape::kChunk, kBlocks = Shape::kBlocks, kWarps = Shape::kColumnThreads / 32;
 
   struct Blocks {    // operands of scores.h, BlockScores
     Wide q, k;       // as rows: times the decay since the anchor of their block of 16 tokens
@@ -31,7 +31,7 @@ struct PrepareStorage {
   Wide v;                                     // V, then T V
   tile::SharedTile<float, kChunk, kChunk> l;  // Diag(beta) A_kk, then its inverted diagonal blocks
   Square a_qk;
-  float2 log2_half[kBlocks][2][Shape::kPairs];                           // log2 of the decay over each eight tokens
+  float2 log2_total[Shape::kGroups][Shape::kPairs];                      // log2 of the decay over each eight tokens
   tile::Pair<E> factor[kBlocks * (kBlocks - 1) / 2 + 1][Shape::kPairs];  // decay between the anchors of two blocks
   float dots[2][Shape::kWarpsPerGroup][kChunk];                          // partial sums over channels
   float q_norm[kChunk], k_norm[kChunk], beta[kChunk];
@@ -44,45 +44,43 @@ struct PrepareThread {
   using Shape = ChunkShape<Variant>;
   using Storage = PrepareStorage<Variant>;
   using Record = ChunkRecord<Variant>;
-  static constexpr int kChunk = Shape::kChunk, kBlocks = Shape::kGroups;
+  static constexpr int kChunk = Shape::kChunk, kBlocks = Shape::kBlocks, kGroups = Shape::kGroups;
   static constexpr int kThreads = Shape::kColumnThreads, kWarps = kThreads / 32;
 
   ChunkFwdParams const& p;
   Storage& s;
-  Record& record;
+  ChunkRecordAt<Variant> out;
   ChunkOfHead chunk;
   Columns<Variant> columns;
   int const thread = thread_index(), warp = thread / 32, lane = thread % 32;
-  int const group = thread / Shape::kPairs, pair = thread % Shape::kPairs;
+  int const group = unsigned(thread) / Shape::kPairs, pair = unsigned(thread) % Shape::kPairs;
 
-  /// Token j of this thread's sixteen, normalised.
+  /// Token j of this thread's eight, normalised.
   KDA_DEVICE float2 q(int j) const { return tile::to_float2<E>(columns.q[j]) * both(s.q_norm[row(j)]); }
   KDA_DEVICE float2 k(int j) const { return tile::to_float2<E>(columns.k[j]) * both(s.k_norm[row(j)]); }
   KDA_DEVICE int row(int j) const { return group * kTokensPerThread + j; }
   KDA_DEVICE static float2 both(float x) { return {x, x}; }
   KDA_DEVICE static float2 exp2(float2 x) { return {decay_exp2<E>(x.x), decay_exp2<E>(x.y)}; }
 
+  /// In shared memory or in the record, where a row of 64 channels is one line.
   template <class Tile>
   KDA_DEVICE void store(Tile& t, int row, float2 x) const {
     tile::store_pair<E>(&t.at(row, 2 * pair), tile::to_pair<E>(x.x, x.y));
   }
-  /// Into a part of the record: a row of 64 channels is one line of memory.
-  KDA_DEVICE void store(E* image, int row, float2 x) const {
-    tile::store_pair<E>(image + Record::Wide::index(row, 2 * pair), tile::to_pair<E>(x.x, x.y));
-  }
-
   /// log2 of the decay over the groups of tokens [first, end) of this thread's channels.
   KDA_DEVICE float2 log2_groups(int first, int end) const {
     float2 sum{0.f, 0.f};
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i)
-      if (i >= first && i < end) sum = sum + s.log2_half[i][0][pair] + s.log2_half[i][1][pair];
+    for (int i = 0; i < kGroups; ++i)
+      if (i >= first && i < end) sum = sum + s.log2_total[i][pair];
     return sum;
   }
-  /// Sums of x over the channels of each of this group's sixteen tokens, this warp's part of them.
-  KDA_DEVICE void sum_over_channels(float (&x)[kTokensPerThread], int which) {
+  /// Sums over the channels: x[n * 8 + j] of this group's token j becomes `dots[n]`, this warp's part of it.
+  template <int kCount>
+  KDA_DEVICE void sum_over_channels(float const (&x)[kCount]) {
     float const sum = warp_sum_scattered(x);
-    if (lane < kTokensPerThread) s.dots[which][warp % Shape::kWarpsPerGroup][row(lane)] = sum;
+    if (lane < kCount)
+      s.dots[lane / kTokensPerThread][warp % Shape::kWarpsPerGroup][row(lane % kTokensPerThread)] = sum;
   }
   KDA_DEVICE float summed(int which, int token) const {
     float sum = 0.f;

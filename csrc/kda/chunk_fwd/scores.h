@@ -31,60 +31,57 @@ struct BlockScores {
   /// This thread's channels, token by token from the anchor outwards. With e = exp(G - a):
   /// q e, k e, k / e for the products; Gamma.q, Gamma.k and K~ are these times a decay up to or from the anchor.
   KDA_DEVICE void write() {
-    float2 const first = c.s.log2_half[c.group][0][c.pair], second = c.s.log2_half[c.group][1][c.pair];
-    float2 const after = c.log2_groups(c.group + 1, kBlocks);
-    float2 const to_anchor = Thread::exp2(c.log2_groups(0, c.group) + first), to_end = Thread::exp2(second + after);
-    if (c.group == 0) {
-      float2 const gamma_c = Thread::exp2(first + second + after);
-      *reinterpret_cast<float2*>(&c.record.gamma_c[2 * c.pair]) = gamma_c;
-    }
-    write_factors(first);
+    int const block = c.group / 2, anchor = 2 * block + 1;  // in groups of eight tokens
+    float2 const to_anchor = Thread::exp2(c.log2_groups(0, anchor));
+    float2 const to_end = Thread::exp2(c.log2_groups(anchor, Thread::kGroups));
     float2 sum{0.f, 0.f};
+    if (c.group < anchor) {
+      write_factors(block);
+      if (block == 0) *reinterpret_cast<float2*>(&c.out.record().gamma_c[2 * c.pair]) = to_anchor * to_end;
 #pragma unroll
-    for (int j = kTokensPerHalf; j < kTokensPerThread; ++j) {
-      sum = sum + c.columns.log2_decay(j);
-      write_token(j, sum, to_anchor, to_end);
-    }
-    sum = {0.f, 0.f};
+      for (int j = kTokensPerThread - 1; j >= 0; --j) {
+        write_token(j, sum, to_anchor, to_end);
+        sum = sum + Thread::both(-1.f) * c.columns.log2_decay(j);
+      }
+    } else {
 #pragma unroll
-    for (int j = kTokensPerHalf - 1; j >= 0; --j) {
-      write_token(j, sum, to_anchor, to_end);
-      sum = sum + Thread::both(-1.f) * c.columns.log2_decay(j);
+      for (int j = 0; j < kTokensPerThread; ++j) {
+        sum = sum + c.columns.log2_decay(j);
+        write_token(j, sum, to_anchor, to_end);
+      }
     }
   }
 
   /// Rows of block i meet columns of block j <= i at the anchor of j.
   KDA_DEVICE void multiply() {
     auto const& in = c.s.blocks;
-    for (int unit = c.warp; unit < 2 * kBlocks; unit += Thread::kWarps) {
-      int const i = kBlocks - 1 - unit / 2;  // the longest rows first
+    for (int unit = c.warp; unit < kBlocks * (kBlocks + 1); unit += Thread::kWarps) {
+      int j = unit / 2, i = 0;
+      while (j > i) j -= ++i;  // the blocks below the diagonal, row by row
       auto const& rows = unit % 2 ? in.q : in.k;
-#pragma unroll 1
-      for (int j = 0; j <= i; ++j) {
-        tile::Accumulator acc[2] = {};
-        auto const* factor = c.s.factor[i * (i - 1) / 2 + j];
+      auto const* factor = c.s.factor[i * (i - 1) / 2 + j];
+      tile::Accumulator acc[2] = {};
 #pragma unroll
-        for (int d = 0; d < kKeyTile; d += 16) {
-          auto const left =
-              j < i ? tile::load_left_scaled<E>(rows, i * 16, d, factor) : tile::load_left<E>(rows, i * 16, d);
-          tile::multiply<E>(acc[0], acc[1], left, tile::load_right<E>(in.k_inverse, j * 16, d));
-        }
-        store_block(unit % 2, i * 16, j * 16, acc);
+      for (int d = 0; d < kKeyTile; d += 16) {
+        auto const left =
+            j < i ? tile::load_left_scaled<E>(rows, i * 16, d, factor) : tile::load_left<E>(rows, i * 16, d);
+        tile::multiply<E>(acc[0], acc[1], left, tile::load_right<E>(in.k_inverse, j * 16, d));
       }
+      store_block(unit % 2, i * 16, j * 16, acc);
     }
   }
 
  private:
-  /// The decay from the anchor of every earlier block to that of this thread's.
-  KDA_DEVICE void write_factors(float2 first) {
-    float2 sum = first;
+  /// The decay from the anchor of every earlier block to that of this one.
+  KDA_DEVICE void write_factors(int block) {
+    float2 sum = c.s.log2_total[2 * block][c.pair];
 #pragma unroll
     for (int n = kBlocks - 2; n >= 0; --n) {
-      if (n >= c.group) continue;
-      sum = sum + c.s.log2_half[n][1][c.pair];
+      if (n >= block) continue;
+      sum = sum + c.s.log2_total[2 * n + 1][c.pair];
       float2 const decay = Thread::exp2(sum);
-      c.s.factor[c.group * (c.group - 1) / 2 + n][c.pair] = tile::to_pair<E>(decay.x, decay.y);
-      sum = sum + c.s.log2_half[n][0][c.pair];
+      c.s.factor[block * (block - 1) / 2 + n][c.pair] = tile::to_pair<E>(decay.x, decay.y);
+      sum = sum + c.s.log2_total[2 * n][c.pair];
     }
   }
   KDA_DEVICE void write_token(int j, float2 log2_e, float2 to_anchor, float2 to_end) {
@@ -95,8 +92,8 @@ struct BlockScores {
     c.store(c.s.blocks.k, row, k_row);
     c.store(c.s.blocks.k_inverse, row, k_column);
     c.store(c.s.gamma_k, row, k_row * to_anchor);
-    c.store(c.record.gamma_q, row, q_row * (to_anchor * Thread::both(c.p.scale)));
-    c.store(c.record.k_tilde, row, k_column * to_end);
+    c.store(c.out.record().gamma_q, row, q_row * (to_anchor * Thread::both(c.p.scale)));
+    c.store(c.out.record().k_tilde, row, k_column * to_end);
   }
   KDA_DEVICE void store_block(bool of_q, int row0, int col0, tile::Accumulator const (&acc)[2]) {
 #pragma unroll
@@ -122,25 +119,26 @@ struct SplitScores {
   using Thread = PrepareThread<Variant>;
   using E = typename Thread::E;
   using Split = typename Thread::Storage::Split;
-  static constexpr int kChunk = Thread::kChunk, kBlocks = Thread::kBlocks, kKeyTile = Thread::Shape::kKeyTile;
+  static constexpr int kChunk = Thread::kChunk, kBlocks = Thread::kBlocks, kGroups = Thread::kGroups;
+  static constexpr int kKeyTile = Thread::Shape::kKeyTile;
   Thread& c;
 
   KDA_DEVICE void write() {
     c.columns.exponentiate();
-    float2 before = Thread::exp2(c.log2_groups(0, c.group)), after = Thread::exp2(c.log2_groups(c.group + 1, kBlocks));
+    float2 before = Thread::exp2(c.log2_groups(0, c.group)), after = Thread::exp2(c.log2_groups(c.group + 1, kGroups));
     if (c.group == 0) {
-      float2 const gamma_c = Thread::exp2(c.log2_groups(0, kBlocks));
-      *reinterpret_cast<float2*>(&c.record.gamma_c[2 * c.pair]) = gamma_c;
+      float2 const gamma_c = Thread::exp2(c.log2_groups(0, kGroups));
+      *reinterpret_cast<float2*>(&c.out.record().gamma_c[2 * c.pair]) = gamma_c;
     }
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
       before = before * c.columns.decay(j);
-      c.store(c.record.gamma_q, c.row(j), c.q(j) * before * Thread::both(c.p.scale));
+      c.store(c.out.record().gamma_q, c.row(j), c.q(j) * before * Thread::both(c.p.scale));
       c.store(c.s.gamma_k, c.row(j), c.k(j) * before);
     }
 #pragma unroll
     for (int j = kTokensPerThread - 1; j >= 0; --j) {
-      c.store(c.record.k_tilde, c.row(j), c.k(j) * after);
+      c.store(c.out.record().k_tilde, c.row(j), c.k(j) * after);
       after = after * c.columns.decay(j);
     }
     float dots[kTokensPerThread];
@@ -149,7 +147,7 @@ struct SplitScores {
       float2 const product = c.q(j) * c.k(j);
       dots[j] = product.x + product.y;
     }
-    c.sum_over_channels(dots, 0);
+    c.sum_over_channels(dots);
   }
 
   KDA_DEVICE void multiply() {
@@ -169,18 +167,17 @@ struct SplitScores {
     }
   }
 
-  /// The decay between this group's tokens and an anchor that lies beyond the neighbouring group.
+  /// The decay between this group's tokens and the anchor, over the groups between.
   template <int kHalf>
   KDA_DEVICE float2 groups_to_anchor(bool upper) const {
-    if constexpr (kHalf > kTokensPerThread) {
-      static_assert(kHalf == 2 * kTokensPerThread, "at most one group lies between");
-      if (upper && c.group % 2 == 1) return Thread::exp2(c.log2_groups(c.group - 1, c.group));
-      if (!upper && c.group % 2 == 0) return Thread::exp2(c.log2_groups(c.group + 1, c.group + 2));
-    }
-    return {1.f, 1.f};
+    constexpr int kGroupsOfHalf = kHalf > kTokensPerThread ? kHalf / kTokensPerThread : 1;
+    if constexpr (kGroupsOfHalf == 1) return {1.f, 1.f};
+    int const first_of_half = c.group / kGroupsOfHalf * kGroupsOfHalf;
+    return Thread::exp2(upper ? c.log2_groups(first_of_half, c.group)
+                              : c.log2_groups(c.group + 1, first_of_half + kGroupsOfHalf));
   }
 
-  /// The tokens [first, first + count) of this thread's 16, all on one side of their split.
+  /// The tokens [first, first + count) of this thread's eight, all on one side of their split.
   template <int kHalf>
   KDA_DEVICE void write_side(Split& split, bool upper, int first, int count) {
     int const token0 = c.row(first), block = token0 / (2 * kHalf), in_half = token0 % kHalf;

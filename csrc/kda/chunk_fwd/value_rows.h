@@ -1,4 +1,4 @@
-// Rows of V, of T V or of O of one chunk, between global memory and a tile in shared memory.
+// Rows of V or of O of one chunk, between global memory and a tile in shared memory.
 #pragma once
 #include "kda/chunk_fwd/columns.h"
 #include "platform/platform.h"
@@ -46,11 +46,12 @@ struct ValueRows {
 
  private:
   template <int kColumns, class Tile, class F>
-  KDA_DEVICE void for_pieces(int column, int index, int count, F f) const {
-    constexpr int kPieces = kColumns / kPiece;
+  KDA_DEVICE void for_pieces(int column, unsigned index, unsigned count, F f) const {
+    constexpr unsigned kPieces = kColumns / kPiece;
 #pragma unroll
-    for (int i = index; i < Tile::kRows * kPieces; i += count) {
-      int const row = i / kPieces, col = column + i % kPieces * kPiece;
+    for (unsigned i = 0; i < Tile::kRows * kPieces; i += count) {
+      if (Tile::kRows * kPieces % count && i + index >= Tile::kRows * kPieces) return;
+      int const row = (i + index) / kPieces, col = column + (i + index) % kPieces * kPiece;
       int const live = row < rows ? columns - col : 0;
       f(row, col, live < kPiece ? live : kPiece);
     }

@@ -1,29 +1,45 @@
-// What the prepare kernel hands to the scan: one record per workspace slot and value head, and T V in the place of o.
+// What the prepare kernel hands to the scan: one record per workspace slot and value head.
 #pragma once
 #include "kda/chunk_fwd/config.h"
 #include "tile/shared_tile.h"
 
 namespace kda {
 
-/// With T = (I + Diag(beta) A_kk)^-1 Diag(beta). The scan copies each part to shared memory as it is: they are images
-/// of its swizzled tiles.
+/// With T = (I + Diag(beta) A_kk)^-1 Diag(beta). The same in global and in shared memory, swizzles included, so that a
+/// record moves as one run of bytes.
 template <class Variant>
-struct alignas(128) ChunkRecord {
+struct ChunkRecord {
   using E = typename Variant::Element;
-  static constexpr int kChunk = ChunkShape<Variant>::kChunk, kKeyTile = ChunkShape<Variant>::kKeyTile;
-  using Wide = tile::SharedTile<E, kChunk, kKeyTile>;
-  using Square = tile::SharedTile<E, kChunk, kChunk>;
+  using Shape = ChunkShape<Variant>;
+  using Wide = tile::SharedTile<E, Shape::kChunk, Shape::kKeyTile>;
+  using Square = tile::SharedTile<E, Shape::kChunk, Shape::kChunk>;
+  using Values = tile::SharedTile<E, Shape::kChunk, kValueTile>;
 
-  E w[kChunk * kKeyTile];        // T (Gamma.K)
-  E gamma_q[kChunk * kKeyTile];  // scale * Gamma.Q
-  E k_tilde[kChunk * kKeyTile];  // exp(G_C - G).K
-  E a_qk[kChunk * kChunk];       // scale * A_qk, zero above the diagonal
-  float gamma_c[kKeyTile];       // decay over the chunk
+  Wide w;                          // T (Gamma.K)
+  Wide gamma_q;                    // scale * Gamma.Q
+  Wide k_tilde;                    // exp(G_C - G).K
+  Square a_qk;                     // scale * A_qk, zero above the diagonal
+  float gamma_c[Shape::kKeyTile];  // decay over the chunk
 };
 
+/// Behind each record: T V, `value_tiles` tiles.
 template <class Variant>
-KDA_HOST_DEVICE ChunkRecord<Variant>& chunk_record(void* workspace, int64_t slot, int value_heads, int value_head) {
-  return static_cast<ChunkRecord<Variant>*>(workspace)[slot * value_heads + value_head];
+KDA_HOST_DEVICE size_t chunk_record_bytes(int value_dim) {
+  return sizeof(ChunkRecord<Variant>) + value_tiles(value_dim) * sizeof(typename ChunkRecord<Variant>::Values);
 }
+
+template <class Variant>
+struct ChunkRecordAt {
+  using Record = ChunkRecord<Variant>;
+  char* bytes;
+
+  KDA_DEVICE ChunkRecordAt(void* workspace, int64_t slot, int value_heads, int value_head, int value_dim)
+      : bytes(static_cast<char*>(workspace) +
+              (slot * value_heads + value_head) * int64_t(chunk_record_bytes<Variant>(value_dim))) {}
+  KDA_DEVICE Record& record() const { return *reinterpret_cast<Record*>(bytes); }
+  KDA_DEVICE typename Record::Values& values(int tile) const {
+    return reinterpret_cast<typename Record::Values*>(bytes + sizeof(Record))[tile];
+  }
+};
 
 }  // namespace kda
