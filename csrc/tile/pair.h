@@ -28,6 +28,10 @@ KDA_DEVICE Pair<E> to_pair(float x, float y) {
 }
 
 template <class E>
+KDA_DEVICE Pair<E> load_pair(E const* from) {
+  return *reinterpret_cast<Pair<E> const*>(from);
+}
+template <class E>
 KDA_DEVICE void store_pair(E* at, Pair<E> x) {
   *reinterpret_cast<Pair<E>*>(at) = x;
 }

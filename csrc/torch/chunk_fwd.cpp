@@ -56,9 +56,9 @@ struct Streams {
     p.v_strides = token_strides(op, "v", v), p.g_strides = token_strides(op, "g", g);
     p.o_strides = token_strides(op, "o", o), p.beta_strides = {beta.stride(0), beta.stride(1), beta.stride(2)};
     p.g_is_fp32 = g.scalar_type() == ScalarType::Float, p.beta_is_fp32 = beta.scalar_type() == ScalarType::Float;
-    p.q_pairs_aligned = aligned(q, 2), p.k_pairs_aligned = aligned(k, 2), p.g_pairs_aligned = aligned(g, 2);
-    int64_t const piece = 16 / int64_t(v.element_size());
-    p.v_pieces_aligned = aligned(v, piece), p.o_pieces_aligned = aligned(o, piece);
+    auto const in_pieces = [](Tensor const& x) { return aligned(x, 16 / int64_t(x.element_size())); };
+    p.q_pieces_aligned = in_pieces(q), p.k_pieces_aligned = in_pieces(k), p.v_pieces_aligned = in_pieces(v);
+    p.g_pieces_aligned = in_pieces(g), p.o_pieces_aligned = in_pieces(o);
     p.heads = int32_t(q.size(2)), p.value_heads = int32_t(v.size(2));
     p.key_dim = int32_t(q.size(3)), p.value_dim = int32_t(v.size(3));
   }

@@ -41,7 +41,6 @@ KDA_GLOBAL void __launch_bounds__(Prepare<Variant>::kThreads, Prepare<Variant>::
   prepare.normalise();
   prepare.scores();
   prepare.solve();
-  prepare.apply();
 }
 
 /// The scan's helper warps: at each step they bring one chunk, announce the one before and take away the output of the
@@ -68,7 +67,6 @@ template <class Variant>
 KDA_DEVICE void consume_chunks(ChunkFwdParams const& p, ScanStorage<Variant>& s, Sequence const& sequence,
                                int64_t chunks, int n, int value_head, int value0) {
   using Barrier = ScanBarrier<Variant>;
-  constexpr bool kAsync = ScanShape<Variant>::kAsync;
   constexpr int kStages = ScanShape<Variant>::kStages, kChunk = Variant::config.chunk;
   int const warp = thread_index() / 32, value = value0 + warp * 16;
   ScanConsumer<Variant> consumer{s, warp};
@@ -76,31 +74,21 @@ KDA_DEVICE void consume_chunks(ChunkFwdParams const& p, ScanStorage<Variant>& s,
 
   bool const keeps = p.chunk_states.data || p.checkpoints.data;
   int64_t const first_kept = first_chunk_state(p, n);
-  auto const finish_output = [&](int64_t i) {
-    if (i >= 2) Barrier::wait(Barrier::output_empty(int(i % 2)));
-    consumer.hand_over_output(int(i % 2));
-    if (i + kStages < chunks) Barrier::arrive(Barrier::empty(int(i % kStages)));
-  };
   int stage = 0;
   uint32_t parity = 0;
   for (int64_t i = 0; i < chunks; ++i) {
     auto const& in = s.stage[stage];
+    int const buffer = int(i & 1);
     if (keeps) keep_states(consumer.state, p, n, first_kept, i * kChunk, value_head, value);
-    consumer.products.read(consumer.state);
     consumer.wait_for_record(stage, parity);
-    consumer.start_correction(in);
-    if (kAsync && i > 0) {
-      consumer.products.template wait<1>();
-      finish_output(i - 1);
-    }
-    consumer.start_output(in);
+    consumer.start(in);
     consumer.correct_values(in);
     consumer.advance(in);
-    if (!kAsync) finish_output(i);
+    if (i + kStages < chunks) Barrier::arrive(Barrier::empty(stage));
+    if (i >= 2) Barrier::wait(Barrier::output_empty(buffer));
+    consumer.hand_over_output(buffer);
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
-  consumer.products.template wait<0>();
-  if (kAsync && chunks) finish_output(chunks - 1);
   finish_states(consumer.state, p, n, sequence.length, value_head, value);
 }
 
@@ -118,7 +106,7 @@ KDA_GLOBAL void __launch_bounds__(ScanShape<Variant>::kThreads, 1) chunk_fwd_sca
     }
     sync_block();
   }
-  if (thread_index() < ScanShape<Variant>::kConsumers)
+  if (shuffle(thread_index() / ScanShape<Variant>::kConsumers, 0) == 0)  // the same for the compiler in all lanes
     consume_chunks<Variant>(p, *storage, sequence, chunks, n, value_head, value0);
   else help_scan<Variant>(p, *storage, sequence, chunks, value_head, value0);
 }

@@ -32,8 +32,7 @@ struct ChunkFwdParams {
   void* o;           // [batch, tokens, value_heads, value_dim], Element
   TokenStrides q_strides, k_strides, v_strides, g_strides, beta_strides, o_strides;
   bool g_is_fp32, beta_is_fp32;
-  bool q_pairs_aligned, k_pairs_aligned, g_pairs_aligned;  // two elements can be loaded at once
-  bool v_pieces_aligned, o_pieces_aligned;                 // 16 bytes can be moved at once
+  bool q_pieces_aligned, k_pieces_aligned, v_pieces_aligned, g_pieces_aligned, o_pieces_aligned;  // 16 bytes at once
 
   ChunkPlan plan;
   int32_t heads, value_heads, key_dim, value_dim;

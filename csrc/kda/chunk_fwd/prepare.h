@@ -1,6 +1,6 @@
 // Everything of a chunk that does not depend on the state, for all chunks at once; one block per chunk and value head.
 //
-//     T = (I + Diag(beta) A_kk)^-1 Diag(beta)      W = T (Gamma.K)      T V, left in the place of O
+//     T = (I + Diag(beta) A_kk)^-1 Diag(beta)      W = T (Gamma.K)      T V
 #pragma once
 #include "kda/chunk_fwd/scores.h"
 #include "tile/solve.h"
@@ -20,12 +20,22 @@ struct Prepare : PrepareThread<Variant> {
   static constexpr int kBlocksPerSm = (sizeof(E) == 4 ? 512 : 1024) / kThreads;  // 128 or 64 registers a thread
 
   KDA_DEVICE void load_chunk() {
-    columns.load(p, chunk, group, pair);
+    load<E>(s.blocks.q, p.q, p.q_strides, p.q_pieces_aligned, chunk.head);
+    load<E>(s.blocks.k, p.k, p.k_strides, p.k_pieces_aligned, chunk.head);
+    if (p.g_is_fp32) load<float>(s.template gate<float>(), p.g, p.g_strides, p.g_pieces_aligned, chunk.value_head);
+    else load<E>(s.template gate<E>(), p.g, p.g_strides, p.g_pieces_aligned, chunk.value_head);
+    cp_async_commit();
     load_values(0);
-    columns.decay_from_gate(p, chunk, group, pair);
-    s.log2_total[group][pair] = columns.log2_total();
+    ChannelGate const gate0(p.gate, chunk.value_head, 2 * pair, p.key_dim);
+    ChannelGate const gate1(p.gate, chunk.value_head, 2 * pair + 1, p.key_dim);
     if (thread < kChunk) s.beta[thread] = thread < chunk.rows ? load_beta<E>(p, chunk, thread) : 0.f;
     clear(s.a_qk);
+    cp_async_wait<1>();
+    sync_block();
+    if (p.g_is_fp32)
+      columns.template load<float>(s.template gate<float>(), this->row(0), pair, chunk.rows, gate0, gate1);
+    else columns.template load<E>(s.template gate<E>(), this->row(0), pair, chunk.rows, gate0, gate1);
+    s.log2_total[group][pair] = columns.log2_total();
   }
 
   /// The norms of q and k, and whether any thread's gate is too steep for BlockScores.
@@ -33,7 +43,7 @@ struct Prepare : PrepareThread<Variant> {
     float norms[2 * kTokensPerThread], largest_key = 0.f;
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
-      float2 const q = tile::to_float2<E>(columns.q[j]), k = tile::to_float2<E>(columns.k[j]);
+      float2 const q = tile::to_float2<E>(this->raw_q(j)), k = tile::to_float2<E>(this->raw_k(j));
       norms[j] = q.x * q.x + q.y * q.y;
       norms[kTokensPerThread + j] = k.x * k.x + k.y * k.y;
     }
@@ -57,28 +67,19 @@ struct Prepare : PrepareThread<Variant> {
     bool steep = false;
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) steep = steep || s.steep[i];
-    if (steep) scores_by<SplitScores<Variant>>();
-    else scores_by<BlockScores<Variant>>();
+    if (steep) scores_by(SplitScores<Variant>{*this});
+    else scores_by(BlockScores<Variant>{*this});
     cp_async_wait<0>();
     sync_block();
   }
 
+  /// W over Gamma.K and T V over V; then everything leaves.
   KDA_DEVICE void solve() {
+    constexpr int kUnits = kKeyTile / 16;
     if (thread < kChunk) tile::invert_diagonal_block(s.l, thread / 16 * 16, thread % 16, kChunk == 16 ? 0xffffu : ~0u);
     sync_block();
-    for (int column = warp; column < kBlocks; column += kWarps) {
-      tile::Accumulator x[kBlocks][2];
-      tile::invert_block_column<SolveElement>(x, s.l, column);
-      store_block_column(x, column);
-    }
-    sync_block();
-  }
-
-  /// W over Gamma.K and T V over V; then everything leaves.
-  KDA_DEVICE void apply() {
-    constexpr int kUnits = kKeyTile / 16;
     for (int unit = warp; unit < 2 * kUnits; unit += kWarps)
-      apply_inverse(unit < kUnits ? s.gamma_k : s.v, unit % kUnits * 16);
+      solve_columns(unit < kUnits ? s.gamma_k : s.v, unit % kUnits * 16);
     sync_block();
     copy(out.record().w.data, s.gamma_k.data);
     copy(out.record().a_qk.data, s.a_qk.data);
@@ -88,7 +89,7 @@ struct Prepare : PrepareThread<Variant> {
       load_values(first);
       cp_async_wait<0>();
       sync_block();
-      for (int unit = warp; unit < kUnits; unit += kWarps) apply_inverse(s.v, unit * 16);
+      for (int unit = warp; unit < kUnits; unit += kWarps) solve_columns(s.v, unit * 16);
       sync_block();
       store_values(first);
     }
@@ -99,14 +100,18 @@ struct Prepare : PrepareThread<Variant> {
     return !(log2_total.x >= -kGentle<E> && log2_total.y >= -kGentle<E>);
   }
   template <class Scores>
-  KDA_DEVICE void scores_by() {
-    Scores scores{*this};
+  KDA_DEVICE void scores_by(Scores scores) {
     scores.write();
     sync_block();
     scores.multiply();
   }
+  template <class G, class Tile>
+  KDA_DEVICE void load(Tile& tile, void const* base, TokenStrides const& strides, bool aligned, int head) {
+    tile_rows<G>(base, strides, aligned, chunk, head, 0, p.key_dim).template load<kKeyTile>(tile, 0, thread, kThreads);
+  }
   KDA_DEVICE void load_values(int first) {
-    value_rows_of_v<E>(p, chunk, first).template load<kKeyTile>(s.v, 0, thread, kThreads);
+    tile_rows<E>(p.v, p.v_strides, p.v_pieces_aligned, chunk, chunk.value_head, first, p.value_dim - first)
+        .template load<kKeyTile>(s.v, 0, thread, kThreads);
     cp_async_commit();
   }
   template <class Tile>
@@ -129,33 +134,20 @@ struct Prepare : PrepareThread<Variant> {
       copy(out.values(first / kValueTile + i).data, tiles[i].data);
   }
 
-  KDA_DEVICE void store_block_column(tile::Accumulator const (&x)[kBlocks][2], int column) {
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i)
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        int const row = i * 16 + e / 4 * 8 + lane % 4 * 2 + e % 2, col = column * 16 + lane / 4 + e % 4 / 2 * 8;
-        if (i >= column) s.t.at(row, col) = from_float<E>(x[i][e / 4].x[e % 4] * s.beta[col]);
-      }
-  }
-
   /// Sixteen columns of the tile <- T times them. Only this warp touches them.
-  KDA_DEVICE void apply_inverse(typename Base::Storage::Wide& tile, int column) {
-    tile::Accumulator acc[kBlocks][2] = {};
+  KDA_DEVICE void solve_columns(typename Base::Storage::Wide& tile, int column) {
+    tile::Accumulator x[kBlocks][2];
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j) {
-      auto const right = tile::load_right_transposed<E>(tile, j * 16, column);
+    for (int i = 0; i < kBlocks; ++i) {
+      tile::load_transposed<E>(x[i][0], x[i][1], tile, i * 16, column);
 #pragma unroll
-      for (int i = j; i < kBlocks; ++i)
-        tile::multiply<E>(acc[i][0], acc[i][1], tile::load_left<E>(s.t, i * 16, j * 16), right);
+      for (int e = 0; e < 8; ++e) x[i][e / 4].x[e % 4] *= s.beta[i * 16 + e / 4 * 8 + lane % 4 * 2 + e % 2];
     }
+    tile::substitute<SolveElement>(x, s.l);
     sync_warp();
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i)
-#pragma unroll
-      for (int e = 0; e < 8; e += 2)
-        tile::store_pair<E>(&tile.at(i * 16 + lane / 4 + e / 2 % 2 * 8, column + e / 4 * 8 + lane % 4 * 2),
-                            tile::to_pair<E>(acc[i][e / 4].x[e % 4], acc[i][e / 4].x[e % 4 + 1]));
+      tile::store_transposed<E, Shape::kConfig.wgmma>(tile, i * 16, column, x[i][0], x[i][1]);
   }
 };
 

@@ -1,7 +1,7 @@
 // One block of the prepare kernel: its shared memory, and what each of its threads knows.
 #pragma once
 #include "kda/chunk_fwd/columns.h"
-#include "kda/chunk_fwd/value_rows.h"
+#include "kda/chunk_fwd/tile_rows.h"
 #include "kda/chunk_fwd/workspace.h"
 
 namespace kda {
@@ -14,9 +14,9 @@ struct PrepareStorage {
   using Square = typename ChunkRecord<Variant>::Square;
   static constexpr int kChunk = Shape::kChunk, kBlocks = Shape::kBlocks, kWarps = Shape::kColumnThreads / 32;
 
-  struct Blocks {    // operands of scores.h, BlockScores
-    Wide q, k;       // as rows: times the decay since the anchor of their block of 16 tokens
-    Wide k_inverse;  // as columns: over it
+  struct Blocks {    // at first q, k and g as given, g in the place of k_inverse (and, in fp32, of what follows)
+    Wide q, k;       // operands of scores.h, BlockScores. Rows: times the decay since the anchor of their 16 tokens
+    Wide k_inverse;  // columns: over it
   };
   struct Split {                                        // operands of one level of SplitScores
     tile::SharedTile<E, kChunk, Shape::kKeyTile> rows;  // per split: q of its upper half, then k of its upper half
@@ -25,7 +25,6 @@ struct PrepareStorage {
   union {
     Blocks blocks;
     Split split[2];  // levels alternate
-    Square t;        // once the scores exist: (I + Diag(beta) A_kk)^-1 Diag(beta)
   };
   Wide gamma_k;                               // Gamma.K, then W
   Wide v;                                     // V, then T V
@@ -36,6 +35,11 @@ struct PrepareStorage {
   float dots[2][Shape::kWarpsPerGroup][kChunk];                          // partial sums over channels
   float q_norm[kChunk], k_norm[kChunk], beta[kChunk];
   bool steep[kWarps];
+
+  template <class G>
+  KDA_DEVICE auto& gate() {
+    return reinterpret_cast<tile::SharedTile<G, kChunk, Shape::kKeyTile>&>(blocks.k_inverse);
+  }
 };
 
 template <class Variant>
@@ -51,13 +55,16 @@ struct PrepareThread {
   Storage& s;
   ChunkRecordAt<Variant> out;
   ChunkOfHead chunk;
-  Columns<Variant> columns;
+  Columns<E> columns;
   int const thread = thread_index(), warp = thread / 32, lane = thread % 32;
   int const group = unsigned(thread) / Shape::kPairs, pair = unsigned(thread) % Shape::kPairs;
 
-  /// Token j of this thread's eight, normalised.
-  KDA_DEVICE float2 q(int j) const { return tile::to_float2<E>(columns.q[j]) * both(s.q_norm[row(j)]); }
-  KDA_DEVICE float2 k(int j) const { return tile::to_float2<E>(columns.k[j]) * both(s.k_norm[row(j)]); }
+  /// Token j of this thread's eight, as given (until the scores write over it).
+  KDA_DEVICE tile::Pair<E> raw_q(int j) const { return tile::load_pair<E>(&s.blocks.q.at(row(j), 2 * pair)); }
+  KDA_DEVICE tile::Pair<E> raw_k(int j) const { return tile::load_pair<E>(&s.blocks.k.at(row(j), 2 * pair)); }
+  /// The same, normalised.
+  KDA_DEVICE float2 q(int j, tile::Pair<E> raw) const { return tile::to_float2<E>(raw) * both(s.q_norm[row(j)]); }
+  KDA_DEVICE float2 k(int j, tile::Pair<E> raw) const { return tile::to_float2<E>(raw) * both(s.k_norm[row(j)]); }
   KDA_DEVICE int row(int j) const { return group * kTokensPerThread + j; }
   KDA_DEVICE static float2 both(float x) { return {x, x}; }
   KDA_DEVICE static float2 exp2(float2 x) { return {decay_exp2<E>(x.x), decay_exp2<E>(x.y)}; }

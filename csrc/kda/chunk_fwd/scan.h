@@ -7,7 +7,7 @@
 // Helper warps bring the records of the next chunks (workspace.h) and take the outputs away meanwhile.
 #pragma once
 #include "kda/chunk_fwd/state_io.h"
-#include "kda/chunk_fwd/value_rows.h"
+#include "kda/chunk_fwd/tile_rows.h"
 #include "kda/chunk_fwd/workspace.h"
 #include "tile/products.h"
 
@@ -30,7 +30,6 @@ struct ScanShape : ChunkShape<Variant> {
   static constexpr int kStages = ChunkShape<Variant>::kConfig.stages;
   /// sm_90: bulk copies, and asynchronous products: the output of a chunk is finished while the next one starts.
   static constexpr bool kAsync = ChunkShape<Variant>::kConfig.wgmma;
-  static_assert(kStages >= (kAsync ? 3 : 1));
 };
 
 /// Named barriers, all of consumers and helpers; 0 is sync_block.
@@ -78,7 +77,8 @@ struct ScanHelper {
   }
   KDA_DEVICE void store_output(ChunkOfHead const& chunk, int buffer, bool again) {
     Barrier::wait(Barrier::output_full(buffer));
-    value_rows_of_o<E>(p, chunk, value0).template store<kValueTile>(s.o[buffer], 0, thread, Shape::kHelpers);
+    tile_rows<E>(p.o, p.o_strides, p.o_pieces_aligned, chunk, chunk.value_head, value0, p.value_dim - value0)
+        .template store<kValueTile>(s.o[buffer], 0, thread, Shape::kHelpers);
     if (again) Barrier::arrive(Barrier::output_empty(buffer));
   }
 
@@ -115,19 +115,13 @@ struct ScanConsumer {
     else Barrier::wait(Barrier::full(stage));
   }
 
-  /// Starts S^T W^T; what was started before goes on.
-  KDA_DEVICE void start_correction(Stage const& in) { products.start_rows(x, state, in.record.w); }
-
-  /// Starts S^T (scale Gamma.Q)^T; then the state decays: the products have their own copy of it.
-  KDA_DEVICE void start_output(Stage const& in) {
+  /// Starts S^T W^T and then S^T (scale Gamma.Q)^T, both from a copy of the state, which decays meanwhile.
+  KDA_DEVICE void start(Stage const& in) {
+    products.read(state);
+    if constexpr (Shape::kAsync) decay(in);
+    products.start_rows(x, state, in.record.w);
     products.start_rows(o, state, in.record.gamma_q);
-    int const lane = lane_index();
-#pragma unroll
-    for (int d = 0; d < kKeyTiles; ++d) {
-      float2 const gamma = *reinterpret_cast<float2 const*>(&in.record.gamma_c[d * 8 + lane % 4 * 2]);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) state[d].x[e] *= e % 2 ? gamma.y : gamma.x;
-    }
+    if constexpr (!Shape::kAsync) decay(in);
   }
 
   /// U^T = (T V)^T - S^T W^T
@@ -146,19 +140,31 @@ struct ScanConsumer {
     }
   }
 
-  /// S^T += U^T K~, done at the end; O^T += U^T A_qk^T, still on its way.
+  /// S^T += U^T K~ and O^T += U^T A_qk^T. Nothing is on its way at the end: ptxas runs wgmmas one by one where they are
+  /// pending across a condition.
   KDA_DEVICE void advance(Stage const& in) {
     products.start_outer(state, left, in.record.k_tilde);
     products.start_lower(o, left, in.record.a_qk);
-    products.template wait<1>();
+    products.template wait<0>();
   }
 
-  /// O of a chunk, whose products are complete, for the helpers.
+  /// O of a chunk for the helpers.
   KDA_DEVICE void hand_over_output(int buffer) {
 #pragma unroll
     for (int c = 0; c < kTokenTiles; c += 2)
       tile::store_transposed<E, Shape::kAsync>(s.o[buffer], c * 8, warp * 16, o[c], o[c + 1]);
     Barrier::arrive(Barrier::output_full(buffer));
+  }
+
+ private:
+  KDA_DEVICE void decay(Stage const& in) {
+    int const lane = lane_index();
+#pragma unroll
+    for (int d = 0; d < kKeyTiles; ++d) {
+      float2 const gamma = *reinterpret_cast<float2 const*>(&in.record.gamma_c[d * 8 + lane % 4 * 2]);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) state[d].x[e] *= e % 2 ? gamma.y : gamma.x;
+    }
   }
 };
 

@@ -86,7 +86,7 @@ struct BlockScores {
   }
   KDA_DEVICE void write_token(int j, float2 log2_e, float2 to_anchor, float2 to_end) {
     float2 const e = Thread::exp2(log2_e), inverse = Thread::exp2(Thread::both(-1.f) * log2_e);
-    float2 const k = c.k(j), q_row = c.q(j) * e, k_row = k * e, k_column = k * inverse;
+    float2 const k = c.k(j, c.raw_k(j)), q_row = c.q(j, c.raw_q(j)) * e, k_row = k * e, k_column = k * inverse;
     int const row = c.row(j);
     c.store(c.s.blocks.q, row, q_row);
     c.store(c.s.blocks.k, row, k_row);
@@ -122,8 +122,11 @@ struct SplitScores {
   static constexpr int kChunk = Thread::kChunk, kBlocks = Thread::kBlocks, kGroups = Thread::kGroups;
   static constexpr int kKeyTile = Thread::Shape::kKeyTile;
   Thread& c;
+  tile::Pair<E> raw_q[kTokensPerThread], raw_k[kTokensPerThread];
 
   KDA_DEVICE void write() {
+#pragma unroll
+    for (int j = 0; j < kTokensPerThread; ++j) raw_q[j] = c.raw_q(j), raw_k[j] = c.raw_k(j);
     c.columns.exponentiate();
     float2 before = Thread::exp2(c.log2_groups(0, c.group)), after = Thread::exp2(c.log2_groups(c.group + 1, kGroups));
     if (c.group == 0) {
@@ -133,18 +136,18 @@ struct SplitScores {
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
       before = before * c.columns.decay(j);
-      c.store(c.out.record().gamma_q, c.row(j), c.q(j) * before * Thread::both(c.p.scale));
-      c.store(c.s.gamma_k, c.row(j), c.k(j) * before);
+      c.store(c.out.record().gamma_q, c.row(j), q(j) * before * Thread::both(c.p.scale));
+      c.store(c.s.gamma_k, c.row(j), k(j) * before);
     }
 #pragma unroll
     for (int j = kTokensPerThread - 1; j >= 0; --j) {
-      c.store(c.out.record().k_tilde, c.row(j), c.k(j) * after);
+      c.store(c.out.record().k_tilde, c.row(j), k(j) * after);
       after = after * c.columns.decay(j);
     }
     float dots[kTokensPerThread];
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
-      float2 const product = c.q(j) * c.k(j);
+      float2 const product = q(j) * k(j);
       dots[j] = product.x + product.y;
     }
     c.sum_over_channels(dots);
@@ -156,6 +159,9 @@ struct SplitScores {
   }
 
  private:
+  KDA_DEVICE float2 q(int j) const { return c.q(j, raw_q[j]); }
+  KDA_DEVICE float2 k(int j) const { return c.k(j, raw_k[j]); }
+
   template <int kHalf>
   KDA_DEVICE void level() {
     if constexpr (kHalf >= 1) {
@@ -188,10 +194,10 @@ struct SplitScores {
       if (upper) {
         decay = decay * c.columns.decay(first + j);
         int const row = block * 2 * kHalf + in_half + j;
-        c.store(split.rows, row, c.q(first + j) * decay);
-        c.store(split.rows, row + kHalf, c.k(first + j) * decay);
+        c.store(split.rows, row, q(first + j) * decay);
+        c.store(split.rows, row + kHalf, k(first + j) * decay);
       } else {
-        c.store(split.cols, block * kHalf + in_half + j, c.k(first + j) * decay);
+        c.store(split.cols, block * kHalf + in_half + j, k(first + j) * decay);
         decay = decay * c.columns.decay(first + j);
       }
     }

@@ -1,13 +1,13 @@
-// Rows of V or of O of one chunk, between global memory and a tile in shared memory.
+// Rows of q, k, v, g or o of one chunk, between global memory and a tile in shared memory.
 #pragma once
 #include "kda/chunk_fwd/columns.h"
 #include "platform/platform.h"
 
 namespace kda {
 
-/// One chunk of one value head, from one column of V on.
+/// The tokens of one chunk, one head, from one column on.
 template <class E>
-struct ValueRows {
+struct TileRows {
   static constexpr int kPiece = 16 / int(sizeof(E));
   E* base;  // of the tensor
   int64_t first, token_stride;
@@ -58,20 +58,12 @@ struct ValueRows {
   }
 };
 
-/// From column `column` on.
+/// `columns`: that exist from `column` on.
 template <class E>
-KDA_DEVICE ValueRows<E> value_rows(void* base, TokenStrides const& s, bool aligned, ChunkFwdParams const& p,
-                                   ChunkOfHead const& chunk, int column) {
-  int64_t const first = chunk.batch_row * s.batch + chunk.begin * s.token + chunk.value_head * s.head + column;
-  return {static_cast<E*>(base), first, s.token, chunk.rows, p.value_dim - column, aligned};
-}
-template <class E>
-KDA_DEVICE ValueRows<E> value_rows_of_v(ChunkFwdParams const& p, ChunkOfHead const& chunk, int column) {
-  return value_rows<E>(const_cast<void*>(p.v), p.v_strides, p.v_pieces_aligned, p, chunk, column);
-}
-template <class E>
-KDA_DEVICE ValueRows<E> value_rows_of_o(ChunkFwdParams const& p, ChunkOfHead const& chunk, int column) {
-  return value_rows<E>(p.o, p.o_strides, p.o_pieces_aligned, p, chunk, column);
+KDA_DEVICE TileRows<E> tile_rows(void const* base, TokenStrides const& s, bool aligned, ChunkOfHead const& chunk,
+                                 int head, int column, int columns) {
+  int64_t const first = chunk.batch_row * s.batch + chunk.begin * s.token + head * s.head + column;
+  return {static_cast<E*>(const_cast<void*>(base)), first, s.token, chunk.rows, columns, aligned};
 }
 
 }  // namespace kda
