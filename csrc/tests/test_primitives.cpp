@@ -74,6 +74,7 @@ TEST(Threads, Shuffles) {
     ASSERT_EQ(out[l], (5 * l + 3) % 32 * 2654435761u);
     ASSERT_EQ(out[32 + l], 9 * 2654435761u);
     for (uint32_t bits = 1; bits < 32; ++bits) ASSERT_EQ(out[32 + bits * 32 + l], (l ^ bits) * 2654435761u);
+    ASSERT_EQ(out[33 * 32 + l], 1u);
   }
 }
 
@@ -162,6 +163,21 @@ TEST(Scalars, Rounding) {
   }
 }
 
+template <class E>
+void expect_pair_products(int mantissa_bits, int bias) {
+  auto const in = pair_input<E>(), out = pair_products<E>();
+  for (size_t i = 0; i < in.size(); ++i)
+    for (int h = 0; h < 2; ++h) {
+      auto const value = [&](uint32_t pair) { return decode(pair >> 16 * h & 0xFFFF, mantissa_bits, bias); };
+      float const product = rounded(value(in[i]) * value(in[in.size() - 1 - i]), mantissa_bits, bias);
+      ASSERT_TRUE(same(value(out[i]), product)) << value(in[i]) << " * " << value(in[in.size() - 1 - i]);
+    }
+}
+TEST(Scalars, PairProducts) {
+  expect_pair_products<Bf16>(7, 127);
+  expect_pair_products<Fp16>(10, 15);
+}
+
 TEST(Scalars, Functions) {
   auto const in = function_input(), out = functions(), logarithm = logarithms();
   auto const flushed = [](double x) { return std::fabs(x) < 0x1p-126 ? 0. : x; };
@@ -176,6 +192,7 @@ TEST(Scalars, Functions) {
     EXPECT_TRUE(close(out[2 * 2048 + i], std::exp(x))) << x;
     EXPECT_TRUE(close(out[3 * 2048 + i], std::log1p(positive))) << x;
     EXPECT_TRUE(close(out[4 * 2048 + i], 1 / std::sqrt(positive))) << x;
+    EXPECT_TRUE(close(out[5 * 2048 + i], std::exp2(x))) << x;
     if (positive < 0x1p-126) EXPECT_EQ(logarithm[i], -INFINITY) << x;
     else EXPECT_NEAR(logarithm[i], std::log2(positive), 0x1p-22 * std::max(1., std::fabs(std::log2(positive)))) << x;
   }

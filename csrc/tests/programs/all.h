@@ -63,6 +63,8 @@ inline std::vector<Program> programs() {
       {"registers", bytes_of<registers>, 0, 0},
       {"to_float", bytes_of<to_float_all>, 0, 0},
       {"rounding", bytes_of<rounding>, 0, 0},
+      {"multiply2_bf16", bytes_of<pair_products<Bf16>>, 0, 0},
+      {"multiply2_fp16", bytes_of<pair_products<Fp16>>, 0, 0},
       {"functions", bytes_of<functions>, 0x1p-21f, 0x1p-126f},
       {"log2_fast", bytes_of<logarithms>, 0x1p-21f, 1.f},
       {"float2", bytes_of<float2_products>, 0, 0},

@@ -53,6 +53,28 @@ inline std::vector<Rounded> rounding() {
   return run(rounding_kernel, dim3(16), dim3(256), 0, 4096, static_cast<float const*>(in.data()));
 }
 
+/// Products of neighbouring values of both formats, as pairs of 16-bit patterns.
+template <class E>
+KDA_GLOBAL void multiply2_kernel(uint32_t* out, uint32_t const* in) {
+  int const i = blockIdx.x * 256 + thread_index();
+  out[i] = multiply2<E>(in[i], in[4095 - i]);
+}
+template <class E>
+std::vector<uint32_t> pair_input() {
+  std::vector<float> const x = rounding_input();
+  std::vector<uint32_t> pairs(4096);
+  for (uint32_t i = 0; i < 4096; ++i) {  // finite, so that no product is NaN
+    E const pair[2] = {from_float<E>(i % 3 ? real(i, 14) : std::fmod(x[i], 256.f)), from_float<E>(8.f * real(i, 15))};
+    std::memcpy(&pairs[i], pair, 4);
+  }
+  return pairs;
+}
+template <class E>
+std::vector<uint32_t> pair_products() {
+  Buffer<uint32_t> const in(pair_input<E>());
+  return run(multiply2_kernel<E>, dim3(16), dim3(256), 0, 4096, static_cast<uint32_t const*>(in.data()));
+}
+
 // ---- functions -------------------------------------------------------------------------------------------------
 
 inline std::vector<float> function_input() {
@@ -60,7 +82,7 @@ inline std::vector<float> function_input() {
   while (x.size() < 2048) x.push_back(80.f * real(uint32_t(x.size()), 3));
   return x;
 }
-inline constexpr int kFunctions = 5;
+inline constexpr int kFunctions = 6;
 KDA_GLOBAL void functions_kernel(float* out, float const* in) {
   int const i = blockIdx.x * 256 + thread_index();
   float const x = in[i], positive = x < 0 ? -x : x;
@@ -69,6 +91,7 @@ KDA_GLOBAL void functions_kernel(float* out, float const* in) {
   out[2 * 2048 + i] = exp_accurate(x);
   out[3 * 2048 + i] = log1p_accurate(positive);
   out[4 * 2048 + i] = rsqrt_accurate(positive);
+  out[5 * 2048 + i] = exp2_accurate(x);
 }
 inline std::vector<float> functions() {
   Buffer<float> const in(function_input());

@@ -112,8 +112,9 @@ KDA_GLOBAL void shuffle_kernel(uint32_t* out) {
   out[lane] = shuffle(x, 5 * lane + 3);  // beyond 31: modulo 32
   out[32 + lane] = shuffle(x, 9);
   for (int bits = 1; bits < 32; ++bits) out[32 + bits * 32 + lane] = shuffle_xor(x, bits);
+  out[33 * 32 + lane] = warp_any(lane == 19) + 2 * warp_any(lane > 31);
 }
-inline std::vector<uint32_t> shuffles() { return run(shuffle_kernel, dim3(1), dim3(32), 0, 33 * 32); }
+inline std::vector<uint32_t> shuffles() { return run(shuffle_kernel, dim3(1), dim3(32), 0, 34 * 32); }
 
 template <int kCount>
 KDA_DEVICE void scatter_sums(float* out, float const* in) {
