@@ -49,12 +49,16 @@ cpp-tests: build/cmake-tests  ## GoogleTests of the primitives and of planted bu
 	cmake --build build/cmake-tests --parallel $(JOBS) --target cpp-tests
 	ctest --test-dir build/cmake-tests --output-on-failure --parallel $(JOBS)
 
+test-sanitizers: build/cmake-tests  ## a slice of what .ci/run runs under ASan + UBSan and TSan
+	cmake --build build/cmake-tests --parallel $(JOBS) --target sanitized
+	$(BIN)/python csrc/tests/sanitize.py build/cmake-tests/csrc/tests
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'bench/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 
-test: build emulator cpp-tests lint
+test: build emulator cpp-tests test-sanitizers lint
 	$(BIN)/python -m pytest $(ARGS)
 
 clean:

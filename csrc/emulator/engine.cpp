@@ -173,7 +173,8 @@ void Engine::run_block(uint3 index, std::function<void()> const& body) {
 // ---- collectives -----------------------------------------------------------------------------------------------
 
 /// The meeting, for the lane that completes it; null for the others, once they have been woken.
-KDA_NO_TSAN WarpMeeting* Engine::meet(char const* operation, uint32_t mask, void* arguments, Location location) {
+KDA_NO_TSAN WarpMeeting* Engine::meet(char const* operation, uint32_t mask, void* arguments, Location location,
+                                      bool orders_memory) {
   int const warp = running->warp, lane = running->lane;
   if (!(mask >> lane & 1)) fail(std::string(operation) + ": the calling lane is not in its own mask", location);
   WarpMeeting* meeting = nullptr;
@@ -191,23 +192,21 @@ KDA_NO_TSAN WarpMeeting* Engine::meet(char const* operation, uint32_t mask, void
   if (!meeting->arrived) meeting->wanted = mask, meeting->operation = operation, meeting->location = location;
   meeting->arrived |= 1u << lane;
   meeting->arguments[lane] = arguments;
+  void* const sync = &meeting->sync[meeting->phase & 1];
+  if (orders_memory) release(sync);
   if (meeting->arrived != meeting->wanted) {
     block_on(operation, warp, location);
-    return nullptr;
+    meeting = nullptr;
+  } else {
+    meeting->arrived = 0;
+    ++meeting->phase;
   }
-  meeting->arrived = 0;
+  if (orders_memory) acquire(sync);
   return meeting;
 }
 
 KDA_NO_TSAN void Engine::sync_warp(uint32_t mask, Location location) {
-  int const warp = running->warp;
-  void* sync = &warp_sync_[warp][warp_phase_[warp] & 1];
-  release(sync);
-  if (meet("__syncwarp", mask, nullptr, location)) {
-    ++warp_phase_[warp];
-    make_ready(warp, mask & ~(1u << running->lane));
-  }
-  acquire(sync);
+  if (meet("sync_warp", mask, nullptr, location, true)) make_ready(running->warp, mask & ~(1u << running->lane));
 }
 
 KDA_NO_TSAN void Engine::named_barrier(int id, uint32_t threads, bool wait, char const* operation, Location location) {

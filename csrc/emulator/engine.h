@@ -98,6 +98,8 @@ struct WarpMeeting {
   char const* operation = "";
   Location location{"", 0};
   void* arguments[32];
+  uint64_t sync[2] = {};  // as in NamedBarrier
+  uint32_t phase = 0;
 };
 
 /// One thread's part of a warpgroup product, as started.
@@ -220,8 +222,6 @@ class Engine {
   std::vector<std::pair<void const*, char*>> statics_;
   uint32_t ready_[kMaxWarps] = {}, warps_ready_ = 0;
   WarpMeeting meetings_[kMaxWarps][4];
-  uint64_t warp_sync_[kMaxWarps][2] = {};
-  uint32_t warp_phase_[kMaxWarps] = {};
   NamedBarrier barriers_[kNamedBarriers];
   Warpgroup warpgroups_[kMaxWarps / 4];
   std::map<uint32_t, MbarrierState> mbarriers_;  // by shared offset
@@ -243,7 +243,8 @@ class Engine {
   KDA_NO_TSAN Fiber* pick();
   KDA_NO_TSAN void jump(Fiber* to);
   KDA_NO_TSAN void block_on(char const* operation, int id, Location location);
-  KDA_NO_TSAN WarpMeeting* meet(char const* operation, uint32_t mask, void* arguments, Location location);
+  KDA_NO_TSAN WarpMeeting* meet(char const* operation, uint32_t mask, void* arguments, Location location,
+                                bool orders_memory = false);
   KDA_NO_TSAN void release_barrier(NamedBarrier& barrier, bool wait, Location location);
   KDA_NO_TSAN void issue_wgmma(Warpgroup& group, Location location);
   KDA_NO_TSAN PendingWgmma* due_wgmma(Warpgroup& group, size_t i, int before);

@@ -67,6 +67,42 @@ TEST(Misuse, BarrierThatNobodyCompletes) {
       });
 }
 
+/// Every step refills the buffer; without the second barrier that is wrong only where a warp runs ahead.
+template <bool kSecondBarrier>
+void refill(uint32_t* global) {
+  KDA_DYNAMIC_SHARED(Words, s);
+  uint32_t sum = 0;
+  for (uint32_t step = 0; step < 6; ++step) {
+    s->word[thread_index()] = step * 1000 + thread_index();
+    sync_block();
+    sum = sum * 3 + s->word[(thread_index() + 37 * (step + 1)) % 128];
+    if (kSecondBarrier) sync_block();
+  }
+  global[thread_index()] = sum;
+}
+template <bool kSecondBarrier>
+int schedules_unlike_the_first() {
+  uint64_t const seed = emulator::options().seed;
+  std::vector<uint32_t> first;
+  int different = 0;
+  for (uint64_t s = 0; s < 8; ++s) {
+    emulator::options().seed = s;
+    std::vector<uint32_t> out;
+    EXPECT_EQ(complaint(128, &refill<kSecondBarrier>, &out), "");
+    std::vector<uint32_t> values;
+    for (uint32_t const x : out)
+      if (x) values.push_back(x);
+    if (s == 0) first = values;
+    else different += values != first;
+  }
+  emulator::options().seed = seed;
+  return different;
+}
+TEST(Misuse, MissingBarrierShowsInSomeSchedule) {
+  EXPECT_GT(schedules_unlike_the_first<false>(), 0);
+  EXPECT_EQ(schedules_unlike_the_first<true>(), 0);
+}
+
 // ---- warps -----------------------------------------------------------------------------------------------------
 
 TEST(Misuse, DivergentWarp) {
