@@ -7,7 +7,7 @@ JOBS ?= $(shell nproc)
 TORCH ?= torch==2.13.0
 export PATH := $(BIN):$(PATH)
 
-.PHONY: venv build emulator cpp-tests lint test test-sanitizers demo bench clean
+.PHONY: venv build emulator gtest build/cmake-tests cpp-tests lint test test-sanitizers demo bench clean
 
 venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
@@ -31,12 +31,34 @@ emulator: venv  ## the kernels, compiled for the CPU
 	cmake -B build/cmake-emulator $(CMAKE_COMMON) -DKDA_BUILD_EMULATOR=ON
 	cmake --build build/cmake-emulator --parallel $(JOBS)
 
+# CuTe's layouts are the oracle of the C++ tests.
+$(VENV)/.cutlass: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --no-deps "nvidia-cutlass==4.2.0.0"
+	touch $@
+
+gtest:
+	@[ -f /usr/include/gtest/gtest.h ] || [ -f /usr/src/googletest/CMakeLists.txt ] \
+	|| { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq libgtest-dev; } \
+	|| { echo "no GoogleTest, which the C++ tests need: apt-get install libgtest-dev" >&2; exit 1; }
+
+CUTLASS_INCLUDE = $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/cutlass_library/source/include
+build/cmake-tests: $(VENV)/.cutlass gtest
+	cmake -B $@ $(CMAKE_COMMON) -DKDA_CUTLASS_INCLUDE=$(CUTLASS_INCLUDE) -DKDA_BUILD_TESTS=ON
+
+cpp-tests: build/cmake-tests  ## GoogleTests of the primitives and of planted bugs, and the executables of python_tests/test_primitives.py
+	cmake --build build/cmake-tests --parallel $(JOBS) --target cpp-tests
+	ctest --test-dir build/cmake-tests --output-on-failure --parallel $(JOBS)
+
+test-sanitizers: build/cmake-tests  ## a slice of what .ci/run runs under ASan + UBSan and TSan
+	cmake --build build/cmake-tests --parallel $(JOBS) --target sanitized
+	$(BIN)/python csrc/tests/sanitize.py build/cmake-tests/csrc/tests
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'bench/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 
-test: build emulator lint
+test: build emulator cpp-tests test-sanitizers lint
 	$(BIN)/python -m pytest $(ARGS)
 
 clean:

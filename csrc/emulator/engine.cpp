@@ -173,12 +173,13 @@ void Engine::run_block(uint3 index, std::function<void()> const& body) {
 // ---- collectives -----------------------------------------------------------------------------------------------
 
 /// The meeting, for the lane that completes it; null for the others, once they have been woken.
-KDA_NO_TSAN WarpMeeting* Engine::meet(char const* operation, uint32_t mask, void* arguments, Location location) {
+KDA_NO_TSAN WarpMeeting* Engine::meet(char const* operation, uint32_t mask, void* arguments, Location location,
+                                      bool orders_memory) {
   int const warp = running->warp, lane = running->lane;
-  if (!(mask >> lane & 1)) fail(std::string(operation) + ": the calling lane is not in its own mask");
+  if (!(mask >> lane & 1)) fail(std::string(operation) + ": the calling lane is not in its own mask", location);
   WarpMeeting* meeting = nullptr;
   for (WarpMeeting& m : meetings_[warp]) {
-    if (m.arrived && (m.wanted & mask)) {
+    if (m.arrived & mask && m.wanted >> lane & 1) {  // they wait for this lane, and it would wait for them
       if (m.wanted != mask || std::strcmp(m.operation, operation) != 0)
         fail("divergent warp: lane " + std::to_string(lane) + " at " + operation + " " + location.text() +
              ", others wait at " + m.operation + " " + m.location.text());
@@ -187,56 +188,56 @@ KDA_NO_TSAN WarpMeeting* Engine::meet(char const* operation, uint32_t mask, void
     }
     if (!m.arrived && !meeting) meeting = &m;
   }
-  if (!meeting) fail(std::string(operation) + ": more than four groups of one warp at different collectives");
+  if (!meeting) fail(std::string(operation) + ": more than four groups of one warp at different collectives", location);
   if (!meeting->arrived) meeting->wanted = mask, meeting->operation = operation, meeting->location = location;
   meeting->arrived |= 1u << lane;
   meeting->arguments[lane] = arguments;
+  void* const sync = &meeting->sync[meeting->phase & 1];
+  if (orders_memory) release(sync);
   if (meeting->arrived != meeting->wanted) {
     block_on(operation, warp, location);
-    return nullptr;
+    meeting = nullptr;
+  } else {
+    meeting->arrived = 0;
+    ++meeting->phase;
   }
-  meeting->arrived = 0;
+  if (orders_memory) acquire(sync);
   return meeting;
 }
 
 KDA_NO_TSAN void Engine::sync_warp(uint32_t mask, Location location) {
-  int const warp = running->warp;
-  void* sync = &warp_sync_[warp][warp_phase_[warp] & 1];
-  release(sync);
-  if (meet("__syncwarp", mask, nullptr, location)) {
-    ++warp_phase_[warp];
-    make_ready(warp, mask & ~(1u << running->lane));
-  }
-  acquire(sync);
+  if (meet("sync_warp", mask, nullptr, location, true)) make_ready(running->warp, mask & ~(1u << running->lane));
 }
 
 KDA_NO_TSAN void Engine::named_barrier(int id, uint32_t threads, bool wait, char const* operation, Location location) {
-  if (id < 0 || id >= kNamedBarriers) fail("barrier id " + std::to_string(id) + " is not in 0..15");
+  if (id < 0 || id >= kNamedBarriers) fail("barrier id " + std::to_string(id) + " is not in 0..15", location);
   if (threads % 32 || !threads || threads > uint32_t(warps_) * 32)
     fail("barrier " + std::to_string(id) + ": thread count " + std::to_string(threads) +
-         " is not a multiple of 32 within the block");
+             " is not a multiple of 32 within the block",
+         location);
   NamedBarrier& b = barriers_[id];
-  if (b.arrived && b.expected != threads) fail("barrier " + std::to_string(id) + " used with two different counts");
+  if (b.arrived && b.expected != threads)
+    fail("barrier " + std::to_string(id) + " used with two different counts", location);
   int const warp = running->warp;
   uint32_t const bit = 1u << running->lane;
-  if (b.lanes[warp] & bit) fail("a thread arrives twice at barrier " + std::to_string(id) + " in one phase");
+  if (b.lanes[warp] & bit) fail("a thread arrives twice at barrier " + std::to_string(id) + " in one phase", location);
   b.expected = threads;
   ++b.arrived;
   b.lanes[warp] |= bit;
   if (wait) b.waiting[warp] |= bit;
   void* sync = &b.sync[b.phase & 1];
   release(sync);
-  if (b.arrived == threads) release_barrier(b, wait);
+  if (b.arrived == threads) release_barrier(b, wait, location);
   else if (wait) block_on(operation, id, location);
   if (wait) acquire(sync);
 }
 
-KDA_NO_TSAN void Engine::release_barrier(NamedBarrier& b, bool wait) {
+KDA_NO_TSAN void Engine::release_barrier(NamedBarrier& b, bool wait, Location location) {
   for (int w = 0; w < warps_; ++w) {
     int const lanes_in_warp = threads_ - w * 32 < 32 ? threads_ - w * 32 : 32;
     uint32_t const all = lanes_in_warp == 32 ? ~0u : (1u << lanes_in_warp) - 1;
     if (b.lanes[w] && b.lanes[w] != all)
-      fail("bar.sync reached by part of warp " + std::to_string(w) + " (undefined on the device)");
+      fail("barrier reached by part of warp " + std::to_string(w) + " (undefined on the device)", location);
     if (w == running->warp && wait) b.waiting[w] &= ~(1u << running->lane);
     make_ready(w, b.waiting[w]);
     b.waiting[w] = b.lanes[w] = 0;
@@ -247,13 +248,13 @@ KDA_NO_TSAN void Engine::release_barrier(NamedBarrier& b, bool wait) {
 
 // ---- shared memory and asynchronous copies -----------------------------------------------------------------------
 
-uint32_t Engine::shared_offset(void const* p) {
+KDA_NO_TSAN uint32_t Engine::shared_offset(void const* p) {
   ptrdiff_t const offset = static_cast<char const*>(p) - window_;
   if (offset < 0 || offset >= ptrdiff_t(kSharedWindow)) fail("address is not in shared memory");
   return uint32_t(offset);
 }
 
-char* Engine::static_shared(void const* key, size_t bytes, size_t align) {
+KDA_NO_TSAN char* Engine::static_shared(void const* key, size_t bytes, size_t align) {
   EngineOnly scope;
   for (auto const& [k, p] : statics_)
     if (k == key) return p;

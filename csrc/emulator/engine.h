@@ -98,6 +98,8 @@ struct WarpMeeting {
   char const* operation = "";
   Location location{"", 0};
   void* arguments[32];
+  uint64_t sync[2] = {};  // as in NamedBarrier
+  uint32_t phase = 0;
 };
 
 /// One thread's part of a warpgroup product, as started.
@@ -116,6 +118,7 @@ struct PendingWgmma {
   bool done;
   uint32_t a[128][4];
   float* d[128];  // the true accumulators, in Warpgroup::accumulators
+  Location location;
 };
 struct InFlight {
   std::vector<float> value;
@@ -157,11 +160,11 @@ struct MbarrierState {
 
 class Engine {
  public:
-  static Engine*& current_slot() {
+  static KDA_NO_TSAN Engine*& current_slot() {
     static thread_local Engine* engine = nullptr;
     return engine;
   }
-  static Engine& current() { return *current_slot(); }
+  static KDA_NO_TSAN Engine& current() { return *current_slot(); }
 
   Engine(dim3 grid, dim3 block, size_t dynamic_bytes, Options const& options);
   ~Engine();
@@ -171,9 +174,9 @@ class Engine {
   dim3 grid, block;
   uint3 block_index{};
   Fiber* running = nullptr;
-  char* dynamic_shared() { return window_ + kDynamicOffset; }
-  char* static_shared(void const* key, size_t bytes, size_t align);
-  uint32_t shared_offset(void const* p);
+  KDA_NO_TSAN char* dynamic_shared() { return window_ + kDynamicOffset; }
+  KDA_NO_TSAN char* static_shared(void const* key, size_t bytes, size_t align);
+  KDA_NO_TSAN uint32_t shared_offset(void const* p);
 
   [[noreturn]] KDA_NO_TSAN void fail(std::string const& what);
   [[noreturn]] KDA_NO_TSAN void fail(std::string const& what, Location at) { fail(what + " at " + at.text()); }
@@ -190,8 +193,8 @@ class Engine {
   KDA_NO_TSAN void sync_warp(uint32_t mask, Location location);
   KDA_NO_TSAN void named_barrier(int id, uint32_t threads, bool wait, char const* operation, Location location);
 
-  void start_wgmma(Wgmma const& x, Location location);
-  void commit_wgmma();
+  KDA_NO_TSAN void start_wgmma(Wgmma const& x, Location location);
+  KDA_NO_TSAN void commit_wgmma();
   void wait_wgmma(int keep);
   KDA_NO_TSAN void set_registers(int count, bool more, Location location);
 
@@ -219,8 +222,6 @@ class Engine {
   std::vector<std::pair<void const*, char*>> statics_;
   uint32_t ready_[kMaxWarps] = {}, warps_ready_ = 0;
   WarpMeeting meetings_[kMaxWarps][4];
-  uint64_t warp_sync_[kMaxWarps][2] = {};
-  uint32_t warp_phase_[kMaxWarps] = {};
   NamedBarrier barriers_[kNamedBarriers];
   Warpgroup warpgroups_[kMaxWarps / 4];
   std::map<uint32_t, MbarrierState> mbarriers_;  // by shared offset
@@ -242,8 +243,9 @@ class Engine {
   KDA_NO_TSAN Fiber* pick();
   KDA_NO_TSAN void jump(Fiber* to);
   KDA_NO_TSAN void block_on(char const* operation, int id, Location location);
-  KDA_NO_TSAN WarpMeeting* meet(char const* operation, uint32_t mask, void* arguments, Location location);
-  KDA_NO_TSAN void release_barrier(NamedBarrier& barrier, bool wait);
+  KDA_NO_TSAN WarpMeeting* meet(char const* operation, uint32_t mask, void* arguments, Location location,
+                                bool orders_memory = false);
+  KDA_NO_TSAN void release_barrier(NamedBarrier& barrier, bool wait, Location location);
   KDA_NO_TSAN void issue_wgmma(Warpgroup& group, Location location);
   KDA_NO_TSAN PendingWgmma* due_wgmma(Warpgroup& group, size_t i, int before);
   void run_wgmma(PendingWgmma& op);
@@ -257,6 +259,10 @@ class Engine {
   std::string who_waits_where() const;
   static KDA_NO_TSAN void thread_entry();
 };
+
+/// Byte address of element (n, k) of B, or (m, k) of A. PTX ISA, canonical layouts with the 128-byte swizzle: K-major
+/// rows of n hold 64 values of k; MN-major rows of k hold 64 values of n.
+KDA_NO_TSAN uint32_t wgmma_element_address(uint64_t descriptor, int n, int k, bool mn_major);
 
 /// Runs `body` for every thread of the grid; throws Error for the first misuse. Records `kernel` as having run.
 void run_grid(char const* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> const& body);

@@ -6,9 +6,7 @@
 
 namespace kda::emulator {
 
-/// Byte address of element (n, k) of B, or (m, k) of A. PTX ISA, canonical layouts with the 128-byte swizzle: K-major
-/// rows of n hold 64 values of k; MN-major rows of k hold 64 values of n.
-static KDA_NO_TSAN uint32_t element_address(uint64_t descriptor, int n, int k, bool mn_major) {
+KDA_NO_TSAN uint32_t wgmma_element_address(uint64_t descriptor, int n, int k, bool mn_major) {
   uint32_t const base = uint32_t(descriptor & 0x3FFF) << 4, panel = uint32_t(descriptor >> 16 & 0x3FFF) << 4,
                  group = uint32_t(descriptor >> 32 & 0x3FFF) << 4;
   uint32_t const address = mn_major ? base + n % 64 * 2 + n / 64 * panel + k % 8 * 128 + k / 8 * group
@@ -16,7 +14,7 @@ static KDA_NO_TSAN uint32_t element_address(uint64_t descriptor, int n, int k, b
   return address ^ (address >> 7 & 7) << 4;
 }
 
-void Engine::start_wgmma(Wgmma const& x, Location location) {
+KDA_NO_TSAN void Engine::start_wgmma(Wgmma const& x, Location location) {
   int const warp = running->warp;
   Warpgroup& group = warpgroups_[warp / 4];
   if (warp / 4 * 4 + 4 > warps_) fail("wgmma by an incomplete warpgroup", location);
@@ -43,7 +41,7 @@ KDA_NO_TSAN void Engine::issue_wgmma(Warpgroup& g, Location location) {
   for (PendingWgmma const& earlier : g.pending) all_done = all_done && earlier.done;
   if (all_done) g.pending.clear();
   PendingWgmma op;
-  op.shape = g.arguments[0], op.group = g.commits[0], op.done = false;
+  op.shape = g.arguments[0], op.group = g.commits[0], op.done = false, op.location = location;
   for (int i = 0; i < 128; ++i) {
     Wgmma const& x = g.arguments[i];
     Wgmma const& first = op.shape;
@@ -68,7 +66,7 @@ KDA_NO_TSAN void Engine::issue_wgmma(Warpgroup& g, Location location) {
   g.pending.push_back(op);
 }
 
-void Engine::commit_wgmma() {
+KDA_NO_TSAN void Engine::commit_wgmma() {
   EngineOnly scope;
   ++warpgroups_[running->warp / 4].commits[running->warp % 4 * 32 + running->lane];
 }
@@ -85,14 +83,14 @@ KDA_NO_TSAN PendingWgmma* Engine::due_wgmma(Warpgroup& g, size_t i, int before) 
 /// Instrumented where it reads shared memory: the sanitizers see the access.
 template <int kRowLimit>
 static void load_operand(float (&to)[16][kRowLimit], char const* window, uint64_t descriptor, int rows, bool mn_major,
-                         float (*value)(uint16_t)) {
+                         PendingWgmma const& op) {
   for (int n = 0; n < rows; ++n)
     for (int k = 0; k < 16; ++k) {
-      uint32_t const address = element_address(descriptor, n, k, mn_major);
-      if (address >= kSharedWindow) Engine::current().fail("wgmma: the descriptor leaves shared memory");
+      uint32_t const address = wgmma_element_address(descriptor, n, k, mn_major);
+      if (address >= kSharedWindow) Engine::current().fail("wgmma: a descriptor leaves shared memory", op.location);
       uint16_t bits;
       std::memcpy(&bits, window + address, 2);
-      to[k][n] = value(bits);
+      to[k][n] = op.shape.value(bits);
     }
 }
 
@@ -109,8 +107,8 @@ static KDA_NO_TSAN void gather_left(float (&to)[16][64], PendingWgmma const& op)
 __attribute__((optimize("O3"))) void Engine::run_wgmma(PendingWgmma& op) {
   Wgmma const shape = op.shape;
   float a[16][64], b[16][256];
-  load_operand(b, window_, shape.b_descriptor, shape.n, shape.b_mn_major, shape.value);
-  if (!shape.a) load_operand(a, window_, shape.a_descriptor, 64, shape.a_mn_major, shape.value);
+  load_operand(b, window_, shape.b_descriptor, shape.n, shape.b_mn_major, op);
+  if (!shape.a) load_operand(a, window_, shape.a_descriptor, 64, shape.a_mn_major, op);
   EngineOnly scope;
   if (shape.a) gather_left(a, op);
   for (int r = 0; r < 64; ++r) {

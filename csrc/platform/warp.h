@@ -15,6 +15,12 @@ template <class T>
 KDA_NO_TSAN void exchange_shuffle(Shuffle<T>** lanes, uint32_t) {
   for (int l = 0; l < 32; ++l) lanes[l]->result = lanes[lanes[l]->source]->value;
 }
+template <class T>
+T exchange_with(int source, T value, char const* operation, Location where) {
+  Shuffle<T> s{value, value, source & 31};
+  Engine::current().warp_collective<Shuffle<T>>(operation, ~0u, &s, exchange_shuffle<T>, where);
+  return s.result;
+}
 }  // namespace emulator
 #endif
 
@@ -22,10 +28,7 @@ KDA_NO_TSAN void exchange_shuffle(Shuffle<T>** lanes, uint32_t) {
 template <class T>
 KDA_DEVICE T shuffle(T value, int source KDA_WHERE) {
 #if defined(KDA_EMULATE)
-  emulator::Shuffle<T> s{value, value, source & 31};
-  emulator::Engine::current().warp_collective<emulator::Shuffle<T>>("shuffle", ~0u, &s, emulator::exchange_shuffle<T>,
-                                                                    where);
-  return s.result;
+  return emulator::exchange_with(source, value, "shuffle", where);
 #else
   return __shfl_sync(~0u, value, source);
 #endif
@@ -35,7 +38,7 @@ KDA_DEVICE T shuffle(T value, int source KDA_WHERE) {
 template <class T>
 KDA_DEVICE T shuffle_xor(T value, int bits KDA_WHERE) {
 #if defined(KDA_EMULATE)
-  return shuffle(value, lane_index() ^ bits, where);
+  return emulator::exchange_with(lane_index() ^ bits, value, "shuffle_xor", where);
 #else
   return __shfl_xor_sync(~0u, value, bits);
 #endif

@@ -1,0 +1,159 @@
+// launch, thread indices, shared memory, barriers, exchange within a warp, setmaxnreg.
+#pragma once
+#include "tests/programs/program.h"
+
+namespace kda::tests {
+
+// ---- launch, shared memory -------------------------------------------------------------------------------------
+
+struct IndexRecord {
+  uint32_t thread, lane, x, y, z, block, grid;
+};
+KDA_GLOBAL void indices_kernel(IndexRecord* out) {
+  unsigned const block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  unsigned const thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  unsigned const threads = blockDim.x * blockDim.y * blockDim.z;
+  out[block * threads + thread] = {
+      uint32_t(thread_index()),         uint32_t(lane_index()), threadIdx.x, threadIdx.y, threadIdx.z, block,
+      gridDim.x * gridDim.y * gridDim.z};
+}
+inline std::vector<IndexRecord> indices() { return run(indices_kernel, dim3(2, 3, 2), dim3(32, 2, 3), 0, 12 * 192); }
+
+struct SharedWords {
+  uint32_t word[64];
+};
+struct SharedWords2 {
+  SharedWords at[2];
+};
+struct SharedWords6 {
+  SharedWords at[6];
+};
+/// Objects of static and dynamic shared memory do not overlap, and a block starts with none of the last one's content.
+KDA_GLOBAL void shared_kernel(uint32_t* out, uint32_t by_value, SharedWords const structure) {
+  KDA_DYNAMIC_SHARED(SharedWords, dynamic);
+  KDA_SHARED(SharedWords, first);
+  KDA_SHARED(SharedWords, second);
+  int const t = thread_index();
+  dynamic->word[t] = by_value + t;
+  first.word[t] = structure.word[t];
+  second.word[t] = t * 3;
+  sync_block();
+  out[blockIdx.x * 64 + t] = dynamic->word[63 - t] ^ first.word[63 - t] << 8 ^ second.word[63 - t] << 16;
+}
+inline std::vector<uint32_t> shared_objects() {
+  SharedWords structure;
+  for (uint32_t i = 0; i < 64; ++i) structure.word[i] = 255 - i;
+  return run(shared_kernel, dim3(3), dim3(64), sizeof(SharedWords), 3 * 64, uint32_t(7), structure);
+}
+
+// ---- barriers --------------------------------------------------------------------------------------------------
+
+/// Every step, every thread reads what another wrote in the step before. 96 threads.
+KDA_GLOBAL void sync_block_kernel(uint32_t* out, int steps) {
+  KDA_SHARED(SharedWords2, pair);
+  int const t = thread_index();
+  uint32_t x = t;
+  uint32_t* const cell = &pair.at[0].word[0];
+  for (int s = 0; s < steps; ++s) {
+    cell[t] = x;
+    sync_block();
+    x = x * 5 + cell[(t + 7 * (s + 1)) % 96];
+    sync_block();
+  }
+  out[t] = x;
+}
+inline std::vector<uint32_t> sync_block_ring() { return run(sync_block_kernel, dim3(1), dim3(96), 0, 96, 6); }
+
+/// Warp 0 produces for warps 1 and 2 through two stages: barrier 1 + s says that stage s is full, 3 + s that it is
+/// empty.
+KDA_GLOBAL void named_barrier_kernel(uint32_t* out, int steps) {
+  KDA_SHARED(SharedWords2, stage);
+  int const t = thread_index(), lane = lane_index();
+  uint32_t sum = 0;
+  for (int i = 0; i < steps; ++i) {
+    int const s = i % 2;
+    if (t < 32) {
+      if (i >= 2) sync_named(3 + s, 96);
+      stage.at[s].word[lane] = i * 100 + lane;
+      arrive_named(1 + s, 96);
+    } else {
+      sync_named(1 + s, 96);
+      sum = sum * 3 + stage.at[s].word[(lane + t / 32) % 32];
+      if (i + 2 < steps) arrive_named(3 + s, 96);
+    }
+  }
+  out[t] = sum;
+}
+inline std::vector<uint32_t> named_barrier_pipeline() { return run(named_barrier_kernel, dim3(2), dim3(96), 0, 96, 7); }
+
+/// The halves of a warp proceed apart.
+KDA_GLOBAL void sync_warp_kernel(uint32_t* out) {
+  KDA_SHARED(SharedWords, s);
+  int const lane = lane_index();
+  uint32_t const mask = lane < 16 ? 0xFFFFu : 0xFFFF0000u;
+  uint32_t x = lane;
+  for (int i = 0; i < (lane < 16 ? 3 : 5); ++i) {
+    s.word[lane] = x;
+    sync_warp(mask);
+    x = x * 7 + s.word[lane ^ 5];
+    sync_warp(mask);
+  }
+  s.word[lane] = x;
+  sync_warp();
+  out[lane] = s.word[31 - lane];
+}
+inline std::vector<uint32_t> sync_warp_halves() { return run(sync_warp_kernel, dim3(1), dim3(32), 0, 32); }
+
+// ---- exchange within a warp ------------------------------------------------------------------------------------
+
+KDA_GLOBAL void shuffle_kernel(uint32_t* out) {
+  int const lane = lane_index();
+  uint32_t const x = lane * 2654435761u;
+  out[lane] = shuffle(x, 5 * lane + 3);  // beyond 31: modulo 32
+  out[32 + lane] = shuffle(x, 9);
+  for (int bits = 1; bits < 32; ++bits) out[32 + bits * 32 + lane] = shuffle_xor(x, bits);
+  out[33 * 32 + lane] = warp_any(lane == 19) + 2 * warp_any(lane > 31);
+}
+inline std::vector<uint32_t> shuffles() { return run(shuffle_kernel, dim3(1), dim3(32), 0, 34 * 32); }
+
+template <int kCount>
+KDA_DEVICE void scatter_sums(float* out, float const* in) {
+  float x[kCount];
+  for (int i = 0; i < kCount; ++i) x[i] = in[lane_index() * 32 + i];
+  out[lane_index()] = group_sum_scattered(x);
+  out[32 + lane_index()] = warp_sum_scattered(x);
+}
+KDA_GLOBAL void sums_kernel(float* out, float const* in) {
+  out[lane_index()] = warp_sum(in[lane_index()]);
+  scatter_sums<1>(out + 32, in);
+  scatter_sums<2>(out + 96, in);
+  scatter_sums<4>(out + 160, in);
+  scatter_sums<8>(out + 224, in);
+  scatter_sums<16>(out + 288, in);
+  scatter_sums<32>(out + 352, in);
+}
+inline std::vector<float> sums_input() { return reals(32 * 32, 1); }
+inline std::vector<float> sums() {
+  Buffer<float> const in(sums_input());
+  return run(sums_kernel, dim3(1), dim3(32), 0, 416, static_cast<float const*>(in.data()));
+}
+
+// ---- setmaxnreg ------------------------------------------------------------------------------------------------
+
+/// Three warpgroups of 168 registers: one takes what two give.
+KDA_GLOBAL void __launch_bounds__(384, 1) registers_kernel(uint32_t* out) {
+  KDA_SHARED(SharedWords6, s);
+  int const t = thread_index();
+  if (t < 128) {
+    set_max_registers<232, true>();
+    s.at[t / 64].word[t % 64] = t;
+  } else {
+    set_max_registers<136, false>();
+    s.at[t / 64].word[t % 64] = t;
+  }
+  sync_block();
+  out[t] = s.at[(t + 200) % 384 / 64].word[(t + 200) % 64];
+}
+inline std::vector<uint32_t> registers() { return run(registers_kernel, dim3(1), dim3(384), 0, 384); }
+
+}  // namespace kda::tests
