@@ -12,7 +12,7 @@ import kda_cuda
 from kda_cuda import library, testing
 
 from .cases import CASES, Case, Inputs
-from .test_chunk_fwd import VARIANTS, assert_variant
+from .test_chunk_fwd import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -253,20 +253,22 @@ def test_checkpoints_of_a_batch_some_not_wanted(device):
     assert assert_checkpoints(x, checkpoints, slots, 64, device.runs_kernels) == 4
 
 
-VARIANTS_HERE = ["bf16_k64", "bf16_k128_sm90", "fp16_k64_c32", "fp32_k128", "bf16_k256"]
+VARIANTS_HERE = ["bf16_k64", "bf16_k128_sm90", "fp16_k128_c32", "fp32_k64", "bf16_k256"]
 
 
 @pytest.mark.devices("emulator")
 @pytest.mark.parametrize("variant", VARIANTS_HERE)
 def test_checkpoints_of_every_kind_of_variant(variant, device):
     dtype, key_dim, _, arch = VARIANTS[variant]
-    x = Case("checkpoints", 193, key_dim=key_dim, dtype=dtype, heads=1, value_dim=72, initial_state=True, **MODEL,
-             chunk_size=VARIANTS[variant][2]).inputs()  # fmt: skip
+    x = Case("checkpoints", 193, key_dim=key_dim, dtype=dtype, heads=1, value_dim=72, initial_state=True,
+             **MODEL).inputs()  # fmt: skip
+    pool, checkpoints = x.initial_state.clone(), make_pool(x, 4)
+    call = {**streams_of(x), "state_pool": pool, "checkpoint_pool": checkpoints,
+            "checkpoint_slots": tensor(x, [[2, 1, 0]])}  # fmt: skip
     with testing.emulated(arch=arch):
-        assert_variant(variant, x)
-        pool, checkpoints = x.initial_state.clone(), make_pool(x, 4)
-        kda_cuda.prefill(**streams_of(x), state_pool=pool, checkpoint_pool=checkpoints,
-                         checkpoint_slots=tensor(x, [[2, 1, 0]]))  # fmt: skip
+        assert kda_cuda.explain(op="prefill", **call).forward.plan["variant"] == variant
+        assert bool(checkpoints.isnan().all()), "explain runs nothing"
+        kda_cuda.prefill(**call)
         assert_checkpoints(x, checkpoints, [[2, 1, 0]], 64, exact=True)
         assert torch.equal(pool, expect(x)[1])
 
