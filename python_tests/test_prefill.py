@@ -412,6 +412,16 @@ def test_compiled_without_a_break(device):
     assert torch.equal(eager, compiled) and torch.equal(*pools)
 
 
+def test_nothing_is_read_on_the_host():
+    """Shapes without contents are all that the function needs, so that a graph can be captured."""
+    x = SEQUENCES.inputs("meta")
+    slots = torch.empty(6, dtype=torch.int32, device="meta")
+    o = kda_cuda.prefill(**streams_of(x), state_pool=make_pool(x, 9), slot_of=slots, initial_slot_of=slots,
+                         zero_is_null=True, has_initial_state=slots > 0, checkpoint_slots=slots.unsqueeze(1),
+                         checkpoint_pool=make_pool(x, 2, torch.bfloat16))  # fmt: skip
+    assert o.is_meta and o.shape == x.v.shape
+
+
 def test_inputs_are_untouched(device):
     x = SEQUENCES.inputs(device)
     before = x.map(torch.clone)
