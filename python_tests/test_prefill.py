@@ -11,6 +11,7 @@ from torch import Tensor
 import kda_cuda
 from kda_cuda import library, testing
 
+from . import accuracy, oracle
 from .cases import CASES, Case, Inputs
 from .test_chunk_fwd import VARIANTS
 
@@ -233,6 +234,28 @@ def test_checkpoints_are_the_final_states_of_prefixes(interval, count, device):
     wanted, final = expect(x)
     assert torch.equal(o, wanted) and torch.equal(pool, final)
     assert assert_checkpoints(x, checkpoints, slots, interval, device.runs_kernels) == count
+
+
+@pytest.mark.parametrize("name", ["long_memory", "varlen", "steep", "negative_eigenvalues"])
+def test_checkpoints_match_the_recurrence(name, device):
+    """Within the error budget, token by token in float64, as the states of chunk_kda are."""
+    case = CASES[name]
+    x = case.inputs(device)
+    inputs = case.inputs()
+    truth, rounded = oracle.recurrence(inputs.double()), accuracy.low_precision_reference(inputs, backward=False)
+    before_chunks, rounded_chunks = truth.chunk_states, rounded["h"].reshape(truth.chunk_states.shape)
+    bounds = x.sequence_bounds()
+    rows, slots = [], torch.full((len(bounds) - 1, 3), -1)
+    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):  # of a sequence's chunks but the first
+        first = sum(-(-(e - b) // 64) for b, e in itertools.pairwise(bounds[: n + 1]))
+        for j in range(max(0, -(-(end - begin) // 64) - 1)):
+            slots[n, j] = len(rows)
+            rows.append(first + 1 + j)
+    checkpoints = make_pool(x, len(rows))
+    kda_cuda.prefill(**streams_of(x), state_pool=x.initial_state.clone(), checkpoint_pool=checkpoints,
+                     checkpoint_slots=slots.to(x.q.device))  # fmt: skip
+    wanted = before_chunks[rows]
+    accuracy.budget(case, "h", rounded_chunks[rows], wanted).check("checkpoints", checkpoints, wanted)
 
 
 def test_130_tokens_have_checkpoints_at_64_and_128(device):
