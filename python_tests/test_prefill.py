@@ -334,14 +334,14 @@ def test_slots_out_of_range_are_null(dtype, device):
     """The public function refuses them where it can read them; the kernels never touch what they point to."""
     x = SEQUENCES.inputs(device)
     huge = torch.iinfo(dtype).max
-    slot_of = [2, 6, huge, 3, torch.iinfo(dtype).min, 5]
+    slot_of = [2, huge, 6, 3, torch.iinfo(dtype).min, 5]
     memory = torch.full((18, *x.initial_state.shape[1:]), float("nan"), device=x.q.device)
     memory[::2] = 1e30
     pool = memory[6:12]  # six slots among poisoned neighbours
     pool[[2, 3, 5]] = x.initial_state[[0, 3, 5]]
     before = memory.clone()
     guard = torch.full((6, *x.initial_state.shape[1:]), float("nan"), device=x.q.device)
-    wild = tensor(x, [[huge, 4], [-9, 4], [2, 2], [-1, 99], [1, 1], [3, huge]], dtype)
+    wild = tensor(x, [[huge, 4], [-9, 4], [0, 1], [2, 3], [1, 1], [0, huge]], dtype)  # of guard's two slots
     o = raw_op(device)(*raw_arguments(x, pool, tensor(x, slot_of, dtype), None, guard[2:4], wild))
     wanted, final = expect(x)
     for n, (begin, end) in enumerate(itertools.pairwise(x.sequence_bounds())):
