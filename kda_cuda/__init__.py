@@ -14,10 +14,20 @@ _announce_reference_only()
 
 from .explanation import explain  # noqa: E402
 from .ops import chunk_kda, fused_recurrent_kda, kda_gate  # noqa: E402
+from .plans import workspace_size  # noqa: E402
 from .prefilling import prefill  # noqa: E402
 
 if _os.environ.get("KDA_CUDA_EMULATE") == "1":
     from . import testing as _testing  # noqa: F401  (loads the emulated kernels)
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build_info", "chunk_kda", "explain", "fused_recurrent_kda", "kda_gate", "prefill"]
+__all__ = [
+    "__version__",
+    "build_info",
+    "chunk_kda",
+    "explain",
+    "fused_recurrent_kda",
+    "kda_gate",
+    "prefill",
+    "workspace_size",
+]

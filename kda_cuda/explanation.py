@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from . import ops, variants
-from .build_info import ops_library
-from .library import NAMESPACE_EMULATED
+from . import ops, prefilling, variants
+from .plans import ChunkCall
 
 _BACKWARD = {"chunk": "chunk_bwd", "kda_gate": "kda_gate_bwd"}
-_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/kda/dtype.h
+_FUNCTIONS = {**{name: getattr(ops, name) for name in ops.__all__}, "prefill": prefilling.prefill}
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ def explain(*args: Any, op: str = "chunk_kda", **kwargs: Any) -> Explanation:
 
     Args:
         *args, **kwargs: those of the public function; they are checked as the function does.
-        op: the public function: ``chunk_kda``, ``fused_recurrent_kda`` or ``kda_gate``.
+        op: the public function: ``chunk_kda``, ``fused_recurrent_kda``, ``kda_gate`` or ``prefill``.
 
     Returns:
         An :class:`Explanation`: print it, or read ``forward`` and ``backward``.
@@ -71,11 +65,11 @@ def explain(*args: Any, op: str = "chunk_kda", **kwargs: Any) -> Explanation:
         chunk_kda
           forward   reference  torch.ops.kda_cuda.chunk_fwd: CPU tensors run the PyTorch reference
     """
-    if op not in ops.__all__:
-        raise ValueError(f"kda_cuda::explain: op is {op!r}, expected one of {ops.__all__}")
+    if op not in _FUNCTIONS:
+        raise ValueError(f"kda_cuda::explain: op is {op!r}, expected one of {list(_FUNCTIONS)}")
     try:
         with variants.planning():
-            getattr(ops, op)(*args, **kwargs)
+            _FUNCTIONS[op](*args, **kwargs)
     except variants.Planned as planned:
         call = planned
     x = call.arguments[0]
@@ -91,32 +85,14 @@ def explain(*args: Any, op: str = "chunk_kda", **kwargs: Any) -> Explanation:
     return Explanation(op, forward, backward)
 
 
-@functools.cache
-def _compiled(namespace: str) -> ctypes.CDLL:
-    if namespace == NAMESPACE_EMULATED:
-        from .testing import load_emulator
-
-        return load_emulator()
-    return ctypes.CDLL(str(ops_library()))
-
-
 def _chunk_fwd_plan(namespace: str, arguments: tuple) -> dict[str, str]:
-    """What the library itself would choose on the current device (csrc/torch/plans.cpp)."""
     q, _, v, *_ = arguments
-    cu_seqlens: Tensor | None = arguments[8]
-    chunk_size = arguments[17]
-    function = getattr(_compiled(namespace), "kda_plan_chunk_fwd", None)
-    if function is None:
-        return {"plan": "unknown: the library was built before explain() could ask it"}
-    sequences = -1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    sizes = (q.shape[0], q.shape[1], sequences, v.shape[2], q.shape[3], v.shape[3], chunk_size)
-    types = [ctypes.c_int, *[ctypes.c_longlong] * 2, *[ctypes.c_int] * 5, ctypes.c_char_p, ctypes.c_int]
-    function.argtypes = types
-    text = ctypes.create_string_buffer(1024)
-    written = function(_DTYPE_CODES[q.dtype], *sizes, text, len(text))
-    if written <= 0:
-        return {"plan": "none: no variant fits this device" if written == 0 else "unknown: the device cannot be asked"}
-    return dict(pair.split("=", 1) for pair in text.value.decode().split())
+    return ChunkCall.of(q, v, arguments[8], arguments[17], arguments[20]).plan(namespace)
 
 
-_PLANS = {"chunk_fwd": _chunk_fwd_plan}  # raw op -> what its library says of a launch
+def _prefill_plan(namespace: str, arguments: tuple) -> dict[str, str]:
+    q, _, v, *_ = arguments
+    return ChunkCall.of(q, v, arguments[13], prefilling.CHECKPOINT_TOKENS, arguments[24]).plan(namespace)
+
+
+_PLANS = {"chunk_fwd": _chunk_fwd_plan, "prefill": _prefill_plan}  # raw op -> what its library says of a launch

@@ -320,8 +320,8 @@ _ALL = (
     # dimensions
     Case("gva", 100, heads=2, value_heads=6, gate="long", initial_state=True, dtype=_BF16, **_MODEL),
     Case("dim_60", 100, key_dim=60, value_dim=60, initial_state=True, dtype=_BF16),
-    Case("dim_100", 100, key_dim=100, value_dim=36, heads=1, value_heads=2),
-    Case("dim_256", 100, key_dim=256, value_dim=128, heads=1, dtype=_BF16),
+    Case("dim_100", 100, key_dim=100, value_dim=100, heads=1, value_heads=2),
+    Case("dim_256", 100, key_dim=256, value_dim=256, heads=1, dtype=_BF16),
     Case("dim_3", 70, key_dim=3, value_dim=5, gate="fast", initial_state=True, **_MODEL),
     Case("wide_values", 70, value_dim=200, heads=1, dtype=_FP16),
     # sequences and states
@@ -329,7 +329,7 @@ _ALL = (
     Case("varlen_v_first", 130, lengths=(3, 127), index_dtype=torch.int64, heads=1, value_heads=2, state_v_first=True,
          initial_state=True, chunk_size=32),
     Case("varlen_ones", 9, lengths=(1,) * 9, dtype=_BF16),
-    Case("v_first", 90, key_dim=48, value_dim=80, state_v_first=True, initial_state=True, dtype=_FP16),
+    Case("v_first", 90, key_dim=48, value_dim=36, state_v_first=True, initial_state=True, dtype=_FP16),
     # how the inputs come
     Case("no_l2norm", 100, l2norm=False, scale=1.7, initial_state=True),
     Case("fp32_gate", 100, gate="violent", wide_gate=True, dtype=_BF16),

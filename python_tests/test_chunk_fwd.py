@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from pathlib import Path
 
@@ -36,13 +37,33 @@ def check(case: Case, results: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=str)
 def test_matches_the_recurrence(case, device):
+    """On the emulator by every variant that serves the case."""
     x = case.inputs(device)
     before = x.map(torch.clone)
-    results, kernels = device.run(lambda: run(x))
-    assert kernels == (KERNELS if device.runs_kernels else [])
-    for name, y in x.tensors().items():
-        assert torch.equal(y, before.tensors()[name]), f"{name} was modified"
-    check(case, results)
+    for serve in serving_devices(x) if device.name == "emulator" else [contextlib.nullcontext()]:
+        with serve:
+            results, kernels = device.run(lambda: run(x))
+        assert kernels == (KERNELS if device.runs_kernels else [])
+        for name, y in x.tensors().items():
+            assert torch.equal(y, before.tensors()[name]), f"{name} was modified"
+        check(case, results)
+
+
+def serving_devices(x: Inputs) -> list[contextlib.AbstractContextManager]:
+    """To be a device of each kind that has a variant of its own for this call."""
+    variants: dict[str, str] = {}
+    for arch in ("90", "80", "86"):
+        with testing.emulated(arch=arch):
+            variants.setdefault(kda_cuda.explain(**x.public()).forward.plan["variant"], arch)
+    return [testing.emulated(arch=arch) for arch in variants.values()]
+
+
+def test_every_length(device):
+    """Around every boundary of groups, splits and chunks, in one call; the sequences are unlike each other."""
+    lengths = (*range(1, 18), 31, 32, 33, 47, 48, 49, 63, 64, 65, 66, 95, 97, 127, 128, 129, 130)
+    case = Case("lengths", sum(lengths), lengths=lengths, heads=1, key_dim=64, value_dim=16, dtype=torch.bfloat16,
+                initial_state=True, **MODEL)  # fmt: skip
+    check(case, run(case.inputs(device)))
 
 
 # every compiled variant: dtype, K, chunk_size, and the device that it is for

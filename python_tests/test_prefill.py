@@ -11,8 +11,9 @@ from torch import Tensor
 import kda_cuda
 from kda_cuda import library, testing
 
+from . import accuracy, oracle
 from .cases import CASES, Case, Inputs
-from .test_chunk_fwd import VARIANTS, assert_variant
+from .test_chunk_fwd import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -235,6 +236,28 @@ def test_checkpoints_are_the_final_states_of_prefixes(interval, count, device):
     assert assert_checkpoints(x, checkpoints, slots, interval, device.runs_kernels) == count
 
 
+@pytest.mark.parametrize("name", ["long_memory", "varlen", "steep", "negative_eigenvalues"])
+def test_checkpoints_match_the_recurrence(name, device):
+    """Within the error budget, token by token in float64, as the states of chunk_kda are."""
+    case = CASES[name]
+    x = case.inputs(device)
+    inputs = case.inputs()
+    truth, rounded = oracle.recurrence(inputs.double()), accuracy.low_precision_reference(inputs, backward=False)
+    before_chunks, rounded_chunks = truth.chunk_states, rounded["h"].reshape(truth.chunk_states.shape)
+    bounds = x.sequence_bounds()
+    rows, slots = [], torch.full((len(bounds) - 1, 3), -1)
+    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):  # of a sequence's chunks but the first
+        first = sum(-(-(e - b) // 64) for b, e in itertools.pairwise(bounds[: n + 1]))
+        for j in range(max(0, -(-(end - begin) // 64) - 1)):
+            slots[n, j] = len(rows)
+            rows.append(first + 1 + j)
+    checkpoints = make_pool(x, len(rows))
+    kda_cuda.prefill(**streams_of(x), state_pool=x.initial_state.clone(), checkpoint_pool=checkpoints,
+                     checkpoint_slots=slots.to(x.q.device))  # fmt: skip
+    wanted = before_chunks[rows]
+    accuracy.budget(case, "h", rounded_chunks[rows], wanted).check("checkpoints", checkpoints, wanted)
+
+
 def test_130_tokens_have_checkpoints_at_64_and_128(device):
     x = prefix(SEQUENCES.inputs(device), 0, 130)
     pool = make_pool(x, 4)
@@ -253,20 +276,22 @@ def test_checkpoints_of_a_batch_some_not_wanted(device):
     assert assert_checkpoints(x, checkpoints, slots, 64, device.runs_kernels) == 4
 
 
-VARIANTS_HERE = ["bf16_k64", "bf16_k128_sm90", "fp16_k64_c32", "fp32_k128", "bf16_k256"]
+VARIANTS_HERE = ["bf16_k64", "bf16_k128_sm90", "fp16_k128_c32", "fp32_k64", "bf16_k256"]
 
 
 @pytest.mark.devices("emulator")
 @pytest.mark.parametrize("variant", VARIANTS_HERE)
 def test_checkpoints_of_every_kind_of_variant(variant, device):
     dtype, key_dim, _, arch = VARIANTS[variant]
-    x = Case("checkpoints", 193, key_dim=key_dim, dtype=dtype, heads=1, value_dim=72, initial_state=True, **MODEL,
-             chunk_size=VARIANTS[variant][2]).inputs()  # fmt: skip
+    x = Case("checkpoints", 193, key_dim=key_dim, dtype=dtype, heads=1, value_dim=72, initial_state=True,
+             **MODEL).inputs()  # fmt: skip
+    pool, checkpoints = x.initial_state.clone(), make_pool(x, 4)
+    call = {**streams_of(x), "state_pool": pool, "checkpoint_pool": checkpoints,
+            "checkpoint_slots": tensor(x, [[2, 1, 0]])}  # fmt: skip
     with testing.emulated(arch=arch):
-        assert_variant(variant, x)
-        pool, checkpoints = x.initial_state.clone(), make_pool(x, 4)
-        kda_cuda.prefill(**streams_of(x), state_pool=pool, checkpoint_pool=checkpoints,
-                         checkpoint_slots=tensor(x, [[2, 1, 0]]))  # fmt: skip
+        assert kda_cuda.explain(op="prefill", **call).forward.plan["variant"] == variant
+        assert bool(checkpoints.isnan().all()), "explain runs nothing"
+        kda_cuda.prefill(**call)
         assert_checkpoints(x, checkpoints, [[2, 1, 0]], 64, exact=True)
         assert torch.equal(pool, expect(x)[1])
 
@@ -309,14 +334,14 @@ def test_slots_out_of_range_are_null(dtype, device):
     """The public function refuses them where it can read them; the kernels never touch what they point to."""
     x = SEQUENCES.inputs(device)
     huge = torch.iinfo(dtype).max
-    slot_of = [2, 6, huge, 3, torch.iinfo(dtype).min, 5]
+    slot_of = [2, huge, 6, 3, torch.iinfo(dtype).min, 5]
     memory = torch.full((18, *x.initial_state.shape[1:]), float("nan"), device=x.q.device)
     memory[::2] = 1e30
     pool = memory[6:12]  # six slots among poisoned neighbours
     pool[[2, 3, 5]] = x.initial_state[[0, 3, 5]]
     before = memory.clone()
     guard = torch.full((6, *x.initial_state.shape[1:]), float("nan"), device=x.q.device)
-    wild = tensor(x, [[huge, 4], [-9, 4], [2, 2], [-1, 99], [1, 1], [3, huge]], dtype)
+    wild = tensor(x, [[huge, 4], [-9, 4], [0, 1], [2, 3], [1, 1], [0, huge]], dtype)  # of guard's two slots
     o = raw_op(device)(*raw_arguments(x, pool, tensor(x, slot_of, dtype), None, guard[2:4], wild))
     wanted, final = expect(x)
     for n, (begin, end) in enumerate(itertools.pairwise(x.sequence_bounds())):
@@ -408,6 +433,16 @@ def test_compiled_without_a_break(device):
     eager = step(pools[0])
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(pools[1])
     assert torch.equal(eager, compiled) and torch.equal(*pools)
+
+
+def test_nothing_is_read_on_the_host():
+    """Shapes without contents are all that the function needs, so that a graph can be captured."""
+    x = SEQUENCES.inputs("meta")
+    slots = torch.empty(6, dtype=torch.int32, device="meta")
+    o = kda_cuda.prefill(**streams_of(x), state_pool=make_pool(x, 9), slot_of=slots, initial_slot_of=slots,
+                         zero_is_null=True, has_initial_state=slots > 0, checkpoint_slots=slots.unsqueeze(1),
+                         checkpoint_pool=make_pool(x, 2, torch.bfloat16))  # fmt: skip
+    assert o.is_meta and o.shape == x.v.shape
 
 
 def test_inputs_are_untouched(device):

@@ -156,3 +156,12 @@ def test_kernels_name_what_is_wrong(device):
     needed = wrong(workspace=small[:16]).removeprefix("workspace has 16 bytes, expected at least ")
     o = op(*streams, None, None, pool, *[None] * 6, small[: int(needed)], *flags, 64, False)
     assert o.shape == (B, T, HV, V)
+
+
+@pytest.mark.devices("cuda")
+def test_contents_on_the_gpu_are_checked_on_request(device, monkeypatch):
+    arguments = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in call(slot_of=ints(3, 3)).items()}
+    kda_cuda.prefill(**arguments)
+    monkeypatch.setenv("KDA_CUDA_CHECK", "1")
+    with pytest.raises(ValueError, match=r"slot_of\[1\] is 3 like slot_of\[0\], expected another slot$"):
+        kda_cuda.prefill(**arguments)

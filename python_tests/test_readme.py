@@ -30,8 +30,9 @@ def test_readme_example_runs(number):
 
 
 def test_readme_has_its_examples():
-    op, layer, decoding = readme_examples()
+    op, serving, layer, decoding = readme_examples()
     assert ".backward()" in op and len(op.splitlines()) <= 20
+    assert "checkpoint_slots" in serving
     assert "KimiDeltaAttention" in layer and "generate(" in decoding
 
 
@@ -40,7 +41,7 @@ def test_docstring_examples_run(module):
     assert doctest.testmod(importlib.import_module(module)).failed == 0
 
 
-@pytest.mark.parametrize("function", ["chunk_kda", "fused_recurrent_kda", "kda_gate", "explain"])
+@pytest.mark.parametrize("function", [name for name in kda_cuda.__all__ if name not in ("__version__", "build_info")])
 def test_public_functions_have_examples(function):
     assert ">>> " in getattr(kda_cuda, function).__doc__
 

@@ -41,6 +41,8 @@ struct Streams {
     require_shape(op, "v", v, {batch, tokens, value_heads, value_dim});
     require_shape(op, "g", g, {batch, tokens, value_heads, key_dim});
     require_shape(op, "beta", beta, {batch, tokens, value_heads});
+    require(value_heads <= 65535 && value_dim <= 65535 * kValueTile, op,
+            "v has shape " + shape_text(v) + ", expected HV <= 65535 and V <= 4194240, which grids of blocks have");
     require(heads > 0 && value_heads % heads == 0, op, "v has a number of heads that is no multiple of q's");
     ScalarType const dtype = q.scalar_type();
     require(k.scalar_type() == dtype && v.scalar_type() == dtype, op, "q, k and v differ in dtype");
@@ -84,15 +86,20 @@ struct Transforms {
 };
 
 void set_plan(char const* op, ChunkFwdParams& p, Tensor const& q, OptionalTensor const& cu_seqlens, int chunk) {
-  require(q.size(0) <= INT32_MAX, op, "q has shape " + shape_text(q) + ", expected B below 2^31");
-  p.plan.tokens = q.size(1), p.plan.sequences = int32_t(q.size(0)), p.plan.chunk = chunk;
-  if (!cu_seqlens) return;
-  require(q.size(0) == 1, op, "q has shape " + shape_text(q) + ", expected B=1 with cu_seqlens");
-  require(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2 && cu_seqlens->is_contiguous(), op,
-          "cu_seqlens has shape " + shape_text(*cu_seqlens) + ", expected [N+1], contiguous");
-  p.plan.sequences = int32_t(cu_seqlens->size(0) - 1);
-  p.plan.cu_seqlens = cu_seqlens->data_ptr();
-  p.plan.cu_seqlens_is_int64 = is_int64(op, "cu_seqlens", *cu_seqlens);
+  int64_t sequences = q.size(0);
+  p.plan.tokens = q.size(1), p.plan.chunk = chunk;
+  if (cu_seqlens) {
+    require(q.size(0) == 1, op, "q has shape " + shape_text(q) + ", expected B=1 with cu_seqlens");
+    require(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2 && cu_seqlens->is_contiguous(), op,
+            "cu_seqlens has shape " + shape_text(*cu_seqlens) + ", expected [N+1], contiguous");
+    sequences = cu_seqlens->size(0) - 1;
+    p.plan.cu_seqlens = cu_seqlens->data_ptr();
+    p.plan.cu_seqlens_is_int64 = is_int64(op, "cu_seqlens", *cu_seqlens);
+  }
+  p.plan.sequences = int32_t(sequences);
+  int64_t const most = INT32_MAX - 2;  // blocks in a row of a grid, and two ranges that no sequence owns
+  require(sequences <= most && p.plan.slots() <= most, op,
+          "q has shape " + shape_text(q) + ", expected less than 2^31 sequences and less than 2^31 chunks");
 }
 
 /// Checks the inputs, chooses the variant and says everything but states, output and workspace.

@@ -1,4 +1,4 @@
-// What kda_cuda.explain() asks of the library: how a call would be launched on the current device. Plain C, for ctypes.
+// What kda_cuda asks of the library before a call: how it would be launched on the current device. Plain C, for ctypes.
 #include <cstdio>
 
 #include "kda/chunk_fwd/dispatch.h"
@@ -7,33 +7,38 @@
 namespace kda {
 namespace {
 
-/// One line of "name=value" pairs.
-int describe(ChunkFwdVariant const& v, ChunkPlan const& plan, int value_heads, int value_dim, char* to, int capacity) {
+/// Lines of "name=value".
+int describe(ChunkFwdVariant const& v, ChunkPlan const& plan, int value_heads, int value_dim, bool batch_invariant,
+             char* to, int capacity) {
   return std::snprintf(
       to, size_t(capacity),
-      "variant=%s chunk=%d key_tile=%d prepare_grid=%lldx%d prepare_threads=%d prepare_shared_bytes=%zu "
-      "scan_grid=%dx%dx%d scan_threads=%d scan_shared_bytes=%zu workspace_bytes=%zu",
+      "variant=%s\nchunk=%d\nkey_tile=%d\nprepare_grid=%lldx%d\nprepare_threads=%d\nprepare_shared_bytes=%zu\n"
+      "scan_grid=%dx%dx%d\nscan_threads=%d\nscan_shared_bytes=%zu\nworkspace_bytes=%zu\n"
+      "split=V into %d of %d columns; no sequence, each is scanned by one block per head and part of V\n"
+      "batch_invariant=%s",
       v.name, v.chunk, v.key_tile, (long long)plan.slots(), value_heads, v.prepare_threads, v.prepare_shared_bytes,
       plan.sequences, value_heads, value_tiles(value_dim), v.scan_threads, v.scan_shared_bytes,
-      v.workspace_bytes(plan, value_heads, value_dim));
+      v.workspace_bytes(plan, value_heads, value_dim), value_tiles(value_dim), kValueTile,
+      batch_invariant ? "yes, as asked" : "yes, as no sequence is split");
 }
 
 }  // namespace
 }  // namespace kda
 
-/// `sequences`: entries of cu_seqlens less one, or -1 without cu_seqlens. Returns the length of the text, 0 if no
-/// variant serves the call, -1 if the device cannot be asked.
+/// `sequences`: entries of cu_seqlens less one, or -1 without cu_seqlens. `state_tokens`: the distance of kept states.
+/// Returns the length of the text, 0 if no variant serves the call, -1 if the device cannot be asked.
 extern "C" __attribute__((visibility("default"))) int kda_plan_chunk_fwd(int dtype, long long batch, long long tokens,
                                                                          int sequences, int value_heads, int key_dim,
-                                                                         int value_dim, int chunk_size, char* to,
+                                                                         int value_dim, int state_tokens,
+                                                                         int batch_invariant, char* to,
                                                                          int capacity) try {
   kda::ChunkFwdVariant const* variant =
-      kda::select_chunk_fwd(kda::Dtype(dtype), key_dim, chunk_size, {kda::has_wgmma(), kda::shared_memory_limit()});
+      kda::select_chunk_fwd(kda::Dtype(dtype), key_dim, state_tokens, {kda::has_wgmma(), kda::shared_memory_limit()});
   if (!variant) return 0;
-  kda::ChunkPlan plan{tokens, sequences < 0 ? int32_t(batch) : sequences, nullptr, false, variant->chunk};
+  kda::ChunkPlan plan{tokens, sequences < 0 ? int32_t(batch) : sequences, nullptr, false, variant->chunk, {}};
   static char const known = 0;  // slots() asks only whether there are boundaries
   if (sequences >= 0) plan.cu_seqlens = &known;
-  return kda::describe(*variant, plan, value_heads, value_dim, to, capacity);
+  return kda::describe(*variant, plan, value_heads, value_dim, batch_invariant, to, capacity);
 } catch (std::exception const&) {
   return -1;
 }
