@@ -52,7 +52,7 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 def under_autocast(q, k, v, g, beta) -> tuple:
     """q, k and v in the autocast dtype, as torch's own attention does; g and beta stay in it or become fp32."""
-    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+    if not isinstance(q, Tensor) or q.is_meta or not torch.is_autocast_enabled(q.device.type):
         return q, k, v, g, beta
     dtype = torch.get_autocast_dtype(q.device.type)
 

@@ -64,7 +64,7 @@ def op_samples() -> dict[str, list[tuple]]:
     g, A_log, dt_bias = rich[3], rich[5], rich[6]
     do, d_state = torch.randn(B, T, HV, V), state()
     forward = [(*rich, True, 64, True), (*plain, False, 32, False), (*packed, True, 64, False),
-               (*packed, True, 32, True, 3)]  # fmt: skip
+               (*packed, True, 32, True, 2)]  # fmt: skip
     return {
         "kda_gate_fwd": [(g, A_log, dt_bias, None, torch.bfloat16), (g, None, None, -5.0, torch.float32)],
         "kda_gate_bwd": [(do[..., :1].expand_as(g), g, A_log, dt_bias, None), (g, g, None, None, -5.0)],
@@ -146,7 +146,7 @@ def test_results_do_not_depend_on_layout(layout, device):
     initial = state(device)
     expected = kda_cuda.chunk_kda(**x, **more, initial_state=initial)
     moved = {name: relaid(t)[layout] for name, t in x.items()}
-    assert all(not t.is_contiguous() or t.storage_offset() for t in moved.values())
+    assert sum(not t.is_contiguous() or t.storage_offset() > 0 for t in moved.values()) >= 3  # one head has one layout
     (o, final_state), kernels = device.run(
         lambda: kda_cuda.chunk_kda(**moved, **more, initial_state=relaid(initial)[layout])
     )

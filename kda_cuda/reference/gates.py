@@ -45,9 +45,11 @@ def log_decay_bwd(
         y = amplitude * x
         dx = lower_bound * torch.sigmoid(y) * torch.sigmoid(-y) * amplitude * dg  # 1 - sigmoid(y) would cancel
         d_log_amplitude = dx * x
-    none = x.new_empty(0)
-    dA_log = none if A_log is None else _over_tokens(d_log_amplitude).sum(-1).reshape(A_log.shape).to(A_log.dtype)
-    ddt_bias = none if dt_bias is None else _over_tokens(dx).reshape(dt_bias.shape).to(dt_bias.dtype)
+    dA_log, ddt_bias = x.new_empty(0), x.new_empty(0)
+    if A_log is not None:
+        dA_log = _over_tokens(d_log_amplitude).sum(-1).reshape(A_log.shape).to(A_log.dtype)
+    if dt_bias is not None:
+        ddt_bias = _over_tokens(dx).reshape(dt_bias.shape).to(dt_bias.dtype)
     return dx, dA_log, ddt_bias
 
 
