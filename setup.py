@@ -150,7 +150,9 @@ class CMakeBuild(build_ext):
         self.compile(out, cuda if not missing else None, torch)
 
     def compile(self, out: Path, cuda: Cuda | None, torch: Path | None) -> None:
-        archs = architectures()
+        archs, pybind11 = architectures(), package_dir("pybind11")
+        if not pybind11:
+            raise SystemExit("kda_cuda build: --no-build-isolation needs pybind11, cmake and ninja: pip install them")
         info = {"version": VERSION, "python": platform.python_version()}
         options = {
             "CMAKE_BUILD_TYPE": "Release",
@@ -160,7 +162,7 @@ class CMakeBuild(build_ext):
             "KDA_PYTHON": sys.executable,
             "PYTHON_INCLUDE": sysconfig.get_path("include"),
             "PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
-            "PYBIND11_INCLUDE": package_dir("pybind11") / "include",
+            "PYBIND11_INCLUDE": pybind11 / "include",
         }
         if cuda:
             info.update(cuda=cuda.version(), architectures=archs.split(";"), torch_target="2.10")

@@ -271,7 +271,7 @@ def save(out: Path, model: HybridLM, history: dict, result: dict) -> None:
         draw(out / "demo.png", model, history, result["order0"])
         print(f"wrote {out / 'demo.png'}, demo.json and model.pt")
     else:
-        print(f"wrote {out / 'demo.json'} and model.pt; no figure: pip install 'kda_cuda[demo]' brings matplotlib")
+        print(f"wrote {out / 'demo.json'} and model.pt; no figure: matplotlib is not installed")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def test_results_do_not_depend_on_layout(layout, device):
     initial = state(device)
     expected = kda_cuda.chunk_kda(**x, **more, initial_state=initial)
     moved = {name: relaid(t)[layout] for name, t in x.items()}
-    assert any(not t.is_contiguous() or t.storage_offset() for t in moved.values())  # one head is first anyway
+    assert sum(not t.is_contiguous() or t.storage_offset() > 0 for t in moved.values()) >= 3  # one head has one layout
     (o, final_state), kernels = device.run(
         lambda: kda_cuda.chunk_kda(**moved, **more, initial_state=relaid(initial)[layout])
     )

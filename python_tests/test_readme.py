@@ -7,6 +7,8 @@ import importlib
 import json
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,20 @@ def test_make_targets_that_documents_name_exist():
     for document in ("README.md", "CONTRIBUTING.md"):
         named = set(re.findall(r"^make ([\w-]+)|`make ([\w-]+)", (ROOT / document).read_text(), re.M))
         assert {a or b for a, b in named} <= targets, document
+
+
+def test_readme_names_the_packages_that_bring_nvcc():
+    """Those of the extra ``nvcc``, as the Makefile installs them."""
+    printed = subprocess.check_output([sys.executable, ROOT / "csrc/python/nvcc_packages.py"], text=True)
+    assert f"pip install {printed.strip()}`" in README
+
+
+def test_readme_names_every_variable():
+    """What the environment can say, at build time and at run time."""
+    sources = [ROOT / "setup.py", *(ROOT / "kda_cuda").rglob("*.py")]
+    read = {name for path in sources for name in re.findall(r"environ[^\n]*?\"(KDA_CUDA_\w+)\"", path.read_text())}
+    told = set(re.findall(r"KDA_CUDA_[A-Z]+", README))
+    assert read - {"KDA_CUDA_EMULATE_LIB"} == told
 
 
 def test_changelog_begins_with_this_version():

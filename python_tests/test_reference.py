@@ -84,41 +84,6 @@ def test_token_by_token_path_agrees(case):
         accuracy.Budget(limit, accuracy.ROW_FACTOR * limit).check(name, result, truth[name])
 
 
-class Chunk(torch.autograd.Function):
-    """The reference's forward and its explicit backward, for gradcheck."""
-
-    @staticmethod
-    def forward(ctx, x: Inputs, names, *tensors):
-        ctx.x = x.replace(**dict(zip(names, tensors, strict=True)))
-        ctx.names = names
-        return reference.chunk_fwd(*ctx.x.fwd_args())[:2]
-
-    @staticmethod
-    def backward(ctx, do, dfinal_state):
-        gradients = reference.chunk_bwd(*ctx.x.replace(do=do, dfinal_state=dfinal_state).bwd_args())
-        by_name = dict(zip(GRADIENTS, gradients, strict=True))
-        return None, None, *(by_name[f"d{name}"] for name in ctx.names)
-
-
-GRADCHECKED = (
-    Case("unbounded", 35, batch=2, heads=1, value_heads=2, key_dim=3, value_dim=2, gate="long", neg_eigval=True,
-         beta_sigmoid=True, initial_state=True, chunk_size=32),
-    Case("bounded", 40, lengths=(0, 3, 33, 4, 0), key_dim=4, value_dim=3, gate="fast", beta_sigmoid=True,
-         initial_state=True, state_v_first=True, chunk_size=32),
-    Case("bounded_plain", 9, key_dim=2, value_dim=2, gate="bounded_plain"),
-    Case("plain", 66, heads=1, key_dim=3, value_dim=3, l2norm=False, initial_state=True, scale=0.7),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("case", GRADCHECKED, ids=str)
-def test_gradcheck(case):
-    x = case.inputs(dtype=torch.float64)
-    leaves = {name: y.clone().requires_grad_() for name, y in x.differentiable().items()}
-    assert torch.autograd.gradcheck(
-        lambda *t: Chunk.apply(x, tuple(leaves), *t), tuple(leaves.values()), fast_mode=True
-    )
-
-
 @pytest.mark.parametrize("name", ["tail_chunk", "varlen", "gva", "v_first", "fp32_gate"])
 def test_inputs_are_untouched_and_outputs_are_their_own(name):
     x = CASES[name].inputs()

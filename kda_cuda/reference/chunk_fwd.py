@@ -93,10 +93,10 @@ def scan(steps: list[slice], c: Chunks, state: Tensor) -> Scan:
     return Scan(states, u)
 
 
-def outputs(c: Chunks, run: Scan, scale: float) -> Tensor:
-    o = c.gamma_q @ run.states
-    per_head(o).baddbmm_(per_head(c.a_qk), per_head(run.u))
-    return o.mul_(scale)
+def outputs(c: Chunks, run: Scan, scale: float, o: Tensor) -> None:
+    """O = scale [ (Gamma.Q) S_0 + A_qk U ], into ``o``."""
+    torch.bmm(per_head(c.gamma_q), per_head(run.states), out=per_head(o))
+    per_head(o).baddbmm_(per_head(c.a_qk), per_head(run.u), beta=scale, alpha=scale)
 
 
 def run_chunks(
@@ -125,7 +125,7 @@ def run_chunks(
     for part in layout.parts(x.k):
         c = Chunks.prepare(x[part.chunks])
         run = scan(part.steps, c, state)
-        o[part.chunks] = outputs(c, run, scale)
+        outputs(c, run, scale, o[part.chunks])
         if keep_states:
             states[part.chunks] = run.states
     kept = layout.natural_chunks(states) if keep_states else states

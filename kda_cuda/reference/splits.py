@@ -33,11 +33,17 @@ def blocks(a: Tensor, half: int) -> Tensor:
 
 @dataclass
 class Level:
-    """The decays of blocks of ``half`` tokens: of a split of twice that length, the two sides of its anchor."""
+    """The decays of blocks of ``half`` tokens: of a split of twice that length, the two sides of its anchor.
+
+    Views that the next level overwrites.
+    """
 
     half: int
     column: Tensor  # lower blocks, [..., splits, half, D]: exp(g_{i+1} + ... ) to the end of the block, the anchor
     row: Tensor  # upper blocks: exp(... + g_r) from the start of the block, the anchor
+
+    def kept(self) -> Level:
+        return Level(self.half, *(x.clone(memory_format=torch.contiguous_format) for x in (self.column, self.row)))
 
 
 @dataclass
@@ -47,21 +53,21 @@ class ChunkDecays:
 
 
 def levels(g: Tensor) -> Iterator[Level | ChunkDecays]:
-    """The splits, shortest first, then the chunk. Sums over a block are made of those over its two halves."""
-    from_start = g.clone()  # up to and including this token
-    to_end = torch.zeros_like(g)  # after this token
+    """The splits, shortest first, then the chunk. Decays over a block are made of those over its two halves.
+
+    As products of decays, none above 1: the exponential of a sum would carry the rounding of the sum.
+    """
+    from_start = g.exp()  # up to and including this token
+    to_end = torch.ones_like(g)  # after this token
     half = 1
     while half < g.shape[-2]:
         lower_from_start, upper_from_start = sides(from_start, half)
         lower_to_end, _ = sides(to_end, half)
-        # exp of a strided view is several times slower than a copy and exp
-        column, row = (x.clone(memory_format=torch.contiguous_format) for x in (lower_to_end, upper_from_start))
-        yield Level(half, column.exp_(), row.exp_())
-        del column, row
-        lower_to_end += upper_from_start[..., -1:, :]
-        upper_from_start += lower_from_start[..., -1:, :]
+        yield Level(half, lower_to_end, upper_from_start)
+        lower_to_end *= upper_from_start[..., -1:, :]
+        upper_from_start *= lower_from_start[..., -1:, :]
         half *= 2
-    yield ChunkDecays(from_start.exp_(), to_end.exp_())
+    yield ChunkDecays(from_start, to_end)
 
 
 def scores(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, ChunkDecays]:
@@ -69,18 +75,20 @@ def scores(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, ChunkDecays
     chunk = q.shape[-2]
     a_qk, a_kk = (q.new_zeros(*q.shape[:-1], chunk) for _ in range(2))
     torch.linalg.vecdot(q, k, out=a_qk.diagonal(dim1=-2, dim2=-1))
+    rows, columns = torch.empty_like(q), q.new_empty(*q.shape[:-2], chunk // 2, q.shape[-1])  # of every level in turn
     for level in levels(g):
         if isinstance(level, ChunkDecays):
             return a_qk, a_kk, level
-        columns = sides(k, level.half)[0] * level.column
-        block = decayed_rows(q, k, level) @ columns.transpose(-1, -2)
+        decayed_rows = decay_rows(q, k, level, rows)
+        decayed_columns = torch.mul(sides(k, level.half)[0], level.column, out=columns.view(level.column.shape))
+        block = decayed_rows @ decayed_columns.transpose(-1, -2)
         blocks(a_qk, level.half).copy_(block[..., : level.half, :])
         blocks(a_kk, level.half).copy_(block[..., level.half :, :])
 
 
-def decayed_rows(q: Tensor, k: Tensor, level: Level) -> Tensor:
-    """The upper halves of q, then of k, decayed from the anchor: ``[..., splits, 2 half, D]``."""
-    rows = q.new_empty(*level.row.shape[:-2], 2 * level.half, q.shape[-1])
+def decay_rows(q: Tensor, k: Tensor, level: Level, out: Tensor) -> Tensor:
+    """The upper halves of q, then of k, decayed from the anchor: ``[..., splits, 2 half, D]`` in the memory of out."""
+    rows = out.view(*level.row.shape[:-2], 2 * level.half, q.shape[-1])
     torch.mul(sides(q, level.half)[1], level.row, out=rows[..., : level.half, :])
     torch.mul(sides(k, level.half)[1], level.row, out=rows[..., level.half :, :])
     return rows
@@ -122,8 +130,8 @@ def scores_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`scores`, ``dq`` and ``dk``; adds to ``dg``. Upper triangles are not read."""
     diagonal = da_qk.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    dq, dk = diagonal * k, diagonal * q
-    *splits, _ = levels(g)
+    dq, dk, rows = diagonal * k, diagonal * q, torch.empty_like(q)
+    splits = [level.kept() for level in levels(g) if isinstance(level, Level)]
     while splits:
         level = splits.pop()
         half = level.half
@@ -132,7 +140,7 @@ def scores_bwd(
         d_rows = block @ (k_lower * level.column)
         dq_upper = d_rows[..., :half, :].mul_(level.row)
         dk_upper = d_rows[..., half:, :].mul_(level.row)
-        dk_lower = (block.transpose(-1, -2) @ decayed_rows(q, k, level)).mul_(level.column)
+        dk_lower = (block.transpose(-1, -2) @ decay_rows(q, k, level, rows)).mul_(level.column)
         sides(dq, half)[1].add_(dq_upper)
         sides(dk, half)[1].add_(dk_upper)
         sides(dk, half)[0].add_(dk_lower)
