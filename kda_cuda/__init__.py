@@ -12,6 +12,7 @@ if _load_ops():
     _variants.find_kernels(_library.NAMESPACE)
 _announce_reference_only()
 
+from .decoding import DraftRecords, commit, decode  # noqa: E402
 from .explanation import explain  # noqa: E402
 from .ops import chunk_kda, fused_recurrent_kda, kda_gate  # noqa: E402
 from .prefilling import prefill  # noqa: E402
@@ -20,4 +21,15 @@ if _os.environ.get("KDA_CUDA_EMULATE") == "1":
     from . import testing as _testing  # noqa: F401  (loads the emulated kernels)
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build_info", "chunk_kda", "explain", "fused_recurrent_kda", "kda_gate", "prefill"]
+__all__ = [
+    "DraftRecords",
+    "__version__",
+    "build_info",
+    "chunk_kda",
+    "commit",
+    "decode",
+    "explain",
+    "fused_recurrent_kda",
+    "kda_gate",
+    "prefill",
+]

@@ -7,8 +7,9 @@
 namespace kda {
 
 inline constexpr int kStateElements = 32;  // per thread
-inline constexpr int kThreadsPerSM = 640;  // that registers must suffice for
-inline constexpr int kStagedTokens = 8;    // whose inputs are in shared memory at once
+/// Threads that the registers of an SM must suffice for: 96 or 128 registers a thread, so that nothing spills.
+constexpr int threads_per_sm(bool tight) { return tight ? 640 : 512; }
+inline constexpr int kStagedTokens = 8;  // whose inputs are in shared memory at once
 
 /// States [V, K]: a row of K lies across the lanes, a warp holds whole rows.
 template <class StateElement, int kTileOfK, bool kInPieces, int kBlockWarps = 4>
@@ -24,7 +25,8 @@ struct ValueFirstShape {
   static constexpr int kRows = kPieces / kPiecesPerRow;                      // of one lane
   static constexpr int kRowsAtOnce = 32 / kLanesPerRow;                      // in one load of the warp
   static constexpr int kRowsPerWarp = kRows * kRowsAtOnce;
-  static constexpr int kWarps = kBlockWarps, kThreads = 32 * kWarps, kBlocksPerSM = kThreadsPerSM / kThreads;
+  static constexpr int kWarps = kBlockWarps, kThreads = 32 * kWarps,
+                       kBlocksPerSM = threads_per_sm(kVector && kKeyTile < 256) / kThreads;
   static constexpr int kValueTile = kWarps * kRowsPerWarp;
 };
 
@@ -41,7 +43,7 @@ struct KeyFirstShape {
   static constexpr int kRows = kPieces;  // of one lane
   static constexpr int kKeysPerWarp = kRows * (32 / kLanesPerRow);
   static constexpr int kWarps = kKeyTile / kKeysPerWarp, kThreads = 32 * kWarps,
-                       kBlocksPerSM = kThreadsPerSM / kThreads;
+                       kBlocksPerSM = threads_per_sm(false) / kThreads;
   static constexpr int kValueTile = kLanesPerRow * kElements;
 };
 

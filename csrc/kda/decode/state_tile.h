@@ -214,18 +214,9 @@ struct KeyFirstTile : StatePieces<Shape, KeyFirstTile<Shape>> {
   /// S^T k and S^T q of this thread's columns. One barrier.
   KDA_DEVICE void project(float (&on_key)[kElements], float (&on_query)[kElements], float const* k, float const* q,
                           Exchange& exchange) const {
-    float key_part[kRows], query_part[kRows], sums[2 * kElements];
-    load_floats(key_part, k + key(0)), load_floats(query_part, q + key(0));
-#pragma unroll
-    for (int j = 0; j < kElements; ++j) {
-      sums[j] = sums[kElements + j] = 0.f;
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        sums[j] = fmaf(x[i][j], key_part[i], sums[j]);
-        sums[kElements + j] = fmaf(x[i][j], query_part[i], sums[kElements + j]);
-      }
-    }
-    sum_groups(sums, exchange);
+    int const warp = thread_index() / 32;
+    sum_keys(k, exchange.on_key[parity][warp]);
+    sum_keys(q, exchange.on_query[parity][warp]);
     sync_block();
     sum_warps(on_key, exchange.on_key[parity]);
     sum_warps(on_query, exchange.on_query[parity]);
@@ -251,21 +242,27 @@ struct KeyFirstTile : StatePieces<Shape, KeyFirstTile<Shape>> {
   }
 
  private:
-  /// Over the warp's four groups of keys: lanes with bit 3 keep the sums with q, those with bit 4 the upper columns.
-  KDA_DEVICE void sum_groups(float const (&sums)[2 * kElements], Exchange& exchange) const {
-    constexpr int kHalf = kElements / 2;
-    bool const query = lane_index() & 8, upper = lane_index() & 16;
-    float both[kElements], part[kHalf];
+  /// S^T row over the keys of this warp, whose four groups share the columns: lanes with bits 3 and 4 set keep the
+  /// upper halves.
+  KDA_DEVICE void sum_keys(float const* row, float* of_warp) const {
+    constexpr int kHalf = kElements / 2, kQuarter = kElements / 4;
+    bool const upper_half = lane_index() & 8, upper_quarter = lane_index() & 16;
+    float part[kRows], sums[kElements], half[kHalf];
+    load_floats(part, row + key(0));
 #pragma unroll
-    for (int j = 0; j < kElements; ++j)
-      both[j] = (query ? sums[kElements + j] : sums[j]) + shuffle_xor(query ? sums[j] : sums[kElements + j], 8);
+    for (int j = 0; j < kElements; ++j) {
+      sums[j] = 0.f;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) sums[j] = fmaf(x[i][j], part[i], sums[j]);
+    }
 #pragma unroll
     for (int j = 0; j < kHalf; ++j)
-      part[j] = (upper ? both[kHalf + j] : both[j]) + shuffle_xor(upper ? both[j] : both[kHalf + j], 16);
-    int const warp = thread_index() / 32;
-    float* to = (query ? exchange.on_query : exchange.on_key)[parity][warp] + column() + (upper ? kHalf : 0);
+      half[j] = (upper_half ? sums[kHalf + j] : sums[j]) + shuffle_xor(upper_half ? sums[j] : sums[kHalf + j], 8);
+    float* const to = of_warp + column() + (upper_half ? kHalf : 0) + (upper_quarter ? kQuarter : 0);
 #pragma unroll
-    for (int j = 0; j < kHalf; ++j) to[j] = part[j];
+    for (int j = 0; j < kQuarter; ++j)
+      to[j] = (upper_quarter ? half[kQuarter + j] : half[j]) +
+              shuffle_xor(upper_quarter ? half[j] : half[kQuarter + j], 16);
   }
   KDA_DEVICE static void sum_warps(float (&sum)[kElements], float const (&partial)[Shape::kWarps][Shape::kValueTile]) {
 #pragma unroll

@@ -101,4 +101,20 @@ KDA_DEVICE void prepare_token(DecodeToken<kKeyTile, kValueTile>& to, DecodeParam
   finish_token(to, x, p, work, t);
 }
 
+/// Token t of the sequence from its records: k, decay, and u in place of v. All lanes of a warp.
+template <int kKeyTile, int kValueTile>
+KDA_DEVICE void load_records(DecodeToken<kKeyTile, kValueTile>& to, DecodeCommitParams const& p, DecodeWork const& work,
+                             int64_t t) {
+  float const* const k = p.records.k + work.record_offset(p, t, p.heads, work.head, p.key_dim);
+  float const* const g = p.records.g + work.record_offset(p, t, p.value_heads, work.value_head, p.key_dim);
+  float const* const u =
+      p.records.u + work.record_offset(p, t, p.value_heads, work.value_head, p.value_dim) + work.first_value;
+#pragma unroll
+  for (int c = lane_index(); c < kKeyTile; c += 32) {
+    to.k[c] = c < p.key_dim ? k[c] : 0.f;
+    to.decay[c] = c < p.key_dim ? exp_accurate(g[c]) : 1.f;
+  }
+  for (int i = lane_index(); i < kValueTile; i += 32) to.v[i] = work.first_value + i < p.value_dim ? u[i] : 0.f;
+}
+
 }  // namespace kda
