@@ -39,8 +39,8 @@ CASES = (
     Case("ragged", 17, lengths=(1, 0, 8, 3, 0, 5), gate="long", dtype=BF16, **MODEL),
     Case("ragged_int64", 9, lengths=(0, 9), index_dtype=torch.int64),
 )  # fmt: skip
-DIMENSIONS = ((64, 64), (64, 128), (128, 64), (128, 128), (256, 256), (256, 64), (60, 60), (3, 5), (100, 36), (129, 200),
-              (1, 1), (128, 40))  # fmt: skip
+DIMENSIONS = ((64, 64), (64, 128), (128, 64), (128, 128), (256, 256), (256, 64), (60, 60), (3, 5), (100, 36),
+              (129, 200), (1, 1), (128, 40))  # fmt: skip
 
 
 def laid_out(x: Inputs, state: Tensor, v_first: bool, dtype: torch.dtype) -> tuple[Inputs, Tensor]:
@@ -132,7 +132,7 @@ def test_strided_out(device):
 
 
 class Pool:
-    """A padded pool with poison in every slot and between them; ``untouched`` says what a call left alone, bit by bit."""
+    """A padded pool with poison in every slot and between them; ``untouched``: what a call left alone, bit by bit."""
 
     def __init__(self, slots: int, state: Tensor, poison: float):
         size = state[0].numel()
@@ -310,7 +310,7 @@ def test_no_tokens(device):
 @pytest.mark.parametrize("state_dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_drift_over_200_steps(gate, state_dtype, device):
     """fp32 states stay at fp32 accuracy; bf16 states are no worse than rounding them after every step makes them."""
-    case = Case(f"drift {gate}", 200, gate=gate, dtype=BF16, **(MODEL if gate != "zero" else {}))
+    case = Case(f"drift {gate}", 200, heads=1, value_dim=16, gate=gate, dtype=BF16, **(MODEL if gate != "zero" else {}))
     x = case.inputs(device)
     x, state = laid_out(x, initial(case, x), True, state_dtype)
     truth = oracle.recurrence(x.to("cpu").replace(initial_state=state.cpu()).double())
@@ -323,10 +323,7 @@ def test_drift_over_200_steps(gate, state_dtype, device):
         ("o", torch.cat(o, 1), torch.cat(low_o, 1), truth.o),
         ("state", state, low, truth.final_state),
     ):
-        if state_dtype == FP32:
-            limit = accuracy.CAP[got.dtype]
-        else:
-            limit = 1.5 * accuracy.measure(want, exact).rms
+        limit = accuracy.CAP[got.dtype] if state_dtype == FP32 else 1.5 * accuracy.measure(want, exact).rms
         accuracy.Budget(limit, 10 * limit).check(name, got, exact)
 
 

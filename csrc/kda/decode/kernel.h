@@ -8,7 +8,7 @@ namespace kda {
 
 template <class Shape>
 struct DecodeStorage {
-  typename StateTile<Shape>::Exchange exchange;
+  typename StateTile<Shape>::Exchange exchange[2];  // by turns, so that one barrier a token is enough
   DecodeToken<Shape::kKeyTile, Shape::kValueTile> tokens[kStagedTokens];
 
   /// For sequences of at most `count` tokens.
@@ -22,12 +22,17 @@ struct DecodeStorage {
 template <class Tile, class Token, class F>
 KDA_DEVICE void decode_step(Tile& tile, Token const& token, typename Tile::Exchange& exchange, float scale, F output) {
   tile.decay(token.decay);
-  float on_key[Tile::kOwn], on_query[Tile::kOwn], own[Tile::kOwn], u[Tile::kUpdates];
-  tile.project(on_key, on_query, token.k, token.q, exchange);
+  tile.project(token.k, token.q, exchange);
+  float own[Tile::kOwn], u[Tile::kUpdates];
+  tile.key_sums(own, exchange);
 #pragma unroll
-  for (int i = 0; i < Tile::kOwn; ++i) {
-    own[i] = token.beta * (token.v[tile.own(i)] - on_key[i]);
-    if (tile.writes_output()) output(tile.own(i), scale * fmaf(token.query_on_key, own[i], on_query[i]), own[i]);
+  for (int i = 0; i < Tile::kOwn; ++i) own[i] = token.beta * (token.v[tile.own(i)] - own[i]);
+  if (tile.writes_output()) {
+    float on_query[Tile::kOwn];
+    tile.query_sums(on_query, exchange);
+#pragma unroll
+    for (int i = 0; i < Tile::kOwn; ++i)
+      output(tile.own(i), scale * fmaf(token.query_on_key, own[i], on_query[i]), own[i]);
   }
   tile.spread(u, own);
   tile.add(token.k, u);
@@ -84,7 +89,7 @@ KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM) decode_k
 #pragma unroll 1
     for (int i = 0; i < kStagedTokens && first + i < work.tokens; ++i) {
       DecodeOutput const output(p, work, first + i);
-      decode_step(tile, storage->tokens[i], storage->exchange, p.scale, output);
+      decode_step(tile, storage->tokens[i], storage->exchange[i % 2], p.scale, output);
       if (p.every_token) store(first + i);
     }
     sync_block();  // before the tokens are overwritten
