@@ -50,13 +50,13 @@ def decode(
     use_beta_sigmoid_in_kernel: bool = False,
     allow_neg_eigval: bool = False,
     lower_bound: float | None = None,
-    state_v_first: bool = True,
-    state_indices: Tensor | None = None,
+    state_v_first: bool = False,
+    slot_of: Tensor | None = None,
     num_accepted_tokens: Tensor | None = None,
     new_state: Tensor | None = None,
-    new_state_indices: Tensor | None = None,
+    new_slot_of: Tensor | None = None,
     state_per_token: bool = False,
-    slot_zero_is_null: bool = False,
+    zero_is_null: bool = False,
     cu_seqlens: Tensor | None = None,
     records: DraftRecords | None = None,
     out: Tensor | None = None,
@@ -75,19 +75,19 @@ def decode(
         v: ``[B, T, HV, V]``, HV a multiple of H; dtype of q.
         g: ``[B, T, HV, K]``, log-decay <= 0, or its pre-activation with ``use_gate_in_kernel``; dtype of q or fp32.
         beta: ``[B, T, HV]``, write strength, or its logit with ``use_beta_sigmoid_in_kernel``; dtype of q or fp32.
-        state: ``[slots, HV, V, K]`` (``[slots, HV, K, V]`` without ``state_v_first``), fp32 or bf16, contiguous inside
+        state: ``[slots, HV, K, V]`` (``[slots, HV, V, K]`` with ``state_v_first``), fp32 or bf16, contiguous inside
             a slot. Read, and written unless ``new_state`` or ``records`` is given. None: start from zero.
         A_log, dt_bias, scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel,
         allow_neg_eigval, lower_bound: as in :func:`chunk_kda`.
-        state_indices: int32 or int64 ``[N]`` or ``[N, columns]``: the slot of each of the N sequences; a negative
+        slot_of: int32 or int64 ``[N]`` or ``[N, columns]``: the slot of each of the N sequences; a negative
             index, or one beyond the pool, is a null slot: zero output, nothing written. Default: sequence n has slot n.
-        num_accepted_tokens: ``[N]``, with ``state_indices [N, columns]``: start from the slot in column
+        num_accepted_tokens: ``[N]``, with ``slot_of [N, columns]``: start from the slot in column
             ``num_accepted_tokens - 1``, where the state after that many drafts was written. Default: column 0.
         new_state: a pool like ``state`` that is written in its place; ``state`` is then only read.
-        new_state_indices: the slots in ``new_state``, as ``state_indices`` are those in ``state``.
+        new_slot_of: the slots in ``new_state``, as ``slot_of`` are those in ``state``.
         state_per_token: write the state after token t to column t of the written pool's indices (``[N, columns]``);
             otherwise the last one to column 0.
-        slot_zero_is_null: slot 0 is a null slot too.
+        zero_is_null: slot 0 is a null slot too.
         cu_seqlens: ``[N + 1]`` int32 or int64: B = 1 and sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n+1]``.
             Default: every batch row is a sequence.
         records: filled for a later :func:`commit`; ``state`` is then only read.
@@ -107,7 +107,7 @@ def decode(
         >>> q, k, v = (torch.randn(3, 1, 2, 64) for _ in range(3))
         >>> g, beta = -torch.rand(3, 1, 2, 64), torch.rand(3, 1, 2)
         >>> slots = torch.tensor([5, 0, -1])  # the third sequence is padding
-        >>> o = kda_cuda.decode(q, k, v, g, beta, pool, state_indices=slots, use_qk_l2norm_in_kernel=True)
+        >>> o = kda_cuda.decode(q, k, v, g, beta, pool, slot_of=slots, use_qk_l2norm_in_kernel=True)
         >>> o.shape, bool(o[2].any()), pool.flatten(1).any(1).tolist()
         (torch.Size([3, 1, 2, 64]), False, [True, False, False, False, False, True, False, False])
     """
@@ -119,7 +119,7 @@ def decode(
         "allow_neg_eigval": allow_neg_eigval,
         "state_v_first": state_v_first,
         "state_per_token": state_per_token,
-        "slot_zero_is_null": slot_zero_is_null,
+        "zero_is_null": zero_is_null,
     }
     common = calls.common_arguments(
         c, q, k, v, g, beta, A_log, dt_bias, scale, None, flags, lower_bound, state_v_first, cu_seqlens, None
@@ -127,16 +127,16 @@ def decode(
     if calls.needs_grad(*common, state):
         raise c.value_error("an argument requires a gradient, expected none: decode has no gradients (use chunk_kda)")
     return run_decode(
-        c, common, state=state, state_indices=state_indices, num_accepted_tokens=num_accepted_tokens,
-        new_state=new_state, new_state_indices=new_state_indices, in_place=new_state is None and records is None,
-        state_per_token=state_per_token, slot_zero_is_null=slot_zero_is_null, records=records, out=out,
+        c, common, state=state, slot_of=slot_of, num_accepted_tokens=num_accepted_tokens,
+        new_state=new_state, new_slot_of=new_slot_of, in_place=new_state is None and records is None,
+        state_per_token=state_per_token, zero_is_null=zero_is_null, records=records, out=out,
     )  # fmt: skip
 
 
 def run_decode(
-    c: Checker, common: tuple, *, state=None, state_indices=None, num_accepted_tokens=None, new_state=None,
-    new_state_indices=None, in_place=False, state_per_token=False, slot_zero_is_null=False, records=None, out=None,
-    names=("state", "state_indices"),
+    c: Checker, common: tuple, *, state=None, slot_of=None, num_accepted_tokens=None, new_state=None,
+    new_slot_of=None, in_place=False, state_per_token=False, zero_is_null=False, records=None, out=None,
+    names=("state", "slot_of"),
 ) -> Tensor:  # fmt: skip
     """Checks what :func:`calls.common_arguments` did not, and runs the op. ``common``: its result."""
     q, k, v, g, beta, A_log, dt_bias, _, cu_seqlens, *options, state_v_first = common
@@ -146,16 +146,16 @@ def run_decode(
         sizes = {"HV": v.shape[2], "K": q.shape[3], "V": v.shape[3]}
     n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     pools = StatePools(c, q, n, sizes)
-    pools.check(names[0], state, names[1], state_indices)
-    pools.check("new_state", new_state, "new_state_indices", new_state_indices)
+    pools.check(names[0], state, names[1], slot_of)
+    pools.check("new_state", new_state, "new_slot_of", new_slot_of)
     if state is not None and new_state is not None:
         c.dtype("new_state", new_state, (state.dtype,))
     if num_accepted_tokens is not None:
         pools.check_indices("num_accepted_tokens", num_accepted_tokens, ranks=(1,))
-        if state is None or state_indices is None or state_indices.dim() != 2:
+        if state is None or slot_of is None or slot_of.dim() != 2:
             raise c.value_error(f"num_accepted_tokens is given, expected {names[1]} [N, columns] with it")
-    written, slots_name, slots = (state, names[1], state_indices) if in_place else (
-        new_state, "new_state_indices", new_state_indices)  # fmt: skip
+    written, slots_name, slots = (state, names[1], slot_of) if in_place else (
+        new_state, "new_slot_of", new_slot_of)  # fmt: skip
     if state_per_token:
         if written is None or slots is None or slots.dim() != 2:
             raise c.value_error(f"state_per_token is True, expected {slots_name} [N, columns] of a pool to write to")
@@ -170,12 +170,12 @@ def run_decode(
     else:
         check_like(c, "out", out, q, q.dtype, {"B": v.shape[0], "T": v.shape[1], "HV": v.shape[2], "V": v.shape[3]})
     if not torch.compiler.is_compiling() and check_contents(q):
-        pools.check_contents(state, state_indices, num_accepted_tokens, written, slots_name, slots, state_per_token,
-                             slot_zero_is_null)  # fmt: skip
+        pools.check_contents(state, slot_of, num_accepted_tokens, written, slots_name, slots, state_per_token,
+                             zero_is_null)  # fmt: skip
     variants.run("decode", "decode", (
-        q, k, v, g, beta, A_log, dt_bias, out, state, state_indices, new_state, new_state_indices, num_accepted_tokens,
+        q, k, v, g, beta, A_log, dt_bias, out, state, slot_of, new_state, new_slot_of, num_accepted_tokens,
         cu_seqlens, *(records or (None, None, None)), *options, state_v_first, in_place, state_per_token,
-        slot_zero_is_null,
+        zero_is_null,
     ))  # fmt: skip
     return out
 
@@ -185,11 +185,11 @@ def commit(
     num_accepted_tokens: Tensor,
     state: Tensor,
     *,
-    state_indices: Tensor | None = None,
+    slot_of: Tensor | None = None,
     new_state: Tensor | None = None,
-    new_state_indices: Tensor | None = None,
-    state_v_first: bool = True,
-    slot_zero_is_null: bool = False,
+    new_slot_of: Tensor | None = None,
+    state_v_first: bool = False,
+    zero_is_null: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> None:
     """Brings states forward past the accepted tokens of a draft that :func:`decode` only read them for.
@@ -201,7 +201,7 @@ def commit(
         records: what ``decode(..., records=records)`` filled.
         num_accepted_tokens: int32 or int64 ``[N]``, from 0 to the tokens of the sequence.
         state: the pool that the drafts started from; written unless ``new_state`` is given.
-        state_indices, new_state, new_state_indices, state_v_first, slot_zero_is_null, cu_seqlens: as in
+        slot_of, new_state, new_slot_of, state_v_first, zero_is_null, cu_seqlens: as in
             :func:`decode`; indices ``[N]``.
 
     Raises:
@@ -216,7 +216,7 @@ def commit(
         >>> kda_cuda.commit(records, torch.tensor([1, 3]), state)
     """
     c = Checker("commit")
-    for name, flag in {"state_v_first": state_v_first, "slot_zero_is_null": slot_zero_is_null}.items():
+    for name, flag in {"state_v_first": state_v_first, "zero_is_null": zero_is_null}.items():
         c.boolean(name, flag)
     check_records(c, records)
     k, v = records.k, records.u
@@ -229,19 +229,19 @@ def commit(
     pools = StatePools(c, k, n, {name: values[name] for name in names})
     if state is None:
         c.tensor("state", state)
-    pools.check("state", state, "state_indices", state_indices, ranks=(1,))
-    pools.check("new_state", new_state, "new_state_indices", new_state_indices, ranks=(1,))
+    pools.check("state", state, "slot_of", slot_of, ranks=(1,))
+    pools.check("new_state", new_state, "new_slot_of", new_slot_of, ranks=(1,))
     if new_state is not None:
         c.dtype("new_state", new_state, (state.dtype,))
     pools.check_indices("num_accepted_tokens", num_accepted_tokens, ranks=(1,))
-    written, slots_name, slots = (state, "state_indices", state_indices) if new_state is None else (
-        new_state, "new_state_indices", new_state_indices)  # fmt: skip
+    written, slots_name, slots = (state, "slot_of", slot_of) if new_state is None else (
+        new_state, "new_slot_of", new_slot_of)  # fmt: skip
     if not torch.compiler.is_compiling() and check_contents(k):
-        pools.check_contents(state, state_indices, None, written, slots_name, slots, False, slot_zero_is_null)
+        pools.check_contents(state, slot_of, None, written, slots_name, slots, False, zero_is_null)
         check_accepted(c, num_accepted_tokens, k.shape[1], cu_seqlens)
     variants.run("decode_commit", "decode_commit", (
-        state, state_indices, new_state, new_state_indices, *records, num_accepted_tokens, cu_seqlens, state_v_first,
-        slot_zero_is_null,
+        state, slot_of, new_state, new_slot_of, *records, num_accepted_tokens, cu_seqlens, state_v_first,
+        zero_is_null,
     ))  # fmt: skip
 
 
@@ -263,8 +263,8 @@ def run_in_pool(c: Checker, common: tuple, initial_state, output_final_state: bo
     slots, accepted, out = (kwargs.get(name) for name in names)
     in_place = bool(kwargs.get("inplace_final_state"))
     if calls.needs_grad(*common, initial_state):
-        given = [name for name in (*names, "inplace_final_state") if kwargs.get(name) not in (None, False)]
-        raise c.value_error(f"{given[0]} is given and an argument requires a gradient, expected one of them")
+        given = next(name for name in (*names, "inplace_final_state") if kwargs.get(name) is not None)
+        raise c.value_error(f"{given} is given and an argument requires a gradient, expected one of them")
     if in_place and initial_state is None:
         raise c.value_error("inplace_final_state is True and initial_state is None, expected a state to write to")
     final_state = None
@@ -272,7 +272,7 @@ def run_in_pool(c: Checker, common: tuple, initial_state, output_final_state: bo
         final_state = new_states(common, torch.float32 if initial_state is None else initial_state.dtype)
     with_columns = isinstance(slots, Tensor) and slots.dim() == 2
     o = run_decode(
-        c, common, state=initial_state, state_indices=slots, num_accepted_tokens=accepted, new_state=final_state,
+        c, common, state=initial_state, slot_of=slots, num_accepted_tokens=accepted, new_state=final_state,
         in_place=in_place, state_per_token=in_place and with_columns, out=out,
         names=("initial_state", "ssm_state_indices"),
     )  # fmt: skip

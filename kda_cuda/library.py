@@ -36,16 +36,16 @@ _PREFILL = (
 )
 _DECODE = (  # every state is [slots, HV, V, K] or [slots, HV, K, V]; nothing is allocated
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor(a!) out, "
-    "Tensor(b!)? state, Tensor? state_indices, Tensor(c!)? new_state, Tensor? new_state_indices, "
+    "Tensor(b!)? state, Tensor? slot_of, Tensor(c!)? new_state, Tensor? new_slot_of, "
     "Tensor? num_accepted_tokens, Tensor? cu_seqlens, Tensor(d!)? record_k, Tensor(e!)? record_u, "
     "Tensor(f!)? record_g, float scale, bool use_qk_l2norm, bool use_gate, bool use_beta_sigmoid, "
     "bool allow_neg_eigval, float? lower_bound, bool state_v_first, bool in_place, bool state_per_token, "
-    "bool slot_zero_is_null) -> ()"
+    "bool zero_is_null) -> ()"
 )
 _COMMIT = (
-    "(Tensor(a!) state, Tensor? state_indices, Tensor(b!)? new_state, Tensor? new_state_indices, Tensor record_k, "
+    "(Tensor(a!) state, Tensor? slot_of, Tensor(b!)? new_state, Tensor? new_slot_of, Tensor record_k, "
     "Tensor record_u, Tensor record_g, Tensor num_accepted_tokens, Tensor? cu_seqlens, bool state_v_first, "
-    "bool slot_zero_is_null) -> ()"
+    "bool zero_is_null) -> ()"
 )
 _GATE = "(Tensor g, Tensor? A_log, Tensor? dt_bias, float? lower_bound, ScalarType dtype) -> Tensor"
 

@@ -54,13 +54,13 @@ class StatePools:
             )
 
     def check_contents(
-        self, state, state_indices, accepted, written, written_name: str, written_indices, per_token: bool,
+        self, state, slot_of, accepted, written, written_name: str, written_indices, per_token: bool,
         zero_is_null: bool,
     ) -> None:  # fmt: skip
         """Reads the indices: in range, and no state written by one sequence and touched by another."""
         if accepted is not None:
-            check_range(self.c, "num_accepted_tokens", accepted, 1, state_indices.shape[1])
-        read = None if state is None else self._table("state_indices", state, state_indices)
+            check_range(self.c, "num_accepted_tokens", accepted, 1, slot_of.shape[1])
+        read = None if state is None else self._table("slot_of", state, slot_of)
         if written is None:
             return
         table = self._table(written_name, written, written_indices)
@@ -74,9 +74,8 @@ class StatePools:
             for slot in (row[i] for i in columns if row[i] >= null_until):
                 other = owner.setdefault(slot, n)
                 if other != n:
-                    raise self.c.value_error(
-                        f"{written_name} has slot {slot} for sequence {n}, expected one that sequence {other} has not"
-                    )
+                    pair = " and ".join(map(str, sorted((n, other))))
+                    raise self.c.value_error(f"{written_name} has slot {slot} for sequences {pair}, expected one each")
 
     def _table(self, name: str, pool: Tensor, indices: Tensor | None) -> list[list[int]]:
         if indices is None:

@@ -168,7 +168,7 @@ def test_pool_in_place(v_first, state_dtype, index_dtype, poison, device):
     pool.put(slots, state)
     indices = torch.tensor(slots, dtype=index_dtype, device=device)
     out = torch.full_like(x.v, math.nan)
-    o = decode_calls.decode(x, pool.slots, state_indices=indices, out=out)
+    o = decode_calls.decode(x, pool.slots, slot_of=indices, out=out)
     alone = state.clone()
     expected = decode_calls.decode(x, alone)
     live = [n for n, slot in enumerate(slots) if slot >= 0]
@@ -184,9 +184,9 @@ def test_slot_zero_as_null(device):
     pool = Pool(4, state, math.nan)
     pool.put([3, 0, 1], state)
     indices = torch.tensor([3, 0, 1], device=device)
-    o = decode_calls.decode(x, pool.slots, state_indices=indices, slot_zero_is_null=True)
+    o = decode_calls.decode(x, pool.slots, slot_of=indices, zero_is_null=True)
     assert not o[1].any() and o[0].any() and o[2].any() and pool.untouched([3, 1])
-    o = decode_calls.decode(x, pool.slots, state_indices=indices)
+    o = decode_calls.decode(x, pool.slots, slot_of=indices)
     assert o[1].any() and not pool.untouched([3, 1])
 
 
@@ -200,7 +200,7 @@ def test_pool_out_of_place(device):
     target.put([], state)
     read = torch.tensor([1, 2, 3, 5], device=device)
     write = torch.tensor([4, 0, -1, 2], dtype=torch.int32, device=device)
-    o = decode_calls.decode(x, source.slots, state_indices=read, new_state=target.slots, new_state_indices=write)
+    o = decode_calls.decode(x, source.slots, slot_of=read, new_state=target.slots, new_slot_of=write)
     alone = state.clone()
     assert torch.equal(o, decode_calls.decode(x, alone))
     assert source.untouched([]) and target.untouched([4, 0, 2])
@@ -216,7 +216,7 @@ def test_moves_within_a_pool(device):
     pool = Pool(5, state, math.nan)
     pool.put([0, 3], state)
     read, write = torch.tensor([0, 3], device=device), torch.tensor([2, 1], device=device)
-    decode_calls.decode(x, pool.slots, state_indices=read, new_state=pool.slots, new_state_indices=write)
+    decode_calls.decode(x, pool.slots, slot_of=read, new_state=pool.slots, new_slot_of=write)
     decode_calls.decode(x, state)
     assert pool.untouched([2, 1]) and torch.equal(pool.slots[[2, 1]], state)
 
@@ -234,8 +234,8 @@ def test_state_per_draft_position(new_pool, device):
     pool.put(starts, state)
     other = Pool(21, state, 1e30)
     other.put([], state)
-    more = {"new_state": other.slots, "new_state_indices": table.int()} if new_pool else {}
-    o = decode_calls.decode(x, pool.slots, state_indices=table, state_per_token=True, **more)
+    more = {"new_state": other.slots, "new_slot_of": table.int()} if new_pool else {}
+    o = decode_calls.decode(x, pool.slots, slot_of=table, state_per_token=True, **more)
     truth = oracle.recurrence(x.to("cpu").replace(initial_state=state.cpu()).double())
     accuracy.Budget(1e-2, 1e-1).check("o", o[:, :8], truth.o[:, :8])
     assert not o[:, 8:].any()
@@ -256,7 +256,7 @@ def test_starts_from_the_accepted_draft(per_token, device):
     table = torch.arange(12, device=device, dtype=torch.int32).reshape(3, 4)
     accepted = torch.tensor([1, 4, 2], device=device)
     pool = states.clone()
-    o = decode_calls.decode(x, pool, state_indices=table, num_accepted_tokens=accepted, state_per_token=per_token)
+    o = decode_calls.decode(x, pool, slot_of=table, num_accepted_tokens=accepted, state_per_token=per_token)
     alone = states[[0, 7, 9]].clone()
     assert torch.equal(o, decode_calls.decode(x, alone))
     expected = states.clone()

@@ -59,12 +59,12 @@ StatePool state_pool(char const* op, char const* name, DecodeParams& p, Tensor c
 }
 
 /// Where states come from and go to.
-void set_states(char const* op, DecodeParams& p, OptionalTensor const& state, OptionalTensor const& state_indices,
-                OptionalTensor const& new_state, OptionalTensor const& new_state_indices, bool in_place) {
-  if (state) p.state = state_pool(op, "state", p, *state, "state_indices", state_indices);
+void set_states(char const* op, DecodeParams& p, OptionalTensor const& state, OptionalTensor const& slot_of,
+                OptionalTensor const& new_state, OptionalTensor const& new_slot_of, bool in_place) {
+  if (state) p.state = state_pool(op, "state", p, *state, "slot_of", slot_of);
   if (new_state) {
     Dtype const before = p.state_dtype;
-    p.new_state = state_pool(op, "new_state", p, *new_state, "new_state_indices", new_state_indices);
+    p.new_state = state_pool(op, "new_state", p, *new_state, "new_slot_of", new_slot_of);
     if (state && p.state_dtype != before) bad_argument(op, "new_state has another dtype than state");
   }
   if (!in_place) return;
@@ -137,12 +137,12 @@ GateParams gate_params(char const* op, DecodeParams const& p, OptionalTensor con
 }
 
 void decode_op(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, OptionalTensor A_log, OptionalTensor dt_bias,
-               Tensor out, OptionalTensor state, OptionalTensor state_indices, OptionalTensor new_state,
-               OptionalTensor new_state_indices, OptionalTensor num_accepted_tokens, OptionalTensor cu_seqlens,
+               Tensor out, OptionalTensor state, OptionalTensor slot_of, OptionalTensor new_state,
+               OptionalTensor new_slot_of, OptionalTensor num_accepted_tokens, OptionalTensor cu_seqlens,
                OptionalTensor record_k, OptionalTensor record_u, OptionalTensor record_g, double scale,
                bool use_qk_l2norm, bool use_gate, bool use_beta_sigmoid, bool allow_neg_eigval,
                std::optional<double> lower_bound, bool state_v_first, bool in_place, bool state_per_token,
-               bool slot_zero_is_null) {
+               bool zero_is_null) {
   char const* op = "decode";
   DecodeParams p{};
   set_streams(op, p, q, k, v, g, beta, out);
@@ -150,22 +150,21 @@ void decode_op(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, OptionalTens
   p.gate = gate_params(op, p, A_log, dt_bias, use_gate, lower_bound);
   p.scale = float(scale);
   p.l2norm = use_qk_l2norm, p.beta_sigmoid = use_beta_sigmoid, p.neg_eigval = allow_neg_eigval;
-  p.value_first = state_v_first, p.zero_is_null = slot_zero_is_null, p.every_token = state_per_token;
-  set_states(op, p, state, state_indices, new_state, new_state_indices, in_place);
+  p.value_first = state_v_first, p.zero_is_null = zero_is_null, p.every_token = state_per_token;
+  set_states(op, p, state, slot_of, new_state, new_slot_of, in_place);
   if (state_per_token && !p.new_state.slot_of.data)
     bad_argument(op, "state_per_token is True, expected a slot for the state after each token");
   set_records(op, p, record_k, record_u, record_g, q.size(0));
   if (num_accepted_tokens && !p.state.slot_of.data)
-    bad_argument(op, "num_accepted_tokens is given, expected state_indices [N, columns] with it");
+    bad_argument(op, "num_accepted_tokens is given, expected slot_of [N, columns] with it");
   p.accepted = indices(op, "num_accepted_tokens", num_accepted_tokens, p.sequences, false);
   OnDeviceOf device(q);
   decode(p, device.stream());
 }
 
-void decode_commit_op(Tensor state, OptionalTensor state_indices, OptionalTensor new_state,
-                      OptionalTensor new_state_indices, Tensor record_k, Tensor record_u, Tensor record_g,
-                      Tensor num_accepted_tokens, OptionalTensor cu_seqlens, bool state_v_first,
-                      bool slot_zero_is_null) {
+void decode_commit_op(Tensor state, OptionalTensor slot_of, OptionalTensor new_state, OptionalTensor new_slot_of,
+                      Tensor record_k, Tensor record_u, Tensor record_g, Tensor num_accepted_tokens,
+                      OptionalTensor cu_seqlens, bool state_v_first, bool zero_is_null) {
   char const* op = "decode_commit";
   check_rank(op, "record_k", record_k, 4), check_rank(op, "record_u", record_u, 4);
   DecodeCommitParams p{};
@@ -174,10 +173,10 @@ void decode_commit_op(Tensor state, OptionalTensor state_indices, OptionalTensor
   if (p.key_dim < 1 || p.key_dim > 256) bad_tensor(op, "record_k", record_k, "1 <= K <= 256");
   if (p.heads < 1 || p.value_heads < 1 || p.value_heads % p.heads)
     bad_argument(op, "record_u has a number of heads that is no multiple of record_k's");
-  p.value_first = state_v_first, p.zero_is_null = slot_zero_is_null;
+  p.value_first = state_v_first, p.zero_is_null = zero_is_null;
   set_sequences(op, p, record_k, cu_seqlens);
   set_records(op, p, record_k, record_u, record_g, record_k.size(0));
-  set_states(op, p, state, state_indices, new_state, new_state_indices, !new_state);
+  set_states(op, p, state, slot_of, new_state, new_slot_of, !new_state);
   p.accepted = indices(op, "num_accepted_tokens", num_accepted_tokens, p.sequences, false);
   OnDeviceOf device(state);
   decode_commit(p, device.stream());

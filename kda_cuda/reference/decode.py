@@ -68,9 +68,9 @@ def decode(
     dt_bias: Tensor | None,
     out: Tensor,
     state: Tensor | None,
-    state_indices: Tensor | None,
+    slot_of: Tensor | None,
     new_state: Tensor | None,
-    new_state_indices: Tensor | None,
+    new_slot_of: Tensor | None,
     num_accepted_tokens: Tensor | None,
     cu_seqlens: Tensor | None,
     record_k: Tensor | None,
@@ -85,7 +85,7 @@ def decode(
     state_v_first: bool,
     in_place: bool,
     state_per_token: bool,
-    slot_zero_is_null: bool,
+    zero_is_null: bool,
 ) -> None:
     layout = _one_chunk_per_sequence(q, cu_seqlens)
     transforms = Transforms(use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval, lower_bound)
@@ -95,14 +95,14 @@ def decode(
     if state is None:
         s = x.v.new_zeros(sequences, v.shape[2], q.shape[-1], v.shape[-1])
     else:
-        pool = Slots(state, state_indices, state_v_first, slot_zero_is_null, sequences)
+        pool = Slots(state, slot_of, state_v_first, zero_is_null, sequences)
         slots = pool.at(0 if num_accepted_tokens is None else num_accepted_tokens - 1)
         live, s = slots >= 0, pool.read(slots, x.v.dtype)
     target = None
     if in_place:
-        target = Slots(state, state_indices, state_v_first, slot_zero_is_null, sequences)
+        target = Slots(state, slot_of, state_v_first, zero_is_null, sequences)
     elif new_state is not None:
-        target = Slots(new_state, new_state_indices, state_v_first, slot_zero_is_null, sequences)
+        target = Slots(new_state, new_slot_of, state_v_first, zero_is_null, sequences)
 
     lengths = _lengths(q, cu_seqlens)
     live_chunks = layout.sorted_states(live)[: layout.chunks]
@@ -124,23 +124,23 @@ def decode(
 
 def decode_commit(
     state: Tensor,
-    state_indices: Tensor | None,
+    slot_of: Tensor | None,
     new_state: Tensor | None,
-    new_state_indices: Tensor | None,
+    new_slot_of: Tensor | None,
     record_k: Tensor,
     record_u: Tensor,
     record_g: Tensor,
     num_accepted_tokens: Tensor,
     cu_seqlens: Tensor | None,
     state_v_first: bool,
-    slot_zero_is_null: bool,
+    zero_is_null: bool,
 ) -> None:
     layout = _one_chunk_per_sequence(record_k, cu_seqlens)
     sequences, dtype = layout.sequences, compute_dtype(record_k.dtype)
-    source = Slots(state, state_indices, state_v_first, slot_zero_is_null, sequences)
+    source = Slots(state, slot_of, state_v_first, zero_is_null, sequences)
     target = source
     if new_state is not None:
-        target = Slots(new_state, new_state_indices, state_v_first, slot_zero_is_null, sequences)
+        target = Slots(new_state, new_slot_of, state_v_first, zero_is_null, sequences)
     slots = source.at(0)
     s = layout.sorted_states(source.read(slots, dtype))
     accepted = layout.sorted_states(torch.minimum(num_accepted_tokens.long(), _lengths(record_k, cu_seqlens)))
