@@ -12,6 +12,7 @@ if _load_ops():
     _variants.find_kernels(_library.NAMESPACE)
 _announce_reference_only()
 
+from .decoding import DraftRecords, commit, decode  # noqa: E402
 from .explanation import explain  # noqa: E402
 from .ops import chunk_kda, fused_recurrent_kda, kda_gate  # noqa: E402
 from .plans import workspace_size  # noqa: E402
@@ -22,9 +23,12 @@ if _os.environ.get("KDA_CUDA_EMULATE") == "1":
 
 __version__ = "0.1.0"
 __all__ = [
+    "DraftRecords",
     "__version__",
     "build_info",
     "chunk_kda",
+    "commit",
+    "decode",
     "explain",
     "fused_recurrent_kda",
     "kda_gate",

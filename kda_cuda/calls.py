@@ -13,10 +13,11 @@ from .checks import Checker, check_cu_seqlens, check_gate_parameters, check_init
 
 CHUNK_KWARGS = ("A_log", "dt_bias", "chunk_size", "transpose_state_layout", "use_graph", "max_num_seqs",
                 "deterministic")  # fmt: skip
-RECURRENT_KWARGS = ("transpose_state_layout",)
+RECURRENT_KWARGS = (
+    "inplace_final_state", "num_accepted_tokens", "out", "ssm_state_indices", "transpose_state_layout",
+)  # fmt: skip
 CHUNK_SIZES = (32, 64)
 DETERMINISTIC = (True, "batch_invariant")
-FEW_TOKENS = 16  # up to here the recurrence is faster than one chunk of the reference
 _CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -134,12 +135,3 @@ def run_chunk(
     arguments = (*common, output_final_state, chunk_size, keep_states, rows, batch_invariant)
     o, final_state, h = variants.run(op, "chunk_fwd", arguments)
     return o, final_state if output_final_state else None, h
-
-
-def run_recurrent(common: tuple, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
-    """A few tokens without gradients, by whatever is fastest; else as :func:`run_chunk`."""
-    if needs_grad(*common) or common[0].shape[1] > FEW_TOKENS or variants.prefers_chunks(common[0]):
-        o, final_state, _ = run_chunk(common, output_final_state)
-        return o, final_state
-    o, final_state = variants.run("recurrent_fwd", "recurrent_fwd", (*common, output_final_state))
-    return o, final_state if output_final_state else None

@@ -34,6 +34,19 @@ _PREFILL = (
     "bool use_gate, bool use_beta_sigmoid, bool allow_neg_eigval, float? lower_bound, bool state_v_first, "
     "bool zero_is_null, int checkpoint_interval, bool batch_invariant) -> Tensor"
 )
+_DECODE = (  # every state is [slots, HV, V, K] or [slots, HV, K, V]; nothing is allocated
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor(a!) out, "
+    "Tensor(b!)? state, Tensor? slot_of, Tensor(c!)? new_state, Tensor? new_slot_of, "
+    "Tensor? num_accepted_tokens, Tensor? cu_seqlens, Tensor(d!)? record_k, Tensor(e!)? record_u, "
+    "Tensor(f!)? record_g, float scale, bool use_qk_l2norm, bool use_gate, bool use_beta_sigmoid, "
+    "bool allow_neg_eigval, float? lower_bound, bool state_v_first, bool in_place, bool state_per_token, "
+    "bool zero_is_null) -> ()"
+)
+_COMMIT = (
+    "(Tensor(a!) state, Tensor? slot_of, Tensor(b!)? new_state, Tensor? new_slot_of, Tensor record_k, "
+    "Tensor record_u, Tensor record_g, Tensor num_accepted_tokens, Tensor? cu_seqlens, bool state_v_first, "
+    "bool zero_is_null) -> ()"
+)
 _GATE = "(Tensor g, Tensor? A_log, Tensor? dt_bias, float? lower_bound, ScalarType dtype) -> Tensor"
 
 SCHEMAS = {
@@ -46,7 +59,8 @@ SCHEMAS = {
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "chunk": _CHUNK,
     "prefill": _PREFILL,
-    "recurrent_fwd": f"({_INPUTS}, bool output_final_state) -> (Tensor, Tensor)",
+    "decode": _DECODE,
+    "decode_commit": _COMMIT,
 }
 REFERENCE = {
     "kda_gate_fwd": reference.kda_gate_fwd,
@@ -56,7 +70,8 @@ REFERENCE = {
     "chunk_bwd": reference.chunk_bwd,
     "chunk": reference.chunk_fwd,
     "prefill": reference.prefill,
-    "recurrent_fwd": reference.recurrent_fwd,
+    "decode": reference.decode,
+    "decode_commit": reference.decode_commit,
 }
 FUNCTIONAL = {"chunk": "chunk_fwd", "kda_gate": "kda_gate_fwd"}  # op with autograd -> its raw forward
 
@@ -109,11 +124,8 @@ def _fake_prefill(q, k, v, *rest):
     return v.new_empty(v.shape)
 
 
-def _fake_recurrent_fwd(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, *rest):
-    *_, state_v_first, output_final_state = rest
-    dtype = compute_dtype(q.dtype)
-    shape = _state_shape(q, v, cu_seqlens, state_v_first) if output_final_state else (0,)
-    return v.new_empty(v.shape), q.new_empty(shape, dtype=dtype)
+def _fake_in_place(*args):
+    """Ops that return nothing and write only into their arguments."""
 
 
 def _fake_chunk_bwd(do, dfinal_state, q, k, v, g, beta, A_log, dt_bias, initial_state, *rest):
@@ -129,7 +141,8 @@ FAKES: dict[str, Callable] = {
     "chunk_bwd": _fake_chunk_bwd,
     "chunk": _fake_chunk_fwd,
     "prefill": _fake_prefill,
-    "recurrent_fwd": _fake_recurrent_fwd,
+    "decode": _fake_in_place,
+    "decode_commit": _fake_in_place,
 }
 
 # ---- autograd ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import calls, variants
+from . import calls, decoding, variants
 from .checks import FLOAT_DTYPES, Checker, check_gate_parameters
 
 __all__ = ["chunk_kda", "fused_recurrent_kda", "kda_gate"]
@@ -134,8 +134,17 @@ def fused_recurrent_kda(
 ):
     """Kimi Delta Attention for decoding: a few tokens on top of a state.
 
-    The same mathematics, arguments and results as :func:`chunk_kda` (report, section 3). Without gradients short inputs
-    run the recurrence itself, token by token; with gradients the call takes the chunkwise path.
+    The same mathematics, arguments and results as :func:`chunk_kda` (report, section 3). Without gradients inputs of up
+    to 16 tokens a sequence run the recurrence itself, as :func:`decode` does; others, and every call with gradients,
+    take the chunkwise path.
+
+    Args:
+        **kwargs: ``ssm_state_indices`` ``[N]`` or ``[N, columns]``: ``initial_state`` is then a pool of states, fp32 or
+            bf16, and these are the slots of the sequences (negative: null slot). ``num_accepted_tokens`` ``[N]``: start
+            from that column of them. ``inplace_final_state``: the final states go where the initial ones came from,
+            with ``[N, columns]`` the state after token t to column t, and ``initial_state`` is returned. ``out``: where
+            o goes. See :func:`decode` for their semantics; with gradients each of them raises.
+            ``transpose_state_layout`` is the deprecated name of ``state_v_first``.
 
     Example:
         >>> import torch, kda_cuda
@@ -156,10 +165,14 @@ def fused_recurrent_kda(
         "allow_neg_eigval": allow_neg_eigval,
         "output_final_state": output_final_state,
     }
+    in_pool = decoding.takes_pool(c, kwargs)
     common = calls.common_arguments(
-        c, q, k, v, g, beta, A_log, dt_bias, scale, initial_state, flags, lower_bound, state_v_first, cu_seqlens, None
-    )
-    return calls.run_recurrent(common, output_final_state)
+        c, q, k, v, g, beta, A_log, dt_bias, scale, None if in_pool else initial_state, flags, lower_bound,
+        state_v_first, cu_seqlens, None,
+    )  # fmt: skip
+    if in_pool:
+        return decoding.run_in_pool(c, common, initial_state, output_final_state, kwargs)
+    return decoding.run_recurrent(c, common, output_final_state)
 
 
 def kda_gate(

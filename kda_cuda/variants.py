@@ -131,6 +131,6 @@ def is_kernel(namespace: str, x: Tensor) -> bool:
 
 
 def prefers_chunks(x: Tensor) -> bool:
-    """Whether a few tokens like ``x`` have a chunkwise kernel but no recurrent one."""
+    """Whether a few tokens like ``x`` have a chunkwise kernel but no decoding one."""
     wants_kernel = x.device.type == "cuda" or (x.device.type == "cpu" and _emulating)
-    return wants_kernel and unserved("recurrent_fwd", x) is not None and unserved("chunk_fwd", x) is None
+    return wants_kernel and unserved("decode", x) is not None and unserved("chunk_fwd", x) is None

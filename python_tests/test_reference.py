@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kda_cuda import reference
 
-from . import accuracy, case_files, oracle
+from . import accuracy, case_files, decode_calls, oracle
 from .accuracy import GRADIENTS
 from .cases import CASES, Case, Inputs
 
@@ -76,7 +76,7 @@ def test_float64_is_exact(case):
 @pytest.mark.parametrize("case", CASES.values(), ids=str)
 def test_token_by_token_path_agrees(case):
     x = case.inputs(dtype=torch.float32)
-    o, final_state = reference.recurrent_fwd(*x.common(), True)
+    o, final_state = decode_calls.reference_step(x)
     case = dataclasses.replace(case, dtype=torch.float32)
     limit = accuracy.cap(case, torch.float32, gradient=False)
     truth = truth_of(case, torch.float32)
@@ -89,7 +89,7 @@ def test_inputs_are_untouched_and_outputs_are_their_own(name):
     x = CASES[name].inputs()
     before = x.map(torch.clone)
     forward = reference.chunk_fwd(*x.fwd_args(output_chunk_states=True))
-    results = (*forward, *reference.recurrent_fwd(*x.common(), True), *reference.chunk_bwd(*x.bwd_args()))
+    results = (*forward, *decode_calls.reference_step(x), *reference.chunk_bwd(*x.bwd_args()))
     for name, y in x.tensors().items():
         assert torch.equal(y, before.tensors()[name]), f"{name} was modified"
     storages = [y.untyped_storage().data_ptr() for y in (*x.tensors().values(), *results) if y.numel()]
@@ -135,7 +135,7 @@ def test_empty_sequences_keep_their_state(index_dtype, with_state):
     case = Case("empties", 0, lengths=(0, 0), heads=2, initial_state=with_state, index_dtype=index_dtype)
     x = case.inputs()
     expected = x.initial_state if with_state else torch.zeros(2, 2, 64, 64)
-    for o, final_state, *h in (reference.chunk_fwd(*x.fwd_args(True)), reference.recurrent_fwd(*x.common(), True)):
+    for o, final_state, *h in (reference.chunk_fwd(*x.fwd_args(True)), decode_calls.reference_step(x)):
         assert o.shape == (1, 0, 2, 64)
         assert torch.equal(final_state, expected)
         assert all(y.shape == (1, 0, 2, 64, 64) for y in h)

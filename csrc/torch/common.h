@@ -72,13 +72,12 @@ inline Dtype dtype_of_tensor(char const* op, char const* name, Tensor const& x) 
 
 inline void require_shape(char const* op, char const* name, Tensor const& x, std::initializer_list<int64_t> expected) {
   bool same = x.dim() == int64_t(expected.size());
-  std::string text;
   int64_t i = 0;
-  for (int64_t n : expected) {
-    same = same && x.size(i) == n;
-    text += (i++ ? ", " : "") + std::to_string(n);
-  }
-  require(same, op, std::string(name) + " has shape " + shape_text(x) + ", expected [" + text + "]");
+  for (int64_t n : expected) same = same && x.size(i++) == n;
+  if (same) return;
+  std::string text;
+  for (int64_t n : expected) text += (text.empty() ? "" : ", ") + std::to_string(n);
+  bad_argument(op, std::string(name) + " has shape " + shape_text(x) + ", expected [" + text + "]");
 }
 
 inline bool is_int64(char const* op, char const* name, Tensor const& x) {

@@ -7,8 +7,12 @@
 namespace kda {
 
 inline constexpr int kStateElements = 32;  // per thread
-inline constexpr int kThreadsPerSM = 640;  // that registers must suffice for
-inline constexpr int kStagedTokens = 8;    // whose inputs are in shared memory at once
+/// Blocks that the registers of an SM must suffice for, with so many a thread that nothing spills: 96, 128 or 168.
+constexpr int blocks_per_sm(int threads, int registers) {
+  int const blocks = 64 * 1024 / registers / threads;
+  return blocks ? blocks : 1;
+}
+inline constexpr int kStagedTokens = 8;  // whose inputs are in shared memory at once
 
 /// States [V, K]: a row of K lies across the lanes, a warp holds whole rows.
 template <class StateElement, int kTileOfK, bool kInPieces, int kBlockWarps = 4>
@@ -24,11 +28,12 @@ struct ValueFirstShape {
   static constexpr int kRows = kPieces / kPiecesPerRow;                      // of one lane
   static constexpr int kRowsAtOnce = 32 / kLanesPerRow;                      // in one load of the warp
   static constexpr int kRowsPerWarp = kRows * kRowsAtOnce;
-  static constexpr int kWarps = kBlockWarps, kThreads = 32 * kWarps, kBlocksPerSM = kThreadsPerSM / kThreads;
+  static constexpr int kWarps = kBlockWarps, kThreads = 32 * kWarps,
+                       kBlocksPerSM = blocks_per_sm(kThreads, kVector&& kKeyTile < 256 ? 96 : 128);
   static constexpr int kValueTile = kWarps * kRowsPerWarp;
 };
 
-/// States [K, V]: eight lanes hold 128 bytes of a row of V, a thread kRows consecutive rows of K.
+/// States [K, V]: four or eight lanes hold 64 or 128 bytes of a row of V, a thread kRows consecutive rows of K.
 template <class StateElement, int kTileOfK, bool kInPieces>
 struct KeyFirstShape {
   using State = StateElement;
@@ -37,11 +42,11 @@ struct KeyFirstShape {
   static constexpr int kKeyTile = kTileOfK;
   static constexpr int kElements = 16 / sizeof(State);  // of a piece of 16 bytes
   static constexpr int kPieces = kStateElements / kElements;
-  static constexpr int kLanesPerRow = 8;
-  static constexpr int kRows = kPieces;  // of one lane
+  static constexpr int kLanesPerRow = kPieces * 32 < kKeyTile ? 4 : 8;  // at most 256 threads
+  static constexpr int kRows = kPieces;                                 // of one lane
   static constexpr int kKeysPerWarp = kRows * (32 / kLanesPerRow);
   static constexpr int kWarps = kKeyTile / kKeysPerWarp, kThreads = 32 * kWarps,
-                       kBlocksPerSM = kThreadsPerSM / kThreads;
+                       kBlocksPerSM = blocks_per_sm(kThreads, 168);
   static constexpr int kValueTile = kLanesPerRow * kElements;
 };
 

@@ -19,14 +19,30 @@ inline bool states_in_pieces(DecodeParams const& p, int key_tile) {
 
 inline int decode_key_tile(int key_dim) { return key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256; }
 
-/// Launches on `stream`. All pointers are of the current device; nothing is allocated, and nothing synchronises.
-inline void decode(DecodeParams const& p, cudaStream_t stream) {
+/// Calls f(launcher, whether states move in pieces) with the variant that serves `p`.
+template <class F>
+void with_decode_variant(DecodeParams const& p, F f) {
   if (p.sequences == 0 || p.value_dim == 0) return;
   int const key_tile = decode_key_tile(p.key_dim);
-  bool const fp32 = p.state_dtype == Dtype::kFloat32, pieces = states_in_pieces(p, key_tile);
-  if (key_tile == 64) (fp32 ? launch_decode<DecodeFp32K64> : launch_decode<DecodeBf16K64>)(p, pieces, stream);
-  else if (key_tile == 128) (fp32 ? launch_decode<DecodeFp32K128> : launch_decode<DecodeBf16K128>)(p, pieces, stream);
-  else (fp32 ? launch_decode<DecodeFp32K256> : launch_decode<DecodeBf16K256>)(p, pieces, stream);
+  bool const pieces = states_in_pieces(p, key_tile);
+  if (p.state_dtype == Dtype::kFloat32) {
+    if (key_tile == 64) f(DecodeLauncher<DecodeVariant<float, 64>>{}, pieces);
+    else if (key_tile == 128) f(DecodeLauncher<DecodeVariant<float, 128>>{}, pieces);
+    else f(DecodeLauncher<DecodeVariant<float, 256>>{}, pieces);
+  } else {
+    if (key_tile == 64) f(DecodeLauncher<DecodeVariant<Bf16, 64>>{}, pieces);
+    else if (key_tile == 128) f(DecodeLauncher<DecodeVariant<Bf16, 128>>{}, pieces);
+    else f(DecodeLauncher<DecodeVariant<Bf16, 256>>{}, pieces);
+  }
+}
+
+/// Launches on `stream`. All pointers are of the current device; nothing is allocated, and nothing synchronises.
+inline void decode(DecodeParams const& p, cudaStream_t stream) {
+  with_decode_variant(p, [&](auto launcher, bool pieces) { launcher.steps(p, pieces, stream); });
+}
+/// The same for the accepted tokens of earlier drafts.
+inline void decode_commit(DecodeCommitParams const& p, cudaStream_t stream) {
+  with_decode_variant(p, [&](auto launcher, bool pieces) { launcher.commit(p, pieces, stream); });
 }
 
 }  // namespace kda

@@ -8,7 +8,7 @@ namespace kda {
 
 template <class Shape>
 struct DecodeStorage {
-  typename StateTile<Shape>::Exchange exchange;
+  typename StateTile<Shape>::Exchange exchange[2];  // by turns, so that one barrier a token is enough
   DecodeToken<Shape::kKeyTile, Shape::kValueTile> tokens[kStagedTokens];
 
   /// For sequences of at most `count` tokens.
@@ -22,12 +22,17 @@ struct DecodeStorage {
 template <class Tile, class Token, class F>
 KDA_DEVICE void decode_step(Tile& tile, Token const& token, typename Tile::Exchange& exchange, float scale, F output) {
   tile.decay(token.decay);
-  float on_key[Tile::kOwn], on_query[Tile::kOwn], own[Tile::kOwn], u[Tile::kUpdates];
-  tile.project(on_key, on_query, token.k, token.q, exchange);
+  tile.project(token.k, token.q, exchange);
+  float own[Tile::kOwn], u[Tile::kUpdates];
+  tile.key_sums(own, exchange);
 #pragma unroll
-  for (int i = 0; i < Tile::kOwn; ++i) {
-    own[i] = token.beta * (token.v[tile.own(i)] - on_key[i]);
-    if (tile.writes_output()) output(tile.own(i), scale * fmaf(token.query_on_key, own[i], on_query[i]), own[i]);
+  for (int i = 0; i < Tile::kOwn; ++i) own[i] = token.beta * (token.v[tile.own(i)] - own[i]);
+  if (tile.writes_output()) {
+    float on_query[Tile::kOwn];
+    tile.query_sums(on_query, exchange);
+#pragma unroll
+    for (int i = 0; i < Tile::kOwn; ++i)
+      output(tile.own(i), scale * fmaf(token.query_on_key, own[i], on_query[i]), own[i]);
   }
   tile.spread(u, own);
   tile.add(token.k, u);
@@ -65,7 +70,7 @@ KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM) decode_k
   DecodeWork const work(p, p.value_heads, Shape::kValueTile);
   int64_t const from = work.state_offset(p.state, p, work.first_column(p));
   if (p.state.data && from < 0) return zero_outputs(p, work, Shape::kValueTile, Shape::kThreads);
-  if (work.tokens == 0 && p.new_state.data == p.state.data) return;
+  if (work.tokens == 0 && (p.every_token || work.keeps_state(p, from))) return;
 
   StateTile<Shape> tile(p, work.first_value);
   tile.fetch(p.state.data ? static_cast<State const*>(p.state.data) + from : nullptr);
@@ -84,12 +89,46 @@ KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM) decode_k
 #pragma unroll 1
     for (int i = 0; i < kStagedTokens && first + i < work.tokens; ++i) {
       DecodeOutput const output(p, work, first + i);
-      decode_step(tile, storage->tokens[i], storage->exchange, p.scale, output);
+      decode_step(tile, storage->tokens[i], storage->exchange[i % 2], p.scale, output);
       if (p.every_token) store(first + i);
     }
     sync_block();  // before the tokens are overwritten
   } while ((first += kStagedTokens) < work.tokens);
   if (p.new_state.data && !p.every_token) store(0);
+}
+
+/// S = Diag(exp g) S + k u^T for the accepted tokens, in the order and with the roundings of decode_kernel.
+template <class Shape>
+KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM)
+    decode_commit_kernel(DecodeCommitParams const p) {
+  using State = typename Shape::State;
+  KDA_DYNAMIC_SHARED(DecodeStorage<Shape>, storage);
+  DecodeWork work(p, p.value_heads, Shape::kValueTile);
+  int64_t const accepted = p.accepted.at(work.sequence);
+  if (accepted < work.tokens) work.tokens = accepted > 0 ? accepted : 0;
+  int64_t const from = work.state_offset(p.state, p, 0), to = work.state_offset(p.new_state, p, 0);
+  if (from < 0 || to < 0 || (work.tokens == 0 && work.keeps_state(p, from))) return;
+
+  StateTile<Shape> tile(p, work.first_value);
+  tile.fetch(static_cast<State const*>(p.state.data) + from);
+  int64_t first = 0;
+  do {
+#pragma unroll 1
+    for (int i = thread_index() / 32; i < kStagedTokens && first + i < work.tokens; i += Shape::kWarps)
+      load_records(storage->tokens[i], p, work, first + i);
+    sync_block();
+    if (first == 0) tile.finish_fetch();
+#pragma unroll 1
+    for (int i = 0; i < kStagedTokens && first + i < work.tokens; ++i) {
+      auto const& token = storage->tokens[i];
+      float u[StateTile<Shape>::kUpdates];
+      tile.decay(token.decay);
+      tile.read_updates(u, token.v);
+      tile.add(token.k, u);
+    }
+    sync_block();  // before the tokens are overwritten
+  } while ((first += kStagedTokens) < work.tokens);
+  tile.store(static_cast<State*>(p.new_state.data) + to);
 }
 
 }  // namespace kda

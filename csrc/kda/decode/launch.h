@@ -1,4 +1,4 @@
-// What the host calls. `Variant` names the files in variants/: the dtype of the state and the tile of K.
+// What the host calls. A variant is a file in variants/: the dtype of the state and the tile of K.
 #pragma once
 #include "kda/decode/params.h"
 
@@ -6,15 +6,17 @@
 
 namespace kda {
 
-struct DecodeFp32K64;
-struct DecodeFp32K128;
-struct DecodeFp32K256;
-struct DecodeBf16K64;
-struct DecodeBf16K128;
-struct DecodeBf16K256;
+template <class StateElement, int kTileOfK>
+struct DecodeVariant {
+  using State = StateElement;
+  static constexpr int kKeyTile = kTileOfK;
+};
 
-/// `in_pieces`: the states can be moved 16 bytes at a time.
+/// `in_pieces`: the states can be moved 16 bytes at a time. Instantiated in variants/ alone.
 template <class Variant>
-void launch_decode(DecodeParams const& p, bool in_pieces, cudaStream_t stream);
+struct DecodeLauncher {
+  static void steps(DecodeParams const& p, bool in_pieces, cudaStream_t stream);
+  static void commit(DecodeCommitParams const& p, bool in_pieces, cudaStream_t stream);
+};
 
 }  // namespace kda

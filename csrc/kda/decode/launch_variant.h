@@ -6,19 +6,35 @@
 
 namespace kda {
 
+/// Calls f(Shape{}) for the layout of the states of `p`.
+template <class Variant, class F>
+void with_decode_shape(DecodeParams const& p, bool in_pieces, F f) {
+  using State = typename Variant::State;
+  if (p.value_first && in_pieces) f(ValueFirstShape<State, Variant::kKeyTile, true>{});
+  else if (p.value_first) f(ValueFirstShape<State, Variant::kKeyTile, false>{});
+  else if (in_pieces) f(KeyFirstShape<State, Variant::kKeyTile, true>{});
+  else f(KeyFirstShape<State, Variant::kKeyTile, false>{});
+}
+
 template <class Shape>
-void launch_decode_shape(DecodeParams const& p, cudaStream_t stream) {
+void launch_decode(char const* name, void (*kernel)(DecodeParams), DecodeParams const& p, cudaStream_t stream) {
   int64_t const tiles = (p.value_dim + Shape::kValueTile - 1) / Shape::kValueTile;
-  launch("decode", decode_kernel<Shape>, dim3(unsigned(p.sequences * p.value_heads * tiles)), dim3(Shape::kThreads),
+  launch(name, kernel, dim3(unsigned(p.sequences * p.value_heads * tiles)), dim3(Shape::kThreads),
          DecodeStorage<Shape>::bytes(p.tokens), stream, p);
 }
 
-template <class State, int kKeyTile>
-void launch_decode_layout(DecodeParams const& p, bool in_pieces, cudaStream_t stream) {
-  if (p.value_first && in_pieces) launch_decode_shape<ValueFirstShape<State, kKeyTile, true>>(p, stream);
-  else if (p.value_first) launch_decode_shape<ValueFirstShape<State, kKeyTile, false>>(p, stream);
-  else if (in_pieces) launch_decode_shape<KeyFirstShape<State, kKeyTile, true>>(p, stream);
-  else launch_decode_shape<KeyFirstShape<State, kKeyTile, false>>(p, stream);
+template <class Variant>
+void DecodeLauncher<Variant>::steps(DecodeParams const& p, bool in_pieces, cudaStream_t stream) {
+  with_decode_shape<Variant>(p, in_pieces, [&](auto shape) {
+    launch_decode<decltype(shape)>("decode", decode_kernel<decltype(shape)>, p, stream);
+  });
+}
+
+template <class Variant>
+void DecodeLauncher<Variant>::commit(DecodeCommitParams const& p, bool in_pieces, cudaStream_t stream) {
+  with_decode_shape<Variant>(p, in_pieces, [&](auto shape) {
+    launch_decode<decltype(shape)>("decode_commit", decode_commit_kernel<decltype(shape)>, p, stream);
+  });
 }
 
 }  // namespace kda

@@ -92,6 +92,7 @@ struct ValueFirstTile : StatePieces<Shape, ValueFirstTile<Shape>> {
   struct Exchange {};
   using StatePieces<Shape, ValueFirstTile<Shape>>::x;
   int first_value, key_dim, value_dim;
+  float on_key, on_query;
 
   KDA_DEVICE ValueFirstTile(DecodeParams const& p, int first)
       : first_value(first), key_dim(p.key_dim), value_dim(p.value_dim) {}
@@ -100,7 +101,7 @@ struct ValueFirstTile : StatePieces<Shape, ValueFirstTile<Shape>> {
   KDA_DEVICE static int row(int r) {
     return thread_index() / 32 * Shape::kRowsPerWarp + r * Shape::kRowsAtOnce + lane_index() / kLanesPerRow;
   }
-  KDA_DEVICE int64_t offset(int i) const { return int64_t(first_value + row(i / kParts)) * key_dim + key(i % kParts); }
+  KDA_DEVICE int offset(int i) const { return (first_value + row(i / kParts)) * key_dim + key(i % kParts); }
   KDA_DEVICE int present(int i) const {
     if (first_value + row(i / kParts) >= value_dim) return 0;
     return Shape::kVector ? kElements : key_dim - key(i % kParts);
@@ -122,7 +123,7 @@ struct ValueFirstTile : StatePieces<Shape, ValueFirstTile<Shape>> {
   }
 
   /// S^T k and S^T q of this thread's own value.
-  KDA_DEVICE void project(float (&on_key)[1], float (&on_query)[1], float const* k, float const* q, Exchange&) const {
+  KDA_DEVICE void project(float const* k, float const* q, Exchange&) {
     float sums[2 * kRows];
 #pragma unroll
     for (int r = 0; r < 2 * kRows; ++r) sums[r] = 0.f;
@@ -138,8 +139,10 @@ struct ValueFirstTile : StatePieces<Shape, ValueFirstTile<Shape>> {
           sums[kRows + r] = fmaf(x[r * kParts + part][j], query_part[j], sums[kRows + r]);
         }
     }
-    sum_rows(sums, on_key[0], on_query[0]);
+    sum_rows(sums);
   }
+  KDA_DEVICE void key_sums(float (&sum)[1], Exchange const&) const { sum[0] = on_key; }
+  KDA_DEVICE void query_sums(float (&sum)[1], Exchange const&) const { sum[0] = on_query; }
 
   /// S <- S + k u^T
   KDA_DEVICE void add(float const* k, float const (&u)[kRows]) {
@@ -167,7 +170,7 @@ struct ValueFirstTile : StatePieces<Shape, ValueFirstTile<Shape>> {
 
  private:
   /// Over the lanes of a row; lane l gets both sums of row l % kRows.
-  KDA_DEVICE static void sum_rows(float (&sums)[2 * kRows], float& on_key, float& on_query) {
+  KDA_DEVICE void sum_rows(float (&sums)[2 * kRows]) {
     static_assert(2 * kRows <= kLanesPerRow);
     float mine = group_sum_scattered(sums);
 #pragma unroll
@@ -183,20 +186,19 @@ template <class Shape>
 struct KeyFirstTile : StatePieces<Shape, KeyFirstTile<Shape>> {
   static constexpr int kElements = Shape::kElements, kRows = Shape::kRows;
   static constexpr int kOwn = kElements, kUpdates = kElements;
-  struct Exchange {  // partial sums of the warps; by parity of the token, so that one barrier a token is enough
-    float on_key[2][Shape::kWarps][Shape::kValueTile];
-    float on_query[2][Shape::kWarps][Shape::kValueTile];
+  struct Exchange {  // partial sums of the warps
+    float on_key[Shape::kWarps][Shape::kValueTile];
+    float on_query[Shape::kWarps][Shape::kValueTile];
   };
   using StatePieces<Shape, KeyFirstTile<Shape>>::x;
   int first_value, key_dim, value_dim;
-  int mutable parity = 0;
 
   KDA_DEVICE KeyFirstTile(DecodeParams const& p, int first)
       : first_value(first), key_dim(p.key_dim), value_dim(p.value_dim) {}
 
   KDA_DEVICE static int key(int i) { return thread_index() / Shape::kLanesPerRow * kRows + i; }
   KDA_DEVICE static int column() { return lane_index() % Shape::kLanesPerRow * kElements; }
-  KDA_DEVICE int64_t offset(int i) const { return int64_t(key(i)) * value_dim + first_value + column(); }
+  KDA_DEVICE int offset(int i) const { return key(i) * value_dim + first_value + column(); }
   KDA_DEVICE int present(int i) const { return key(i) < key_dim ? value_dim - first_value - column() : 0; }
   KDA_DEVICE static int own(int j) { return column() + j; }
   KDA_DEVICE static bool writes_output() { return thread_index() < Shape::kLanesPerRow; }
@@ -211,26 +213,15 @@ struct KeyFirstTile : StatePieces<Shape, KeyFirstTile<Shape>> {
       for (int j = 0; j < kElements; ++j) x[i][j] *= d[i];
   }
 
-  /// S^T k and S^T q of this thread's columns. One barrier.
-  KDA_DEVICE void project(float (&on_key)[kElements], float (&on_query)[kElements], float const* k, float const* q,
-                          Exchange& exchange) const {
-    float key_part[kRows], query_part[kRows], sums[2 * kElements];
-    load_floats(key_part, k + key(0)), load_floats(query_part, q + key(0));
-#pragma unroll
-    for (int j = 0; j < kElements; ++j) {
-      sums[j] = sums[kElements + j] = 0.f;
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        sums[j] = fmaf(x[i][j], key_part[i], sums[j]);
-        sums[kElements + j] = fmaf(x[i][j], query_part[i], sums[kElements + j]);
-      }
-    }
-    sum_groups(sums, exchange);
+  /// This warp's part of S^T k and S^T q. One barrier.
+  KDA_DEVICE void project(float const* k, float const* q, Exchange& exchange) const {
+    int const warp = thread_index() / 32;
+    sum_keys(k, exchange.on_key[warp]);
+    sum_keys(q, exchange.on_query[warp]);
     sync_block();
-    sum_warps(on_key, exchange.on_key[parity]);
-    sum_warps(on_query, exchange.on_query[parity]);
-    parity ^= 1;
   }
+  KDA_DEVICE static void key_sums(float (&sum)[kElements], Exchange const& e) { sum_warps(sum, e.on_key); }
+  KDA_DEVICE static void query_sums(float (&sum)[kElements], Exchange const& e) { sum_warps(sum, e.on_query); }
 
   /// S <- S + k u^T
   KDA_DEVICE void add(float const* k, float const (&u)[kElements]) {
@@ -251,24 +242,36 @@ struct KeyFirstTile : StatePieces<Shape, KeyFirstTile<Shape>> {
   }
 
  private:
-  /// Over the warp's four groups of keys: lanes with bit 3 keep the sums with q, those with bit 4 the upper columns.
-  KDA_DEVICE void sum_groups(float const (&sums)[2 * kElements], Exchange& exchange) const {
-    constexpr int kHalf = kElements / 2;
-    bool const query = lane_index() & 8, upper = lane_index() & 16;
-    float both[kElements], part[kHalf];
+  /// S^T row over the keys of this warp.
+  KDA_DEVICE void sum_keys(float const* row, float* of_warp) const {
+    float part[kRows], sums[kElements];
+    load_floats(part, row + key(0));
 #pragma unroll
-    for (int j = 0; j < kElements; ++j)
-      both[j] = (query ? sums[kElements + j] : sums[j]) + shuffle_xor(query ? sums[j] : sums[kElements + j], 8);
+    for (int j = 0; j < kElements; ++j) {
+      sums[j] = 0.f;
 #pragma unroll
-    for (int j = 0; j < kHalf; ++j)
-      part[j] = (upper ? both[kHalf + j] : both[j]) + shuffle_xor(upper ? both[j] : both[kHalf + j], 16);
-    int const warp = thread_index() / 32;
-    float* to = (query ? exchange.on_query : exchange.on_key)[parity][warp] + column() + (upper ? kHalf : 0);
+      for (int i = 0; i < kRows; ++i) sums[j] = fmaf(x[i][j], part[i], sums[j]);
+    }
+    sum_groups<Shape::kLanesPerRow>(sums, of_warp + column());
+  }
+  /// Over the groups of lanes that share these columns: lanes that have kBit set keep the upper half of them.
+  template <int kBit, int kCount>
+  KDA_DEVICE static void sum_groups(float const (&sums)[kCount], float* to) {
+    if constexpr (kBit < 32) {
+      constexpr int kHalf = kCount / 2;
+      bool const upper = lane_index() & kBit;
+      float half[kHalf];
 #pragma unroll
-    for (int j = 0; j < kHalf; ++j) to[j] = part[j];
+      for (int j = 0; j < kHalf; ++j)
+        half[j] = (upper ? sums[kHalf + j] : sums[j]) + shuffle_xor(upper ? sums[j] : sums[kHalf + j], kBit);
+      sum_groups<2 * kBit>(half, to + (upper ? kHalf : 0));
+    } else {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) to[j] = sums[j];
+    }
   }
   KDA_DEVICE static void sum_warps(float (&sum)[kElements], float const (&partial)[Shape::kWarps][Shape::kValueTile]) {
-#pragma unroll
+#pragma unroll 4
     for (int w = 0; w < Shape::kWarps; ++w) {
       float x[kElements];
       load_floats(x, partial[w] + column());

@@ -70,11 +70,17 @@ KDA_DEVICE void finish_token(DecodeToken<kKeyTile, kValueTile>& to, TokenChannel
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
     int const channel = lane_index() + 32 * c;
-    float const g = ChannelGate(p.gate, work.value_head, channel, p.key_dim).log_decay(x.g[c]);
-    to.q[channel] = x.q[c], to.k[channel] = x.k[c], to.decay[channel] = exp_accurate(g);
-    if (channel >= p.key_dim) continue;
-    if (records_key) p.records.k[work.record_offset(p, t, p.heads, work.head, p.key_dim) + channel] = x.k[c];
-    if (records) p.records.g[work.record_offset(p, t, p.value_heads, work.value_head, p.key_dim) + channel] = g;
+    to.q[channel] = x.q[c], to.k[channel] = x.k[c], to.decay[channel] = x.g[c];
+    if (records_key && channel < p.key_dim)
+      p.records.k[work.record_offset(p, t, p.heads, work.head, p.key_dim) + channel] = x.k[c];
+  }
+#pragma unroll 4  // of every lane's own channels again, so that eight gates are not in registers at once
+  for (int c = 0; c < kChannels; ++c) {
+    int const channel = lane_index() + 32 * c;
+    float const g = ChannelGate(p.gate, work.value_head, channel, p.key_dim).log_decay(to.decay[channel]);
+    to.decay[channel] = exp_accurate(g);
+    if (records && channel < p.key_dim)
+      p.records.g[work.record_offset(p, t, p.value_heads, work.value_head, p.key_dim) + channel] = g;
   }
   if (lane_index() == 0) to.query_on_key = query_on_key;
 }
@@ -99,6 +105,22 @@ KDA_DEVICE void prepare_token(DecodeToken<kKeyTile, kValueTile>& to, DecodeParam
     to.beta = write_strength(p, load_as_float(p.beta, p.beta_is_fp32, p.dtype, beta));
   }
   finish_token(to, x, p, work, t);
+}
+
+/// Token t of the sequence from its records: k, decay, and u in place of v. All lanes of a warp.
+template <int kKeyTile, int kValueTile>
+KDA_DEVICE void load_records(DecodeToken<kKeyTile, kValueTile>& to, DecodeCommitParams const& p, DecodeWork const& work,
+                             int64_t t) {
+  float const* const k = p.records.k + work.record_offset(p, t, p.heads, work.head, p.key_dim);
+  float const* const g = p.records.g + work.record_offset(p, t, p.value_heads, work.value_head, p.key_dim);
+  float const* const u =
+      p.records.u + work.record_offset(p, t, p.value_heads, work.value_head, p.value_dim) + work.first_value;
+#pragma unroll
+  for (int c = lane_index(); c < kKeyTile; c += 32) {
+    to.k[c] = c < p.key_dim ? k[c] : 0.f;
+    to.decay[c] = c < p.key_dim ? exp_accurate(g[c]) : 1.f;
+  }
+  for (int i = lane_index(); i < kValueTile; i += 32) to.v[i] = work.first_value + i < p.value_dim ? u[i] : 0.f;
 }
 
 }  // namespace kda

@@ -42,6 +42,11 @@ struct DecodeWork {
     if (slot < 0 || slot >= pool.slots) return -1;
     return slot * pool.slot_stride + int64_t(value_head) * p.key_dim * p.value_dim;
   }
+  /// Whether a sequence without tokens has nothing to write: there is no new state, or it lies at `from` already.
+  KDA_DEVICE bool keeps_state(DecodeParams const& p, int64_t from) const {
+    if (!p.new_state.data) return true;
+    return p.new_state.data == p.state.data && state_offset(p.new_state, p, 0) == from;
+  }
   /// The column of the state to start from.
   KDA_DEVICE int64_t first_column(DecodeParams const& p) const {
     if (!p.accepted.data) return 0;

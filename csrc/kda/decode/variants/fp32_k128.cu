@@ -1,8 +1,3 @@
 #include "kda/decode/launch_variant.h"
 
-namespace kda {
-template <>
-void launch_decode<DecodeFp32K128>(DecodeParams const& p, bool in_pieces, cudaStream_t stream) {
-  launch_decode_layout<float, 128>(p, in_pieces, stream);
-}
-}  // namespace kda
+template struct kda::DecodeLauncher<kda::DecodeVariant<float, 128>>;

@@ -1,0 +1,299 @@
+"""Decoding: a few tokens per sequence on top of a pool of states, speculative drafts, and their acceptance."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import calls, variants
+from .checks import Checker, check_contents, check_cu_seqlens
+from .reference.gates import compute_dtype
+from .state_pools import StatePools, check_accepted, check_like, check_records
+
+FEW_TOKENS = 16  # a sequence; up to here the recurrence is faster than a chunk
+__all__ = ["DraftRecords", "commit", "decode"]
+
+
+class DraftRecords(NamedTuple):
+    """What :func:`commit` needs of draft tokens: ``S_t = Diag(e^g) S_{t-1} + k u^T``. fp32 (float64 on the CPU)."""
+
+    k: Tensor  # [B, T, H, K], normalised
+    u: Tensor  # [B, T, HV, V], what was written to the state beside k
+    g: Tensor  # [B, T, HV, K], log-decay
+
+    @classmethod
+    def empty(cls, k: Tensor, v: Tensor) -> DraftRecords:
+        """Buffers for drafts like ``k`` ``[B, T, H, K]`` and ``v`` ``[B, T, HV, V]``."""
+        dtype = compute_dtype(k.dtype)
+        return cls(
+            k.new_empty(k.shape, dtype=dtype),
+            v.new_empty(v.shape, dtype=dtype),
+            v.new_empty((*v.shape[:3], k.shape[3]), dtype=dtype),
+        )
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None = None,
+    *,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
+    state_v_first: bool = False,
+    slot_of: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    new_state: Tensor | None = None,
+    new_slot_of: Tensor | None = None,
+    state_per_token: bool = False,
+    zero_is_null: bool = False,
+    cu_seqlens: Tensor | None = None,
+    records: DraftRecords | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""One or a few tokens per sequence on top of its state, which is updated in place. Without gradients.
+
+    .. math:: S_t = (I - \beta_t k_t k_t^T) Diag(e^{g_t}) S_{t-1} + \beta_t k_t v_t^T, \quad o_t = scale \, S_t^T q_t
+
+    (Kimi Linear report, arXiv 2510.26692, section 3.) Made for up to 16 tokens; any number is served. Where ``out`` is
+    given nothing is allocated, nothing synchronises, and the call can be captured in a CUDA graph and replayed with
+    other contents of every tensor.
+
+    Args:
+        q, k: ``[B, T, H, K]``, K <= 256; fp32, fp16 or bf16 (float64 on the CPU); rows may be strided, such as views of
+            one packed projection.
+        v: ``[B, T, HV, V]``, HV a multiple of H; dtype of q.
+        g: ``[B, T, HV, K]``, log-decay <= 0, or its pre-activation with ``use_gate_in_kernel``; dtype of q or fp32.
+        beta: ``[B, T, HV]``, write strength, or its logit with ``use_beta_sigmoid_in_kernel``; dtype of q or fp32.
+        state: ``[slots, HV, K, V]`` (``[slots, HV, V, K]`` with ``state_v_first``), fp32 or bf16, contiguous inside
+            a slot. Read, and written unless ``new_state`` or ``records`` is given. None: start from zero.
+        A_log, dt_bias, scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel,
+        allow_neg_eigval, lower_bound: as in :func:`chunk_kda`.
+        slot_of: int32 or int64 ``[N]`` or ``[N, columns]``: the slot of each of the N sequences; a negative
+            index, or one beyond the pool, is a null slot: zero output, nothing written. Default: sequence n has slot n.
+        num_accepted_tokens: ``[N]``, with ``slot_of [N, columns]``: start from the slot in column
+            ``num_accepted_tokens - 1``, where the state after that many drafts was written. Default: column 0.
+        new_state: a pool like ``state`` that is written in its place; ``state`` is then only read.
+        new_slot_of: the slots in ``new_state``, as ``slot_of`` are those in ``state``.
+        state_per_token: write the state after token t to column t of the written pool's indices (``[N, columns]``);
+            otherwise the last one to column 0.
+        zero_is_null: slot 0 is a null slot too.
+        cu_seqlens: ``[N + 1]`` int32 or int64: B = 1 and sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n+1]``.
+            Default: every batch row is a sequence.
+        records: filled for a later :func:`commit`; ``state`` is then only read.
+        out: ``[B, T, HV, V]`` in the dtype of q; returned. Default: a new tensor.
+
+    Returns:
+        o, ``[B, T, HV, V]`` in the dtype of q.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it. Nothing has run then. The contents of
+            index tensors (range, and two sequences that write one slot) are checked on the CPU, and on a GPU with
+            KDA_CUDA_CHECK=1; a kernel never leaves the tensors, whatever they contain.
+
+    Example:
+        >>> import torch, kda_cuda
+        >>> pool = torch.zeros(8, 2, 64, 64)  # eight slots, two heads
+        >>> q, k, v = (torch.randn(3, 1, 2, 64) for _ in range(3))
+        >>> g, beta = -torch.rand(3, 1, 2, 64), torch.rand(3, 1, 2)
+        >>> slots = torch.tensor([5, 0, -1])  # the third sequence is padding
+        >>> o = kda_cuda.decode(q, k, v, g, beta, pool, slot_of=slots, use_qk_l2norm_in_kernel=True)
+        >>> o.shape, bool(o[2].any()), pool.flatten(1).any(1).tolist()
+        (torch.Size([3, 1, 2, 64]), False, [True, False, False, False, False, True, False, False])
+    """
+    c = Checker("decode")
+    flags = {
+        "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
+        "use_gate_in_kernel": use_gate_in_kernel,
+        "use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel,
+        "allow_neg_eigval": allow_neg_eigval,
+        "state_v_first": state_v_first,
+        "state_per_token": state_per_token,
+        "zero_is_null": zero_is_null,
+    }
+    common = calls.common_arguments(
+        c, q, k, v, g, beta, A_log, dt_bias, scale, None, flags, lower_bound, state_v_first, cu_seqlens, None
+    )
+    if calls.needs_grad(*common, state):
+        raise c.value_error("an argument requires a gradient, expected none: decode has no gradients (use chunk_kda)")
+    return run_decode(
+        c, common, state=state, slot_of=slot_of, num_accepted_tokens=num_accepted_tokens,
+        new_state=new_state, new_slot_of=new_slot_of, in_place=new_state is None and records is None,
+        state_per_token=state_per_token, zero_is_null=zero_is_null, records=records, out=out,
+    )  # fmt: skip
+
+
+def run_decode(
+    c: Checker, common: tuple, *, state=None, slot_of=None, num_accepted_tokens=None, new_state=None,
+    new_slot_of=None, in_place=False, state_per_token=False, zero_is_null=False, records=None, out=None,
+    names=("state", "slot_of"),
+) -> Tensor:  # fmt: skip
+    """Checks what :func:`calls.common_arguments` did not, and runs the op. ``common``: its result."""
+    q, k, v, g, beta, A_log, dt_bias, _, cu_seqlens, *options, state_v_first = common
+    in_place = in_place and state is not None
+    sizes = {"HV": v.shape[2], "V": v.shape[3], "K": q.shape[3]}
+    if not state_v_first:
+        sizes = {"HV": v.shape[2], "K": q.shape[3], "V": v.shape[3]}
+    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    pools = StatePools(c, q, n, sizes)
+    pools.check(names[0], state, names[1], slot_of)
+    pools.check("new_state", new_state, "new_slot_of", new_slot_of)
+    if state is not None and new_state is not None:
+        c.dtype("new_state", new_state, (state.dtype,))
+    if num_accepted_tokens is not None:
+        pools.check_indices("num_accepted_tokens", num_accepted_tokens, ranks=(1,))
+        if state is None or slot_of is None or slot_of.dim() != 2:
+            raise c.value_error(f"num_accepted_tokens is given, expected {names[1]} [N, columns] with it")
+    written, slots_name, slots = (state, names[1], slot_of) if in_place else (
+        new_state, "new_slot_of", new_slot_of)  # fmt: skip
+    if state_per_token:
+        if written is None or slots is None or slots.dim() != 2:
+            raise c.value_error(f"state_per_token is True, expected {slots_name} [N, columns] of a pool to write to")
+        if cu_seqlens is None and slots.shape[1] < q.shape[1]:
+            raise c.value_error(
+                f"{slots_name} has shape {list(slots.shape)}, expected a column for each of the T={q.shape[1]} tokens"
+            )
+    if records is not None:
+        check_records(c, records, q, v)
+    if out is None:
+        out = v.new_empty(v.shape)
+    else:
+        check_like(c, "out", out, q, q.dtype, {"B": v.shape[0], "T": v.shape[1], "HV": v.shape[2], "V": v.shape[3]})
+    if not torch.compiler.is_compiling() and check_contents(q):
+        pools.check_contents(state, slot_of, num_accepted_tokens, written, slots_name, slots, state_per_token,
+                             zero_is_null)  # fmt: skip
+    variants.run("decode", "decode", (
+        q, k, v, g, beta, A_log, dt_bias, out, state, slot_of, new_state, new_slot_of, num_accepted_tokens,
+        cu_seqlens, *(records or (None, None, None)), *options, state_v_first, in_place, state_per_token,
+        zero_is_null,
+    ))  # fmt: skip
+    return out
+
+
+def commit(
+    records: DraftRecords,
+    num_accepted_tokens: Tensor,
+    state: Tensor,
+    *,
+    slot_of: Tensor | None = None,
+    new_state: Tensor | None = None,
+    new_slot_of: Tensor | None = None,
+    state_v_first: bool = False,
+    zero_is_null: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> None:
+    """Brings states forward past the accepted tokens of a draft that :func:`decode` only read them for.
+
+    ``S <- Diag(e^g) S + k u^T`` for the first ``num_accepted_tokens`` of each sequence (Kimi Linear report, section 3):
+    after it the state is, bit for bit, what one :func:`decode` of those tokens alone would have left.
+
+    Args:
+        records: what ``decode(..., records=records)`` filled.
+        num_accepted_tokens: int32 or int64 ``[N]``, from 0 to the tokens of the sequence.
+        state: the pool that the drafts started from; written unless ``new_state`` is given.
+        slot_of, new_state, new_slot_of, state_v_first, zero_is_null, cu_seqlens: as in
+            :func:`decode`; indices ``[N]``.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+
+    Example:
+        >>> import torch, kda_cuda
+        >>> q, k, v = (torch.randn(2, 4, 1, 64) for _ in range(3))
+        >>> g, beta, state = -torch.rand(2, 4, 1, 64), torch.rand(2, 4, 1), torch.zeros(2, 1, 64, 64)
+        >>> records = kda_cuda.DraftRecords.empty(k, v)
+        >>> o = kda_cuda.decode(q, k, v, g, beta, state, records=records)  # four drafts; the state stays
+        >>> kda_cuda.commit(records, torch.tensor([1, 3]), state)
+    """
+    c = Checker("commit")
+    for name, flag in {"state_v_first": state_v_first, "zero_is_null": zero_is_null}.items():
+        c.boolean(name, flag)
+    check_records(c, records)
+    k, v = records.k, records.u
+    n = k.shape[0]
+    if cu_seqlens is not None:
+        check_cu_seqlens(c, k, cu_seqlens, None)
+        cu_seqlens, n = cu_seqlens.contiguous(), cu_seqlens.shape[0] - 1
+    names = ("HV", "V", "K") if state_v_first else ("HV", "K", "V")
+    values = {"HV": v.shape[2], "V": v.shape[3], "K": k.shape[3]}
+    pools = StatePools(c, k, n, {name: values[name] for name in names})
+    if state is None:
+        c.tensor("state", state)
+    pools.check("state", state, "slot_of", slot_of, ranks=(1,))
+    pools.check("new_state", new_state, "new_slot_of", new_slot_of, ranks=(1,))
+    if new_state is not None:
+        c.dtype("new_state", new_state, (state.dtype,))
+    pools.check_indices("num_accepted_tokens", num_accepted_tokens, ranks=(1,))
+    written, slots_name, slots = (state, "slot_of", slot_of) if new_state is None else (
+        new_state, "new_slot_of", new_slot_of)  # fmt: skip
+    if not torch.compiler.is_compiling() and check_contents(k):
+        pools.check_contents(state, slot_of, None, written, slots_name, slots, False, zero_is_null)
+        check_accepted(c, num_accepted_tokens, k.shape[1], cu_seqlens)
+    variants.run("decode_commit", "decode_commit", (
+        state, slot_of, new_state, new_slot_of, *records, num_accepted_tokens, cu_seqlens, state_v_first,
+        zero_is_null,
+    ))  # fmt: skip
+
+
+# ---- fused_recurrent_kda ---------------------------------------------------------------------------------------------
+
+
+def takes_pool(c: Checker, kwargs: dict) -> bool:
+    """Whether the arguments of :func:`fused_recurrent_kda` ask for what only the recurrence can do."""
+    in_place = kwargs.get("inplace_final_state")
+    if in_place is not None:
+        c.boolean("inplace_final_state", in_place)
+    others = ("ssm_state_indices", "num_accepted_tokens", "out")
+    return bool(in_place) or any(kwargs.get(name) is not None for name in others)
+
+
+def run_in_pool(c: Checker, common: tuple, initial_state, output_final_state: bool, kwargs: dict):
+    """o, and the final states: the pool itself where they are written in place."""
+    names = ("ssm_state_indices", "num_accepted_tokens", "out")
+    slots, accepted, out = (kwargs.get(name) for name in names)
+    in_place = bool(kwargs.get("inplace_final_state"))
+    if calls.needs_grad(*common, initial_state):
+        given = next(name for name in (*names, "inplace_final_state") if kwargs.get(name) is not None)
+        raise c.value_error(f"{given} is given and an argument requires a gradient, expected one of them")
+    if in_place and initial_state is None:
+        raise c.value_error("inplace_final_state is True and initial_state is None, expected a state to write to")
+    final_state = None
+    if output_final_state and not in_place:
+        final_state = new_states(common, torch.float32 if initial_state is None else initial_state.dtype)
+    with_columns = isinstance(slots, Tensor) and slots.dim() == 2
+    o = run_decode(
+        c, common, state=initial_state, slot_of=slots, num_accepted_tokens=accepted, new_state=final_state,
+        in_place=in_place, state_per_token=in_place and with_columns, out=out,
+        names=("initial_state", "ssm_state_indices"),
+    )  # fmt: skip
+    return o, initial_state if in_place else final_state
+
+
+def run_recurrent(c: Checker, common: tuple, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
+    """A few tokens without gradients, by whatever is fastest; else in chunks."""
+    q, initial_state, cu_seqlens = common[0], common[7], common[8]
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    tokens = q.shape[1] if cu_seqlens is None else -(-q.shape[1] // sequences)
+    if calls.needs_grad(*common) or tokens > FEW_TOKENS or variants.prefers_chunks(q):
+        return calls.run_chunk(common, output_final_state)[:2]
+    final_state = new_states(common, compute_dtype(q.dtype)) if output_final_state else None
+    state = None if initial_state is None else initial_state.contiguous()
+    return run_decode(c, common, state=state, new_state=final_state), final_state
+
+
+def new_states(common: tuple, dtype: torch.dtype) -> Tensor:
+    """One state per sequence, in the layout of the call. Zero: null slots leave theirs as it is."""
+    q, v, cu_seqlens, v_first = common[0], common[2], common[8], common[-1]
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dims = (v.shape[3], q.shape[3]) if v_first else (q.shape[3], v.shape[3])
+    return q.new_zeros((sequences, v.shape[2], *dims), dtype=dtype)

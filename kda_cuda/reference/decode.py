@@ -1,0 +1,182 @@
+"""A few tokens on top of a pool of states, token by token: the recurrence itself (kda.md §1), and its bookkeeping.
+
+S'_t = Diag(exp g_t) S_{t-1},   u_t = beta_t (v_t - S'_t^T k_t),   S_t = S'_t + k_t u_t^T,   o_t = scale S_t^T q_t
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .chunk_fwd import key_first
+from .gates import compute_dtype
+from .inputs import Inputs, Transforms
+from .layout import ChunkLayout
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where the states of the sequences lie in a pool, ``[slots, HV, K, V]`` or ``[slots, HV, V, K]``."""
+
+    pool: Tensor
+    indices: Tensor | None  # [N] or [N, columns]; None: sequence n has slot n
+    value_first: bool
+    zero_is_null: bool
+    sequences: int
+
+    def at(self, column: int | Tensor) -> Tensor:
+        """Slots of all sequences, -1 where null."""
+        if self.indices is None:
+            return torch.arange(self.sequences, device=self.pool.device)
+        table = self.indices.reshape(self.sequences, -1).long()
+        if isinstance(column, int):
+            if column >= table.shape[1]:
+                return table.new_full((self.sequences,), -1)
+            slots = table[:, column]
+        else:
+            slots = table.gather(1, column.long().clamp(0, table.shape[1] - 1).unsqueeze(1)).squeeze(1)
+        null = (slots < 0) | (slots >= self.pool.shape[0])
+        if self.zero_is_null:
+            null |= slots == 0
+        return slots.masked_fill(null, -1)
+
+    def read(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """``[N, HV, K, V]``; zero where null."""
+        present = slots >= 0
+        states = key_first(self.pool, self.value_first)[slots[present]].to(dtype)
+        if bool(present.all()):
+            return states
+        everything = states.new_zeros(self.sequences, *states.shape[1:])
+        everything[present] = states
+        return everything
+
+    def write(self, slots: Tensor, states: Tensor) -> None:
+        present = slots >= 0
+        key_first(self.pool, self.value_first)[slots[present]] = states[present].to(self.pool.dtype)
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    out: Tensor,
+    state: Tensor | None,
+    slot_of: Tensor | None,
+    new_state: Tensor | None,
+    new_slot_of: Tensor | None,
+    num_accepted_tokens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    record_k: Tensor | None,
+    record_u: Tensor | None,
+    record_g: Tensor | None,
+    scale: float,
+    use_qk_l2norm: bool,
+    use_gate: bool,
+    use_beta_sigmoid: bool,
+    allow_neg_eigval: bool,
+    lower_bound: float | None,
+    state_v_first: bool,
+    in_place: bool,
+    state_per_token: bool,
+    zero_is_null: bool,
+) -> None:
+    layout = _one_chunk_per_sequence(q, cu_seqlens)
+    transforms = Transforms(use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval, lower_bound)
+    x = transforms.apply(layout, q, k, v, g, beta, A_log, dt_bias)
+    sequences = layout.sequences
+    live = torch.ones(sequences, dtype=torch.bool, device=q.device)
+    if state is None:
+        s = x.v.new_zeros(sequences, v.shape[2], q.shape[-1], v.shape[-1])
+    else:
+        pool = Slots(state, slot_of, state_v_first, zero_is_null, sequences)
+        slots = pool.at(0 if num_accepted_tokens is None else num_accepted_tokens - 1)
+        live, s = slots >= 0, pool.read(slots, x.v.dtype)
+    target = None
+    if in_place:
+        target = Slots(state, slot_of, state_v_first, zero_is_null, sequences)
+    elif new_state is not None:
+        target = Slots(new_state, new_slot_of, state_v_first, zero_is_null, sequences)
+
+    lengths = _lengths(q, cu_seqlens)
+    live_chunks = layout.sorted_states(live)[: layout.chunks]
+    s = layout.sorted_states(s)
+    o, u = torch.empty_like(x.v), torch.empty_like(x.v)
+    for t in _steps(x, s[: layout.chunks], scale, o, u):  # empty sequences come last and keep their state
+        if target is not None and state_per_token:
+            target.write(target.at(t).masked_fill(~live | (t >= lengths), -1), layout.natural_states(s))
+    o[~live_chunks] = 0
+    out.copy_(layout.to_tokens(o, out.dtype))
+    if target is not None and not state_per_token:
+        target.write(target.at(0).masked_fill(~live, -1), layout.natural_states(s))
+    if record_k is not None:
+        rows = layout.to_tokens(live_chunks.reshape(-1, 1, 1).expand(-1, 1, layout.chunk), torch.bool)[..., 0]
+        group = v.shape[2] // q.shape[2]
+        for record, value in ((record_k, x.k[:, ::group]), (record_u, u), (record_g, x.g)):
+            record[rows] = layout.to_tokens(value, record.dtype)[rows]
+
+
+def decode_commit(
+    state: Tensor,
+    slot_of: Tensor | None,
+    new_state: Tensor | None,
+    new_slot_of: Tensor | None,
+    record_k: Tensor,
+    record_u: Tensor,
+    record_g: Tensor,
+    num_accepted_tokens: Tensor,
+    cu_seqlens: Tensor | None,
+    state_v_first: bool,
+    zero_is_null: bool,
+) -> None:
+    layout = _one_chunk_per_sequence(record_k, cu_seqlens)
+    sequences, dtype = layout.sequences, compute_dtype(record_k.dtype)
+    source = Slots(state, slot_of, state_v_first, zero_is_null, sequences)
+    target = source
+    if new_state is not None:
+        target = Slots(new_state, new_slot_of, state_v_first, zero_is_null, sequences)
+    slots = source.at(0)
+    s = layout.sorted_states(source.read(slots, dtype))
+    accepted = layout.sorted_states(torch.minimum(num_accepted_tokens.long(), _lengths(record_k, cu_seqlens)))
+    group = record_u.shape[2] // record_k.shape[2]
+    k = layout.to_chunks(record_k, dtype).repeat_interleave(group, dim=1)
+    u, decay = layout.to_chunks(record_u, dtype), layout.to_chunks(record_g, dtype).exp().unsqueeze(-1)
+    active = s[: layout.chunks]
+    for t in range(layout.chunk if layout.chunks else 0):
+        after = active * decay[:, :, t] + k[:, :, t].unsqueeze(-1) * u[:, :, t].unsqueeze(-2)
+        taken = (t < accepted[: layout.chunks]).reshape(-1, 1, 1, 1)
+        active.copy_(torch.where(taken, after, active))
+    target.write(target.at(0).masked_fill(slots < 0, -1), layout.natural_states(s))
+
+
+def _steps(x: Inputs, s: Tensor, scale: float, o: Tensor, u: Tensor) -> Iterator[int]:
+    """Brings the states ``s [chunks, HV, K, V]`` forward in place and fills ``o`` and ``u``; after every token, t."""
+    if not len(s):
+        return
+    decay = x.g.exp().unsqueeze(-1)
+    q, k, v, beta = (scale * x.q).unsqueeze(-2), x.k.unsqueeze(-2), x.v.unsqueeze(-2), x.beta.unsqueeze(-1)
+    for t in range(x.v.shape[2]):
+        s *= decay[:, :, t]
+        u_t = beta[:, :, t] * (v[:, :, t] - k[:, :, t] @ s)
+        s += k[:, :, t].transpose(-1, -2) * u_t
+        o[:, :, t], u[:, :, t] = (q[:, :, t] @ s).squeeze(-2), u_t.squeeze(-2)
+        yield t
+
+
+def _one_chunk_per_sequence(x: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
+    """All sequences step together: those that end early see padding, which leaves their state alone."""
+    batch, tokens = x.shape[:2]
+    longest = tokens if cu_seqlens is None else int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+    return ChunkLayout(batch, tokens, max(longest, 1), cu_seqlens, x.device)
+
+
+def _lengths(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    if cu_seqlens is None:
+        return torch.full((x.shape[0],), x.shape[1], device=x.device)
+    return (cu_seqlens[1:] - cu_seqlens[:-1]).long()
