@@ -8,17 +8,20 @@ namespace kda {
 namespace {
 
 /// Lines of "name=value".
-int describe(ChunkFwdVariant const& v, ChunkPlan const& plan, int value_heads, int value_dim, bool batch_invariant,
-             char* to, int capacity) {
+int describe(ChunkFwdVariant const& v, ChunkPlan const& plan, int value_heads, int key_dim, int value_dim,
+             bool batch_invariant, char* to, int capacity) {
+  int64_t const part_slots = v.part_slots(plan, value_heads, key_dim, value_dim), slots = plan.slots();
   return std::snprintf(
       to, size_t(capacity),
-      "variant=%s\nchunk=%d\nkey_tile=%d\nprepare_grid=%lldx%d\nprepare_threads=%d\nprepare_shared_bytes=%zu\n"
+      "variant=%s\nchunk=%d\nkey_tile=%d\nparts=%lld\nprepare_grid=%lldx%d\nprepare_threads=%d\nprepare_shared_bytes=%"
+      "zu\n"
       "scan_grid=%dx%dx%d\nscan_threads=%d\nscan_shared_bytes=%zu\nworkspace_bytes=%zu\n"
       "split=V into %d of %d columns; no sequence, each is scanned by one block per head and part of V\n"
       "batch_invariant=%s",
-      v.name, v.chunk, v.key_tile, (long long)plan.slots(), value_heads, v.prepare_threads, v.prepare_shared_bytes,
-      plan.sequences, value_heads, value_tiles(value_dim), v.scan_threads, v.scan_shared_bytes,
-      v.workspace_bytes(plan, value_heads, value_dim), value_tiles(value_dim), kValueTile,
+      v.name, v.chunk, v.key_tile, (long long)(part_slots ? (slots + part_slots - 1) / part_slots : 1),
+      (long long)part_slots, value_heads, v.prepare_threads, v.prepare_shared_bytes, plan.sequences, value_heads,
+      value_tiles(value_dim), v.scan_threads, v.scan_shared_bytes,
+      v.workspace_bytes(plan, value_heads, key_dim, value_dim), value_tiles(value_dim), kValueTile,
       batch_invariant ? "yes, as asked" : "yes, as no sequence is split");
 }
 
@@ -38,7 +41,7 @@ extern "C" __attribute__((visibility("default"))) int kda_plan_chunk_fwd(int dty
   kda::ChunkPlan plan{tokens, sequences < 0 ? int32_t(batch) : sequences, nullptr, false, variant->chunk, {}};
   static char const known = 0;  // slots() asks only whether there are boundaries
   if (sequences >= 0) plan.cu_seqlens = &known;
-  return kda::describe(*variant, plan, value_heads, value_dim, batch_invariant, to, capacity);
+  return kda::describe(*variant, plan, value_heads, key_dim, value_dim, batch_invariant, to, capacity);
 } catch (std::exception const&) {
   return -1;
 }

@@ -27,7 +27,7 @@ KDA_GLOBAL void __launch_bounds__(Prepare<Variant>::kThreads, Prepare<Variant>::
     chunk_fwd_prepare_kernel(ChunkFwdParams const p) {
   KDA_DYNAMIC_SHARED(PrepareStorage<Variant>, storage);
   ChunkPlan const plan = plan_of<Variant>(p);
-  int64_t const slot = blockIdx.x;
+  int64_t const slot = p.first_slot + blockIdx.x;
   int const value_head = blockIdx.y;
   Sequence const sequence = plan.sequence(plan.sequence_of_slot(slot));
   int64_t const i = slot - sequence.first_slot;
@@ -35,7 +35,7 @@ KDA_GLOBAL void __launch_bounds__(Prepare<Variant>::kThreads, Prepare<Variant>::
 
   Prepare<Variant> prepare{{p,
                             *storage,
-                            {p.workspace, slot, p.value_heads, value_head, p.value_dim},
+                            {p.workspace, blockIdx.x, p.value_heads, value_head, p.value_dim},
                             chunk_of_head<Variant>(p, sequence, i, value_head)}};
   prepare.load_chunk();
   prepare.normalise();
@@ -43,62 +43,84 @@ KDA_GLOBAL void __launch_bounds__(Prepare<Variant>::kThreads, Prepare<Variant>::
   prepare.solve();
 }
 
+/// What one block of the scan does: chunks [begin, end) of a sequence, for one head and one tile of V.
+struct ScanWork {
+  Sequence sequence;
+  int64_t begin, end, chunks;
+  int n, value_head, value0;
+};
+
+/// False: nothing. Sequences without chunks belong to the part that has their first slot.
+template <class Variant>
+KDA_DEVICE bool find_scan_work(ScanWork& work, ChunkFwdParams const& p) {
+  ChunkPlan const plan = plan_of<Variant>(p);
+  work.n = int(blockIdx.x) + (p.first_slot ? plan.sequence_of_slot(p.first_slot) : 0);
+  work.value_head = blockIdx.y, work.value0 = blockIdx.z * kValueTile;
+  if (work.n >= plan.sequences) return false;
+  work.sequence = plan.sequence(work.n);
+  work.chunks = plan.chunks_of(work.sequence.length);
+  int64_t const from = p.first_slot - work.sequence.first_slot, to = from + p.part_slots;  // as chunks of the sequence
+  work.begin = from > 0 ? from : 0, work.end = to < work.chunks ? to : work.chunks;
+  return work.begin < work.end || (work.chunks == 0 && from <= 0 && (to > 0 || p.part_slots == 0));
+}
+
 /// The scan's helper warps: at each step they bring one chunk, announce the one before and take away the output of the
 /// one before that. The consumers may then be anywhere between: whatever either side waits for is already under way.
 template <class Variant>
-KDA_DEVICE void help_scan(ChunkFwdParams const& p, ScanStorage<Variant>& s, Sequence const& sequence, int64_t chunks,
-                          int value_head, int value0) {
+KDA_DEVICE void help_scan(ChunkFwdParams const& p, ScanStorage<Variant>& s, ScanWork const& work) {
   using Barrier = ScanBarrier<Variant>;
   constexpr int kStages = ScanShape<Variant>::kStages;
-  ScanHelper<Variant> helper{p, s, value0};
-  for (int64_t i = 0; i < chunks + 2; ++i) {
-    if (i >= 1 && i - 1 < chunks) helper.announce(int((i - 1) % kStages));
-    if (i < chunks) {
+  ScanHelper<Variant> helper{p, s, work.value0};
+  int64_t const count = work.end - work.begin, first_record = work.sequence.first_slot + work.begin - p.first_slot;
+  for (int64_t i = 0; i < count + 2; ++i) {
+    if (i >= 1 && i - 1 < count) helper.announce(int((i - 1) % kStages));
+    if (i < count) {
       int const stage = int(i % kStages);
       if (i >= kStages) Barrier::wait(Barrier::empty(stage));
-      helper.load({p.workspace, sequence.first_slot + i, p.value_heads, value_head, p.value_dim}, stage);
+      helper.load({p.workspace, first_record + i, p.value_heads, work.value_head, p.value_dim}, stage);
     }
-    if (i >= 2) helper.store_output(chunk_of_head<Variant>(p, sequence, i - 2, value_head), int(i % 2), i < chunks);
+    if (i >= 2)
+      helper.store_output(chunk_of_head<Variant>(p, work.sequence, work.begin + i - 2, work.value_head), int(i % 2),
+                          i < count);
   }
 }
 
 /// The scan's consumer warps: the recurrence.
 template <class Variant>
-KDA_DEVICE void consume_chunks(ChunkFwdParams const& p, ScanStorage<Variant>& s, Sequence const& sequence,
-                               int64_t chunks, int n, int value_head, int value0) {
+KDA_DEVICE void consume_chunks(ChunkFwdParams const& p, ScanStorage<Variant>& s, ScanWork const& work) {
   using Barrier = ScanBarrier<Variant>;
   constexpr int kStages = ScanShape<Variant>::kStages, kChunk = Variant::config.chunk;
-  int const warp = thread_index() / 32, value = value0 + warp * 16;
-  ScanConsumer<Variant> consumer{s, warp};
-  load_state(consumer.state, initial_state_at(p, n, value_head), p, value);
+  int const n = work.n, value_head = work.value_head, value = work.value0 + thread_index() / 32 * 16;
+  ScanConsumer<Variant> consumer{s, thread_index() / 32};
+  if (work.begin == 0) load_state(consumer.state, initial_state_at(p, n, value_head), p, value);
+  else load_carry(consumer.state, p, p.part + 1, value_head, work.value0);
 
   bool const keeps = p.chunk_states.data || p.checkpoints.data;
-  int64_t const first_kept = first_chunk_state(p, n);
+  int64_t const first_kept = first_chunk_state(p, n), count = work.end - work.begin;
   int stage = 0;
   uint32_t parity = 0;
-  for (int64_t i = 0; i < chunks; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     auto const& in = s.stage[stage];
     int const buffer = int(i & 1);
-    if (keeps) keep_states(consumer.state, p, n, first_kept, i * kChunk, value_head, value);
+    if (keeps) keep_states(consumer.state, p, n, first_kept, (work.begin + i) * kChunk, value_head, value);
     consumer.wait_for_record(stage, parity);
     consumer.start(in);
     consumer.correct_values(in);
     consumer.advance(in);
-    if (i + kStages < chunks) Barrier::arrive(Barrier::empty(stage));
+    if (i + kStages < count) Barrier::arrive(Barrier::empty(stage));
     if (i >= 2) Barrier::wait(Barrier::output_empty(buffer));
     consumer.hand_over_output(buffer);
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
-  finish_states(consumer.state, p, n, sequence.length, value_head, value);
+  if (work.end == work.chunks) finish_states(consumer.state, p, n, work.sequence.length, value_head, value);
+  else store_carry(consumer.state, p, p.part, value_head, work.value0);
 }
 
 template <class Variant>
 KDA_GLOBAL void __launch_bounds__(ScanShape<Variant>::kThreads, 1) chunk_fwd_scan_kernel(ChunkFwdParams const p) {
   KDA_DYNAMIC_SHARED(ScanStorage<Variant>, storage);
-  ChunkPlan const plan = plan_of<Variant>(p);
-  int const n = blockIdx.x, value_head = blockIdx.y, value0 = blockIdx.z * kValueTile;
-  Sequence const sequence = plan.sequence(n);
-  int64_t const chunks = plan.chunks_of(sequence.length);
+  ScanWork work;
+  if (!find_scan_work<Variant>(work, p)) return;
   if constexpr (ScanShape<Variant>::kAsync) {
     if (thread_index() == 0) {
       for (Mbarrier& full : storage->full) mbarrier_init(full, 1);
@@ -106,9 +128,9 @@ KDA_GLOBAL void __launch_bounds__(ScanShape<Variant>::kThreads, 1) chunk_fwd_sca
     }
     sync_block();
   }
-  if (shuffle(thread_index() / ScanShape<Variant>::kConsumers, 0) == 0)  // the same for the compiler in all lanes
-    consume_chunks<Variant>(p, *storage, sequence, chunks, n, value_head, value0);
-  else help_scan<Variant>(p, *storage, sequence, chunks, value_head, value0);
+  // Of a shuffle, so that the compiler sees whole warps on either side.
+  if (shuffle(thread_index() / ScanShape<Variant>::kConsumers, 0) == 0) consume_chunks<Variant>(p, *storage, work);
+  else help_scan<Variant>(p, *storage, work);
 }
 
 }  // namespace kda

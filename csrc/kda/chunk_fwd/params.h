@@ -52,6 +52,11 @@ struct ChunkFwdParams {
   bool batch_invariant;  // the bits of a sequence may not depend on what it is batched with
 
   void* workspace;  // ChunkFwdVariant::workspace_bytes, aligned to 16
+  // The part of the work that one launch of each kernel covers: slots [first_slot, first_slot + part_slots) of the
+  // plan.
+  int64_t first_slot;
+  int32_t part_slots, part;
+  float* carry;  // [2, value_heads, value tiles, ...]: the state of the sequence that goes on into the next part
 };
 
 }  // namespace kda
