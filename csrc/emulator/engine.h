@@ -40,6 +40,7 @@ struct Options {
   size_t stack_bytes = 256 * 1024;
   size_t shared_limit = 227 * 1024;
   bool has_wgmma = false;
+  int64_t small_workspace = 128 * 1024;  // so that small tests, too, work in parts
 };
 inline Options& options() {
   static Options o;

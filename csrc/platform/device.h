@@ -13,6 +13,8 @@ namespace kda {
 inline size_t shared_memory_limit() { return emulator::options().shared_limit; }
 /// Whether the device has warpgroup products (compute capability 9.0).
 inline bool has_wgmma() { return emulator::options().has_wgmma; }
+/// Bytes of workspace that are nothing beside the device's memory.
+inline int64_t small_workspace() { return emulator::options().small_workspace; }
 
 #else
 
@@ -40,6 +42,8 @@ int device_attribute() {
 
 /// Shared memory that a block of the current device may have, in bytes.
 inline size_t shared_memory_limit() { return size_t(device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>()); }
+/// Bytes of workspace that are nothing beside the device's memory.
+inline int64_t small_workspace() { return 16 << 20; }
 /// Whether the current device has warpgroup products (compute capability 9.0).
 inline bool has_wgmma() { return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9; }
 

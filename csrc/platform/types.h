@@ -97,4 +97,8 @@ KDA_DEVICE uint32_t float_to_tf32(float x) {
 #endif
 }
 
+/// A finite x as an operand of a tf32 product, which ignores the low 13 bits: rounded as float_to_tf32 does, in one
+/// instruction.
+KDA_DEVICE uint32_t float_for_tf32(float x) { return float_to_bits(x) + 0x1000u; }
+
 }  // namespace kda

@@ -52,8 +52,12 @@ inline constexpr bool kIsFp32Storage = sizeof(E) == 4;
 /// hi = x rounded to tf32, lo = the rest (float only).
 template <class E>
 KDA_DEVICE void split(SplitFragment& f, int i, float x) {
-  f.hi[i] = float_to_tf32(x);
-  if constexpr (std::is_same_v<E, float>) f.lo[i] = float_to_tf32(x - bits_to_float(f.hi[i]));
+  if constexpr (std::is_same_v<E, float>) {
+    f.hi[i] = float_to_tf32(x);
+    f.lo[i] = float_to_tf32(x - bits_to_float(f.hi[i]));
+  } else {
+    f.hi[i] = float_for_tf32(x);
+  }
 }
 KDA_DEVICE float to_fp32(float x) { return x; }
 KDA_DEVICE float to_fp32(Tf32 x) { return x.value; }

@@ -12,7 +12,7 @@ struct Prepare : PrepareThread<Variant> {
   using Base = PrepareThread<Variant>;
   using E = typename Base::E;
   using Shape = typename Base::Shape;
-  using SolveElement = std::conditional_t<sizeof(E) == 4, float, tile::Tf32>;
+  using DiagonalElement = std::conditional_t<sizeof(E) == 4, float, tile::Tf32>;
   using Base::chunk, Base::columns, Base::group, Base::lane, Base::out, Base::p, Base::pair, Base::s, Base::thread,
       Base::warp;
   static constexpr int kChunk = Base::kChunk, kBlocks = Base::kBlocks, kKeyTile = Shape::kKeyTile;
@@ -76,7 +76,8 @@ struct Prepare : PrepareThread<Variant> {
   /// W over Gamma.K and T V over V; then everything leaves.
   KDA_DEVICE void solve() {
     constexpr int kUnits = kKeyTile / 16;
-    if (thread < kChunk) tile::invert_diagonal_block(s.l, thread / 16 * 16, thread % 16, kChunk == 16 ? 0xffffu : ~0u);
+    if (thread < kChunk)
+      tile::invert_diagonal_block(s.diagonal, thread / 16 * 16, thread % 16, kChunk == 16 ? 0xffffu : ~0u);
     sync_block();
     for (int unit = warp; unit < 2 * kUnits; unit += kWarps)
       solve_columns(unit < kUnits ? s.gamma_k : s.v, unit % kUnits * 16);
@@ -143,7 +144,7 @@ struct Prepare : PrepareThread<Variant> {
 #pragma unroll
       for (int e = 0; e < 8; ++e) x[i][e / 4].x[e % 4] *= s.beta[i * 16 + e / 4 * 8 + lane % 4 * 2 + e % 2];
     }
-    tile::substitute<SolveElement>(x, s.l);
+    tile::substitute<E, DiagonalElement>(x, s.l, s.diagonal);
     sync_warp();
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i)

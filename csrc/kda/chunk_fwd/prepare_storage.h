@@ -26,9 +26,10 @@ struct PrepareStorage {
     Blocks blocks;
     Split split[2];  // levels alternate
   };
-  Wide gamma_k;                               // Gamma.K, then W
-  Wide v;                                     // V, then T V
-  tile::SharedTile<float, kChunk, kChunk> l;  // Diag(beta) A_kk, then its inverted diagonal blocks
+  Wide gamma_k;                                               // Gamma.K, then W
+  Wide v;                                                     // V, then T V
+  Square l;                                                   // Diag(beta) A_kk below its diagonal blocks
+  tile::SharedTile<float, kChunk, kTokensPerBlock> diagonal;  // those blocks, one below the other; then their inverses
   Square a_qk;
   float2 log2_total[Shape::kGroups][Shape::kPairs];                      // log2 of the decay over each eight tokens
   tile::Pair<E> factor[kBlocks * (kBlocks - 1) / 2 + 1][Shape::kPairs];  // decay between the anchors of two blocks

@@ -105,7 +105,8 @@ struct BlockScores {
                             tile::to_pair<E>(i <= r ? c.p.scale * x : 0.f, i < r ? c.p.scale * y : 0.f));
       } else {
         float const beta = c.s.beta[r];
-        *reinterpret_cast<float2*>(&c.s.l.at(r, i)) = {beta * x, beta * y};  // above the diagonal never read
+        if (row0 == col0) *reinterpret_cast<float2*>(&c.s.diagonal.at(r, i - col0)) = {beta * x, beta * y};
+        else tile::store_pair<E>(&c.s.l.at(r, i), tile::to_pair<E>(beta * x, beta * y));
       }
     }
   }
@@ -248,8 +249,10 @@ struct SplitScores {
       int const block = row / (2 * kHalf);
       if (block != col / kHalf) continue;
       int const r = block * 2 * kHalf + kHalf + row % kHalf, i = block * 2 * kHalf + col % kHalf;
-      if (row % (2 * kHalf) >= kHalf) c.s.l.at(r, i) = c.s.beta[r] * acc.x[e];
-      else c.s.a_qk.at(r, i) = from_float<E>(c.p.scale * acc.x[e]);
+      float const beta_a = c.s.beta[r] * acc.x[e];
+      if (row % (2 * kHalf) < kHalf) c.s.a_qk.at(r, i) = from_float<E>(c.p.scale * acc.x[e]);
+      else if (kHalf >= kTokensPerBlock) c.s.l.at(r, i) = from_float<E>(beta_a);
+      else c.s.diagonal.at(r, i % kTokensPerBlock) = beta_a;
     }
   }
 };

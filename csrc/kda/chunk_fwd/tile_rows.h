@@ -18,6 +18,16 @@ struct TileRows {
   /// Asynchronous (cp.async) where pieces are aligned.
   template <int kColumns, class Tile>
   KDA_DEVICE void load(Tile& tile, int column, int index, int count) const {
+    if (aligned && rows >= Tile::kRows && columns >= column + kColumns) {  // the usual case, in few instructions
+      constexpr unsigned kPieces = kColumns / kPiece;
+      unsigned const row0 = unsigned(index) / kPieces, col = column + unsigned(index) % kPieces * kPiece;
+      E const* global = base + first + row0 * token_stride + col;
+#pragma unroll
+      for (unsigned row = 0; row < Tile::kRows; row += count / kPieces, global += count / kPieces * token_stride)
+        if (Tile::kRows % (count / kPieces) == 0 || row0 + row < Tile::kRows)
+          cp_async_16(&tile.at(row0 + row, col), global);
+      return;
+    }
     for_pieces<kColumns, Tile>(column, index, count, [&](int row, int col, int live) {
       E* const shared = &tile.at(row, col);
       E const* const global = base + first + row * token_stride + col;
