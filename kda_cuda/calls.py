@@ -51,6 +51,11 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+def contiguous(x: object) -> object:
+    """A small tensor without gaps; anything else as it is, for the checks to refuse."""
+    return x.contiguous() if isinstance(x, Tensor) else x
+
+
 def under_autocast(q, k, v, g, beta) -> tuple:
     """q, k and v in the autocast dtype, as torch's own attention does; g and beta stay in it or become fp32."""
     if not isinstance(q, Tensor) or q.is_meta or not torch.is_autocast_enabled(q.device.type):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from . import calls, variants
-from .checks import INDEX_DTYPES, Checker, check_contents, cu_seqlens_list
+from .checks import Checker, check_contents, cu_seqlens_list
+from .state_pools import StatePools, check_like
 
 CHECKPOINT_TOKENS = 64
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,17 +111,20 @@ def prefill(
     *streams, _, cu_seqlens = common[:9]
     if calls.needs_grad(*streams, state_pool, checkpoint_pool):
         raise c.value_error("an input requires a gradient, expected none: states in a pool have no gradients")
-    check_pool(c, "state_pool", state_pool, streams, state_v_first)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    check_slots(c, state_pool, slot_of, initial_slot_of, has_initial_state, sequences, zero_is_null)
-    has_initial_state = None if has_initial_state is None else has_initial_state.contiguous()
+    sizes = {"HV": v.shape[2], "K": q.shape[3], "V": v.shape[3]}
+    order = ("HV", "V", "K") if state_v_first else ("HV", "K", "V")
+    pools = StatePools(c, q, sequences, {dim: sizes[dim] for dim in order})
+    pools.check_pool("state_pool", state_pool, STATE_DTYPES)
+    has_initial_state = calls.contiguous(has_initial_state)
+    check_slots(pools, state_pool, slot_of, initial_slot_of, has_initial_state, zero_is_null)
     if checkpoint_slots is not None:
-        check_indices(c, "checkpoint_slots", checkpoint_slots, q, "N, checkpoints", sequences)
-        checkpoint_slots = calls.rows_contiguous(checkpoint_slots)
+        checkpoint_slots = calls.contiguous(checkpoint_slots)
+        pools.check_indices("checkpoint_slots", checkpoint_slots, ranks=(2,))
     if checkpoint_pool is not None:
         if checkpoint_slots is None:
             raise c.value_error("checkpoint_slots is None and checkpoint_pool is not, expected both or slots alone")
-        check_pool(c, "checkpoint_pool", checkpoint_pool, streams, state_v_first)
+        pools.check_pool("checkpoint_pool", checkpoint_pool, STATE_DTYPES)
         checkpoint_pool = None if checkpoint_pool is state_pool else checkpoint_pool
     c.integer("checkpoint_interval", checkpoint_interval)
     if checkpoint_interval < 1 or checkpoint_interval % CHECKPOINT_TOKENS:
@@ -138,49 +141,22 @@ def prefill(
     return variants.run("prefill", "prefill", arguments)
 
 
-def check_pool(c: Checker, name: str, pool: Tensor, streams: list, state_v_first: bool) -> None:
-    q, _, v, *_ = streams
-    c.tensor(name, pool)
-    c.device(name, pool, q.device, "q")
-    dims = "slots, HV, V, K" if state_v_first else "slots, HV, K, V"
-    c.rank(name, pool, dims)
-    c.dtype(name, pool, (torch.float64,) if q.dtype == torch.float64 else STATE_DTYPES)
-    sizes = {"slots": pool.shape[0], "HV": v.shape[2], "K": q.shape[3], "V": v.shape[3]}
-    c.shape(name, pool, **{d: sizes[d] for d in dims.split(", ")})
-    dense = math.prod(pool.shape[1:])
-    if not pool[:1].is_contiguous() or (pool.shape[0] > 1 and pool.stride(0) < dense):
-        raise c.value_error(
-            f"{name} has strides {list(pool.stride())}, expected contiguous slots {dense} or more elements apart"
-        )
-
-
-def check_indices(c: Checker, name: str, x: Tensor, q: Tensor, dims: str, sequences: int) -> None:
-    c.tensor(name, x)
-    c.device(name, x, q.device, "q")
-    c.rank(name, x, dims)
-    c.dtype(name, x, INDEX_DTYPES)
-    if x.shape[0] != sequences:
-        more = ", checkpoints" if x.dim() == 2 else ""
-        raise c.value_error(f"{name} has shape {list(x.shape)}, expected [N={sequences}{more}]")
-
-
 def check_slots(
-    c: Checker, pool: Tensor, slot_of, initial_slot_of, has_initial_state, sequences: int, zero_is_null: bool
+    pools: StatePools, pool: Tensor, slot_of, initial_slot_of, has_initial_state, zero_is_null: bool
 ) -> None:
+    c = pools.c
     if slot_of is not None:
-        check_indices(c, "slot_of", slot_of, pool, "N", sequences)
+        pools.check_indices("slot_of", slot_of, ranks=(1,))
     elif zero_is_null:
         raise c.value_error("zero_is_null is True and slot_of is None, expected slot_of")
-    elif pool.shape[0] < sequences:
-        raise c.value_error(f"state_pool has {pool.shape[0]} slots, expected at least N={sequences} without slot_of")
+    elif pool.shape[0] < pools.sequences:
+        raise c.value_error(
+            f"state_pool has {pool.shape[0]} slots, expected at least N={pools.sequences} without slot_of"
+        )
     if initial_slot_of is not None:
-        check_indices(c, "initial_slot_of", initial_slot_of, pool, "N", sequences)
+        pools.check_indices("initial_slot_of", initial_slot_of, ranks=(1,))
     if has_initial_state is not None:
-        c.tensor("has_initial_state", has_initial_state)
-        c.device("has_initial_state", has_initial_state, pool.device, "q")
-        c.rank("has_initial_state", has_initial_state, "N")
-        c.dtype("has_initial_state", has_initial_state, (torch.bool,))
-        c.shape("has_initial_state", has_initial_state, N=sequences)
+        check_like(c, "has_initial_state", has_initial_state, pool, torch.bool, {"N": pools.sequences})
 
 
 def lengths_of(q: Tensor, cu_seqlens: Tensor | None) -> list[int]:

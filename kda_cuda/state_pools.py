@@ -1,7 +1,8 @@
-"""Checks of state pools, the slots of sequences in them, and draft records, on behalf of :mod:`kda_cuda.decoding`."""
+"""Checks of state pools, the slots of sequences in them, and draft records, on behalf of decode, commit and prefill."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,16 +27,24 @@ class StatePools:
             if indices is not None:
                 raise c.value_error(f"{indices_name} is given and {name} is None, expected both")
             return
+        self.check_pool(name, pool, (torch.float32, torch.bfloat16), self.sequences if indices is None else None)
+        if indices is not None:
+            self.check_indices(indices_name, indices, ranks)
+
+    def check_pool(self, name: str, pool: Tensor, dtypes: tuple[torch.dtype, ...], slots: int | None = None) -> None:
+        """``dtypes``: of the states, unless q is float64; ``slots``: how many, if that is fixed."""
+        c = self.c
         c.tensor(name, pool)
         c.device(name, pool, self.owner.device, "q")
         c.rank(name, pool, ", ".join(("slots", *self.sizes)))
-        double = self.owner.dtype == torch.float64
-        c.dtype(name, pool, (torch.float64,) if double else (torch.float32, torch.bfloat16))
-        c.shape(name, pool, slots=pool.shape[0] if indices is not None else self.sequences, **self.sizes)
+        c.dtype(name, pool, (torch.float64,) if self.owner.dtype == torch.float64 else dtypes)
+        c.shape(name, pool, slots=pool.shape[0] if slots is None else slots, **self.sizes)
         if pool.numel() and not pool[0].is_contiguous():
             raise c.value_error(f"{name} has strides {list(pool.stride())}, expected every slot contiguous")
-        if indices is not None:
-            self.check_indices(indices_name, indices, ranks)
+        if pool.shape[0] > 1 and pool.stride(0) < (size := math.prod(pool.shape[1:])):
+            raise c.value_error(
+                f"{name} has strides {list(pool.stride())}, expected slots {size} elements apart or more"
+            )
 
     def check_indices(self, name: str, indices: Tensor, ranks=(1, 2)) -> None:
         c, n = self.c, self.sequences

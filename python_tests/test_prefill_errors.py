@@ -50,9 +50,9 @@ CALLS = [
     (call(state_pool=torch.zeros(SLOTS, HV, K, V), state_v_first=True), ValueError,
      "state_pool has shape [6, 4, 16, 24], expected [slots=6, HV=4, V=24, K=16]"),
     (call(state_pool=torch.zeros(SLOTS, HV, V, K).transpose(2, 3)), ValueError,
-     "state_pool has strides [1536, 384, 1, 16], expected contiguous slots 1536 or more elements apart"),
+     "state_pool has strides [1536, 384, 1, 16], expected every slot contiguous"),
     (call(state_pool=torch.zeros(1, HV, K, V).expand(SLOTS, -1, -1, -1)), ValueError,
-     "state_pool has strides [0, 384, 24, 1], expected contiguous slots 1536 or more elements apart"),
+     "state_pool has strides [0, 384, 24, 1], expected slots 1536 elements apart or more"),
     (call(state_pool=torch.zeros(SLOTS, HV, K, V, requires_grad=True)), ValueError,
      "an input requires a gradient, expected none: states in a pool have no gradients"),
     (call(state_pool=torch.zeros(1, HV, K, V)), ValueError,
@@ -60,10 +60,10 @@ CALLS = [
     # slots
     (call(slot_of=[0, 1]), TypeError, "slot_of is a list, expected a Tensor"),
     (call(slot_of=ints(0, 1).short()), TypeError, "slot_of has dtype int16, expected int32 or int64"),
-    (call(slot_of=ints([0, 1])), ValueError, "slot_of has shape [1, 2], expected 1 dimensions [N]"),
-    (call(slot_of=ints(0, 1, 2)), ValueError, "slot_of has shape [3], expected [N=2]"),
+    (call(slot_of=ints([0, 1])), ValueError, "slot_of has shape [1, 2], expected [N]"),
+    (call(slot_of=ints(0, 1, 2)), ValueError, "slot_of has shape [3], expected [N] with N=2"),
     (call(slot_of=ints(0, 1).to("meta")), ValueError, "slot_of is on meta, expected cpu like q"),
-    (call(initial_slot_of=ints(0)), ValueError, "initial_slot_of has shape [1], expected [N=2]"),
+    (call(initial_slot_of=ints(0)), ValueError, "initial_slot_of has shape [1], expected [N] with N=2"),
     (call(has_initial_state=ints(0, 1)), TypeError, "has_initial_state has dtype int64, expected bool"),
     (call(has_initial_state=ints(0, 1, 1).bool()), ValueError, "has_initial_state has shape [3], expected [N=2]"),
     (call(zero_is_null=1, slot_of=ints(0, 1)), TypeError, "zero_is_null is 1 (int), expected a bool"),
@@ -85,8 +85,9 @@ CALLS = [
      "initial_slot_of[0] is 2, which checkpoint_slots[0, 0] writes, expected another slot"),
     # checkpoints
     (call(checkpoint_slots=ints(0, 1)), ValueError,
-     "checkpoint_slots has shape [2], expected 2 dimensions [N, checkpoints]"),
-    (call(checkpoint_slots=ints([0, 1])), ValueError, "checkpoint_slots has shape [1, 2], expected [N=2, checkpoints]"),
+     "checkpoint_slots has shape [2], expected [N, columns]"),
+    (call(checkpoint_slots=ints([0, 1])), ValueError,
+     "checkpoint_slots has shape [1, 2], expected [N, columns] with N=2"),
     (call(checkpoint_pool=torch.zeros(SLOTS, HV, K, V)), ValueError,
      "checkpoint_slots is None and checkpoint_pool is not, expected both or slots alone"),
     (call(checkpoint_slots=ints([0], [1]), checkpoint_pool=torch.zeros(SLOTS, 2, K, V)), ValueError,
@@ -165,3 +166,17 @@ def test_contents_on_the_gpu_are_checked_on_request(device, monkeypatch):
     monkeypatch.setenv("KDA_CUDA_CHECK", "1")
     with pytest.raises(ValueError, match=r"slot_of\[1\] is 3 like slot_of\[0\], expected another slot$"):
         kda_cuda.prefill(**arguments)
+
+
+@pytest.mark.devices("cuda")
+def test_kernels_refuse_pointers_of_the_host(device):
+    """A direct torch.ops call with a pool, slots or lengths that are not on the GPU."""
+    streams = [x.to(device) for x in good().values()]
+    flags = (1.0, False, False, False, False, None, False, False, 64, False)
+    pool = torch.zeros(SLOTS, HV, K, V)
+    with pytest.raises(ValueError, match=r"^kda_cuda::prefill: state_pool is on another device than q$"):
+        torch.ops.kda_cuda.prefill(*streams, None, None, pool, *[None] * 7, *flags)
+    with pytest.raises(ValueError, match=r"^kda_cuda::prefill: slot_of is on another device than q$"):
+        torch.ops.kda_cuda.prefill(*streams, None, None, pool.to(device), ints(0, 1), *[None] * 6, *flags)
+    with pytest.raises(ValueError, match=r"^kda_cuda::chunk_fwd: initial_state is on another device than q$"):
+        torch.ops.kda_cuda.chunk_fwd(*streams, None, None, pool[:B], None, *flags[:7], True, 64, False)

@@ -12,7 +12,8 @@ from kda_cuda import testing
 
 from .cases import Case, Inputs
 from .test_chunk_fwd import VARIANTS
-from .test_prefill import BATCH, MODEL, RAGGED, SEQUENCES, expect, make_pool, raw_arguments, raw_op, streams_of, tensor
+from .test_prefill import BATCH, MODEL, RAGGED, SEQUENCES, expect, make_pool, streams_of, tensor
+from .test_prefill_op import raw_arguments, raw_op
 
 
 def size_for(x: Inputs, **more) -> int:

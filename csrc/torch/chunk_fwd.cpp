@@ -29,6 +29,7 @@ struct Streams {
   Tensor const &q, &k, &v, &g, &beta;
 
   void check() const {
+    require_device_of(op, q, {{"k", &k}, {"v", &v}, {"g", &g}, {"beta", &beta}});
     for (auto const& [name, x, rank] :
          {std::tuple{"q", &q, 4}, {"k", &k, 4}, {"v", &v, 4}, {"g", &g, 4}, {"beta", &beta, 3}})
       require(
@@ -227,6 +228,11 @@ std::tuple<Tensor, Tensor, Tensor> chunk_fwd(Tensor q, Tensor k, Tensor v, Tenso
   constexpr char const* kOp = "chunk_fwd";
   Streams const streams{kOp, q, k, v, g, beta};
   streams.check();
+  require_device_of(kOp, q,
+                    {{"A_log", if_given(A_log)},
+                     {"dt_bias", if_given(dt_bias)},
+                     {"initial_state", if_given(initial_state)},
+                     {"cu_seqlens", if_given(cu_seqlens)}});
   OnDeviceOf device(q);
   ChunkFwdParams p{};
   Tensor o = torch::stable::new_empty(v, v.sizes());
@@ -271,6 +277,17 @@ Tensor prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, OptionalTens
   constexpr char const* kOp = "prefill";
   Streams const streams{kOp, q, k, v, g, beta};
   streams.check();
+  require_device_of(kOp, q,
+                    {{"A_log", if_given(A_log)},
+                     {"dt_bias", if_given(dt_bias)},
+                     {"state_pool", &state_pool},
+                     {"slot_of", if_given(slot_of)},
+                     {"initial_slot_of", if_given(initial_slot_of)},
+                     {"has_initial_state", if_given(has_initial_state)},
+                     {"checkpoint_pool", if_given(checkpoint_pool)},
+                     {"checkpoint_slots", if_given(checkpoint_slots)},
+                     {"cu_seqlens", if_given(cu_seqlens)},
+                     {"workspace", if_given(workspace)}});
   OnDeviceOf device(q);
   ChunkFwdParams p{};
   Tensor o = torch::stable::new_empty(v, v.sizes());

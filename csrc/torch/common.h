@@ -11,6 +11,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "kda/dtype.h"
 #include "kda/errors.h"
@@ -79,6 +80,16 @@ inline void require_shape(char const* op, char const* name, Tensor const& x, std
   for (int64_t n : expected) text += (text.empty() ? "" : ", ") + std::to_string(n);
   bad_argument(op, std::string(name) + " has shape " + shape_text(x) + ", expected [" + text + "]");
 }
+
+/// Kernels follow pointers of one device only. Null: an absent argument.
+inline void require_device_of(char const* op, Tensor const& q,
+                              std::initializer_list<std::pair<char const*, Tensor const*>> arguments) {
+  bool const cuda = q.is_cuda();
+  for (auto const& [name, x] : arguments)
+    if (x && (x->is_cuda() != cuda || (cuda && x->get_device_index() != q.get_device_index())))
+      bad_argument(op, std::string(name) + " is on another device than q");
+}
+inline Tensor const* if_given(OptionalTensor const& x) { return x ? &*x : nullptr; }
 
 inline bool is_int64(char const* op, char const* name, Tensor const& x) {
   bool const wide = x.scalar_type() == ScalarType::Long;
