@@ -40,6 +40,7 @@ struct Options {
   size_t stack_bytes = 256 * 1024;
   size_t shared_limit = 227 * 1024;
   bool has_wgmma = false;
+  bool skip_launches = false;  // a launch does nothing: what is left is the host's work (bench_host_overhead.py)
 };
 inline Options& options() {
   static Options o;

@@ -52,10 +52,21 @@ void decode_commit_op(Tensor state, OptionalTensor slot_of, OptionalTensor new_s
   decode_commit(p, device.stream());
 }
 
+#if defined(KDA_EMULATE)
+/// What any op of decode's schema costs: the yardstick of bench_host_overhead.py. Its schema is defined there.
+void decode_empty_op(Tensor, Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, Tensor, OptionalTensor,
+                     OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
+                     OptionalTensor, OptionalTensor, double, bool, bool, bool, bool, std::optional<double>, bool, bool,
+                     bool, bool) {}
+#endif
+
 }  // namespace
 }  // namespace kda
 
 KDA_TORCH_IMPL(m) {
   m.impl("decode", TORCH_BOX(&kda::decode_op));
   m.impl("decode_commit", TORCH_BOX(&kda::decode_commit_op));
+#if defined(KDA_EMULATE)
+  m.impl("decode_empty", TORCH_BOX(&kda::decode_empty_op));
+#endif
 }
