@@ -150,4 +150,5 @@ def test_explain_names_the_op(device):
 
 
 def test_op_lists_agree():
-    assert set(op_samples()) == {name for name in variants.SCHEMAS if name.startswith("decode")}
+    """decode_layer has its own file."""
+    assert {*op_samples(), "decode_layer"} == {name for name in variants.SCHEMAS if name.startswith("decode")}
