@@ -17,7 +17,7 @@ __all__ = ["DraftRecords", "commit", "decode"]
 
 
 class DraftRecords(NamedTuple):
-    """What :func:`commit` needs of draft tokens: ``S_t = Diag(e^g) S_{t-1} + k u^T``. fp32 (float64 for float64 drafts).
+    """What :func:`commit` needs of draft tokens: ``S_t = Diag(e^g) S_{t-1} + k u^T``. fp32, float64 for float64.
 
     Source: Kimi Linear report, section 3, with the correction ``u`` of the delta rule named.
 

@@ -12,6 +12,7 @@ from . import decode_calls
 from .cases import Case
 from .test_decode import initial, laid_out
 from .test_decode_layer import arguments
+from .test_graphs import capture, no_synchronisation
 
 pytestmark = pytest.mark.gpu
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -19,18 +20,15 @@ MODEL = {"gate": "long", "beta_sigmoid": True, "dtype": BF16}
 
 
 def captured(call) -> torch.cuda.CUDAGraph:
-    """``call`` warmed up on a side stream, then captured; nothing may be allocated on the way."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    with torch.cuda.graph(graph):
-        call()
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
-    return graph
+    """``call``, which must allocate nothing and never synchronise."""
+
+    def alone():
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        with no_synchronisation():
+            call()
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+    return capture(alone)[0]
 
 
 def test_replay_with_other_contents():
