@@ -53,10 +53,14 @@ test-sanitizers: build/cmake-tests  ## a slice of what .ci/run runs under ASan +
 	cmake --build build/cmake-tests --parallel $(JOBS) --target sanitized
 	$(BIN)/python csrc/tests/sanitize.py build/cmake-tests/csrc/tests
 
+bench: venv  ## the microbenchmarks into build/bench, to be run on a GPU (needs Debian's libbenchmark-dev)
+	$(BIN)/python setup.py --print-kernel-options "$${KDA_CUDA_ARCHS:-80;90a}" | xargs cmake -S . -B build/cmake-bench -G Ninja -DKDA_BUILD_BENCH=ON
+	cmake --build build/cmake-bench --target bench_decode --parallel $(JOBS)
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'bench/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'bench/*.cpp' 'bench/*.h' | xargs $(BIN)/clang-format --dry-run --Werror
 
 test: build emulator cpp-tests test-sanitizers lint
 	$(BIN)/python -m pytest $(ARGS)

@@ -116,7 +116,7 @@ def present_architectures() -> list[str]:
 
 
 def kernel_options(cuda: Cuda, torch: Path, archs: str) -> dict:
-    """What csrc/torch/ops.cmake wants to know."""
+    """What csrc/kda/kernels.cmake and csrc/torch/ops.cmake want to know."""
     return {
         "KDA_BUILD_OPS": "ON",
         "KDA_NVCC": cuda.nvcc,

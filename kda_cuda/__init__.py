@@ -13,6 +13,7 @@ if _load_ops():
 _announce_reference_only()
 
 from .decoding import DraftRecords, commit, decode  # noqa: E402
+from .decoding_layer import decode_layer  # noqa: E402
 from .explanation import explain  # noqa: E402
 from .ops import chunk_kda, fused_recurrent_kda, kda_gate  # noqa: E402
 from .plans import workspace_size  # noqa: E402
@@ -29,6 +30,7 @@ __all__ = [
     "chunk_kda",
     "commit",
     "decode",
+    "decode_layer",
     "explain",
     "fused_recurrent_kda",
     "kda_gate",

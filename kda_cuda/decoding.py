@@ -17,7 +17,16 @@ __all__ = ["DraftRecords", "commit", "decode"]
 
 
 class DraftRecords(NamedTuple):
-    """What :func:`commit` needs of draft tokens: ``S_t = Diag(e^g) S_{t-1} + k u^T``. fp32 (float64 on the CPU)."""
+    """What :func:`commit` needs of draft tokens: ``S_t = Diag(e^g) S_{t-1} + k u^T``. fp32, float64 for float64.
+
+    Source: Kimi Linear report, section 3, with the correction ``u`` of the delta rule named.
+
+    Example:
+        >>> import torch, kda_cuda
+        >>> records = kda_cuda.DraftRecords.empty(torch.empty(2, 4, 1, 64), torch.empty(2, 4, 1, 64))
+        >>> records.u.shape
+        torch.Size([2, 4, 1, 64])
+    """
 
     k: Tensor  # [B, T, H, K], normalised
     u: Tensor  # [B, T, HV, V], what was written to the state beside k

@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import ops, prefilling, variants
+from . import decoding, decoding_layer, ops, prefilling, variants
 from .plans import ChunkCall
 
 _BACKWARD = {"chunk": "chunk_bwd", "kda_gate": "kda_gate_bwd"}
-_FUNCTIONS = {**{name: getattr(ops, name) for name in ops.__all__}, "prefill": prefilling.prefill}
+_FUNCTIONS = {
+    **{name: getattr(ops, name) for name in ops.__all__},
+    "prefill": prefilling.prefill,
+    "decode": decoding.decode,
+    "commit": decoding.commit,
+    "decode_layer": decoding_layer.decode_layer,
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ def explain(*args: Any, op: str = "chunk_kda", **kwargs: Any) -> Explanation:
 
     Args:
         *args, **kwargs: those of the public function; they are checked as the function does.
-        op: the public function: ``chunk_kda``, ``fused_recurrent_kda``, ``kda_gate`` or ``prefill``.
+        op: the public function: ``chunk_kda``, ``fused_recurrent_kda``, ``kda_gate``, ``prefill``, ``decode``, ``commit``
+            or ``decode_layer``.
 
     Returns:
         An :class:`Explanation`: print it, or read ``forward`` and ``backward``.

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import decoding_layer
 from .ops import chunk_kda, fused_recurrent_kda
 
 __all__ = ["GatedRMSNorm", "KDACache", "KimiDeltaAttention", "MLACache", "NoPEMultiLatentAttention", "ShortConvolution"]
@@ -19,7 +20,7 @@ class KDACache:
     """What a KDA layer keeps of the past: the same number of bytes after any number of tokens."""
 
     conv: Tensor  # [batch, 3 projections' channels, taps - 1]: the last inputs of the convolutions of q | k | v
-    state: Tensor  # [batch, heads, key_dim, value_dim], fp32
+    state: Tensor  # [batch, heads, value_dim, key_dim], fp32
 
     def reset_state(self) -> None:
         """Forgets everything but the last inputs of the convolutions."""
@@ -178,11 +179,16 @@ class KimiDeltaAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KDACache | None = None) -> Tensor:
         """``cache`` is read, and brought forward past the tokens of x; without it x starts a sequence."""
-        q, k, v = self._convolved(x, cache)
-        gate = self.f_b_proj(self.f_a_proj(x)).unflatten(-1, (self.num_heads, self.head_dim))
+        heads = (self.num_heads, self.head_dim)
+        gate = self.f_b_proj(self.f_a_proj(x)).unflatten(-1, heads)
+        beta = self.b_proj(x)
+        output_gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, heads)
         single_step = cache is not None and x.shape[1] == 1
+        if single_step and decoding_layer.serves(gate, self.head_dim, self.conv_size):
+            return self.o_proj(self._fused_step(x, gate, beta, output_gate, cache).flatten(-2))
+        q, k, v = self._convolved(x, cache)
         o, state = (fused_recurrent_kda if single_step else chunk_kda)(
-            q, k, v, gate, self.b_proj(x),
+            q, k, v, gate, beta,
             A_log=self.A_log,
             dt_bias=self.dt_bias,
             initial_state=None if cache is None else cache.state,
@@ -190,11 +196,27 @@ class KimiDeltaAttention(nn.Module):
             use_qk_l2norm_in_kernel=True,
             use_gate_in_kernel=True,
             use_beta_sigmoid_in_kernel=True,
+            state_v_first=True,
         )  # fmt: skip
         if cache is not None:
             cache.state = state
-        output_gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, (self.num_heads, self.head_dim))
         return self.o_proj(self.o_norm(o, output_gate).flatten(-2))
+
+    def _fused_step(self, x: Tensor, gate: Tensor, beta: Tensor, output_gate: Tensor, cache: KDACache) -> Tensor:
+        """Everything between the projections in one launch; the cache is updated in place."""
+        q, k, v = (
+            proj(x).unflatten(-1, (self.num_heads, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return decoding_layer.decode_layer(
+            q, k, v, gate, beta, output_gate,
+            conv_state=cache.conv,
+            conv_weights=(self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight),
+            norm_weight=self.o_norm.weight,
+            state=cache.state,
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            norm_eps=self.o_norm.eps,
+        )  # fmt: skip
 
 
 class NoPEMultiLatentAttention(nn.Module):

@@ -47,6 +47,12 @@ _COMMIT = (
     "Tensor record_u, Tensor record_g, Tensor num_accepted_tokens, Tensor? cu_seqlens, bool state_v_first, "
     "bool zero_is_null) -> ()"
 )
+_DECODE_LAYER = (
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor output_gate, Tensor(a!) conv_state, "
+    "Tensor q_conv_weight, Tensor k_conv_weight, Tensor v_conv_weight, Tensor? A_log, Tensor? dt_bias, "
+    "Tensor norm_weight, Tensor(b!) state, Tensor? slot_of, Tensor(c!) out, float scale, bool allow_neg_eigval, "
+    "float? lower_bound, float norm_eps, bool zero_is_null) -> ()"
+)
 _GATE = "(Tensor g, Tensor? A_log, Tensor? dt_bias, float? lower_bound, ScalarType dtype) -> Tensor"
 
 SCHEMAS = {
@@ -61,6 +67,7 @@ SCHEMAS = {
     "prefill": _PREFILL,
     "decode": _DECODE,
     "decode_commit": _COMMIT,
+    "decode_layer": _DECODE_LAYER,
 }
 REFERENCE = {
     "kda_gate_fwd": reference.kda_gate_fwd,
@@ -72,6 +79,7 @@ REFERENCE = {
     "prefill": reference.prefill,
     "decode": reference.decode,
     "decode_commit": reference.decode_commit,
+    "decode_layer": reference.decode_layer,
 }
 FUNCTIONAL = {"chunk": "chunk_fwd", "kda_gate": "kda_gate_fwd"}  # op with autograd -> its raw forward
 
@@ -143,6 +151,7 @@ FAKES: dict[str, Callable] = {
     "prefill": _fake_prefill,
     "decode": _fake_in_place,
     "decode_commit": _fake_in_place,
+    "decode_layer": _fake_in_place,
 }
 
 # ---- autograd ------------------------------------------------------------------------------------------------------

@@ -27,6 +27,11 @@ def run(x: Inputs) -> dict[str, Tensor]:
     return {"o": o, "final_state": final_state, "h": h.flatten(0, 1)}
 
 
+def assert_ran(kernels: list[str], device) -> None:
+    """Both kernels, part by part: on the emulator already small workspaces are cut."""
+    assert kernels == KERNELS * (len(kernels) // 2) and bool(kernels) == device.runs_kernels
+
+
 def check(case: Case, results: dict[str, Tensor]) -> None:
     x = case.inputs()
     truth = oracle.named(oracle.recurrence(x.double()), {})
@@ -43,7 +48,7 @@ def test_matches_the_recurrence(case, device):
     for serve in serving_devices(x) if device.name == "emulator" else [contextlib.nullcontext()]:
         with serve:
             results, kernels = device.run(lambda: run(x))
-        assert kernels == (KERNELS if device.runs_kernels else [])
+        assert_ran(kernels, device)
         for name, y in x.tensors().items():
             assert torch.equal(y, before.tensors()[name]), f"{name} was modified"
         check(case, results)
@@ -113,7 +118,7 @@ def test_every_variant_under_two_schedules(variant, gate, device):
     with testing.emulated(arch=VARIANTS[variant][3]):
         assert_variant(variant, x)
         in_order, kernels = device.run(lambda: run(x))
-    assert kernels == KERNELS
+    assert_ran(kernels, device)
     check(case, in_order)
     with testing.emulated(seed=1, arch=VARIANTS[variant][3]):
         shuffled = run(x)

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import kda_cuda
-from kda_cuda import variants
+from kda_cuda import DraftRecords, testing, variants
 
 from . import decode_calls
 from .cases import Case
 from .test_decode import initial, laid_out
 from .test_decode_errors import raw_call, records
+from .test_decode_layer import arguments
 
 MODEL = {"gate": "long", "beta_sigmoid": True, "dtype": torch.bfloat16}
 
@@ -43,8 +44,8 @@ def op_samples(device="cpu") -> dict[str, list[tuple]]:
 def test_opcheck(name, device):
     namespace = getattr(torch.ops, "kda_cuda_emulated" if device.name == "emulator" else "kda_cuda")
     op = getattr(namespace, name).default
-    for arguments in op_samples(device)[name]:
-        _, kernels = device.run(lambda a=arguments: torch.library.opcheck(op, a))
+    for sample in op_samples(device)[name]:
+        _, kernels = device.run(lambda a=sample: torch.library.opcheck(op, a))
         assert (name in kernels) == device.runs_kernels
 
 
@@ -145,9 +146,39 @@ def test_recurrent_in_a_pool(in_place, columns, device):
 def test_explain_names_the_op(device):
     x = Case("explained", 1, batch=2, **MODEL).inputs(device)
     more = decode_calls.options(x) | decode_calls.streams(x)
-    explained = kda_cuda.explain(op="fused_recurrent_kda", **more)
-    assert explained.forward.op == "decode" and explained.forward.kernel == device.runs_kernels
+    state, drafts = initial(Case("explained", 1), x), DraftRecords.empty(x.k, x.v)
+    accepted = torch.tensor([1, 0], device=device)
+    explained = [
+        kda_cuda.explain(op="fused_recurrent_kda", **more),
+        kda_cuda.explain(op="decode", **more, state=state),
+        kda_cuda.explain(drafts, accepted, state, op="commit"),
+        kda_cuda.explain(op="decode_layer", **arguments(device)),
+    ]
+    assert [e.forward.op for e in explained] == ["decode", "decode", "decode_commit", "decode_layer"]
+    assert all(e.forward.kernel == device.runs_kernels and e.backward is None for e in explained)
+
+
+@pytest.mark.devices("emulator")
+@pytest.mark.parametrize("v_first", [True, False], ids=["v_first", "k_first"])
+@pytest.mark.parametrize("dims", [(64, 40), (128, 64), (200, 33)], ids=str)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_schedules_agree_bit_by_bit(state_dtype, dims, v_first, device):
+    """Steps, drafts, a commit and a layer, with the threads of a block in any order."""
+    case = Case(f"schedules {dims}", 9, heads=1, key_dim=dims[0], value_dim=dims[1], **MODEL)
+    x = case.inputs()
+    x, state = laid_out(x, initial(case, x), v_first, state_dtype)
+    results = []
+    for seed in range(4):
+        with testing.emulated(seed=seed, threads=1 + seed % 2):
+            drafts, verified, stepped = DraftRecords.empty(x.k, x.v), state.clone(), state.clone()
+            outputs = [decode_calls.decode(x, verified, records=drafts), decode_calls.decode(x, stepped)]
+            kda_cuda.commit(drafts, torch.tensor([7]), verified, state_v_first=v_first)
+            layer = arguments("cpu", torch.bfloat16, state_dtype, dim=dims[0], heads=1, batch=1)
+            results.append([*outputs, *drafts, verified, stepped, kda_cuda.decode_layer(**layer), layer["state"]])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_op_lists_agree():
-    assert set(op_samples()) == {name for name in variants.SCHEMAS if name.startswith("decode")}
+    """decode_layer has its own file."""
+    assert {*op_samples(), "decode_layer"} == {name for name in variants.SCHEMAS if name.startswith("decode")}

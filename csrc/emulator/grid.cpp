@@ -21,6 +21,7 @@ static void remember(char const* kernel) {
 
 void run_grid(char const* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> const& body) {
   Options const opt = options();
+  if (opt.skip_launches) return;
   uint64_t const blocks = uint64_t(grid.x) * grid.y * grid.z;
   std::atomic<uint64_t> next{0};
   std::exception_ptr failure;
@@ -65,6 +66,9 @@ __attribute__((visibility("default"))) void kda_emulator_configure(uint64_t seed
                                                                    int has_wgmma) {
   kda::emulator::Options& o = kda::emulator::options();
   o.seed = seed, o.os_threads = os_threads, o.shared_limit = size_t(shared_kilobytes) * 1024, o.has_wgmma = has_wgmma;
+}
+__attribute__((visibility("default"))) void kda_emulator_skip_launches(int skip) {
+  kda::emulator::options().skip_launches = skip;
 }
 /// Copies the names of the kernels that ran since the last call, one a line; returns the length.
 __attribute__((visibility("default"))) int kda_emulator_take_record(char* to, int capacity) {

@@ -8,7 +8,17 @@ float64 in float64.
 from .chunk_bwd import chunk_bwd
 from .chunk_fwd import chunk_fwd
 from .decode import decode, decode_commit
+from .decode_layer import decode_layer
 from .gates import kda_gate_bwd, kda_gate_fwd
 from .prefill import prefill
 
-__all__ = ["chunk_bwd", "chunk_fwd", "decode", "decode_commit", "kda_gate_bwd", "kda_gate_fwd", "prefill"]
+__all__ = [
+    "chunk_bwd",
+    "chunk_fwd",
+    "decode",
+    "decode_commit",
+    "decode_layer",
+    "kda_gate_bwd",
+    "kda_gate_fwd",
+    "prefill",
+]

@@ -45,4 +45,9 @@ inline void decode_commit(DecodeCommitParams const& p, cudaStream_t stream) {
   with_decode_variant(p, [&](auto launcher, bool pieces) { launcher.commit(p, pieces, stream); });
 }
 
+/// One token of a whole layer. States are [value_dim, key_dim].
+inline void decode_layer(DecodeLayerParams const& p, cudaStream_t stream) {
+  with_decode_variant(p.step, [&](auto launcher, bool pieces) { launcher.layer(p, pieces, stream); });
+}
+
 }  // namespace kda

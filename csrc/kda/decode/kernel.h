@@ -18,15 +18,16 @@ struct DecodeStorage {
 };
 
 /// S' = Diag(exp g) S;  u = beta (v - S'^T k);  o = scale (S'^T q + (q . k) u);  S = S' + k u^T.
-/// `output(value in the tile, o, u)` is called by one thread per value.
+/// `v`: of the tile's values. `output(value in the tile, o, u)` is called by one thread per value.
 template <class Tile, class Token, class F>
-KDA_DEVICE void decode_step(Tile& tile, Token const& token, typename Tile::Exchange& exchange, float scale, F output) {
+KDA_DEVICE void decode_step(Tile& tile, Token const& token, float const* v, typename Tile::Exchange& exchange,
+                            float scale, F output) {
   tile.decay(token.decay);
   tile.project(token.k, token.q, exchange);
   float own[Tile::kOwn], u[Tile::kUpdates];
   tile.key_sums(own, exchange);
 #pragma unroll
-  for (int i = 0; i < Tile::kOwn; ++i) own[i] = token.beta * (token.v[tile.own(i)] - own[i]);
+  for (int i = 0; i < Tile::kOwn; ++i) own[i] = token.beta * (v[tile.own(i)] - own[i]);
   if (tile.writes_output()) {
     float on_query[Tile::kOwn];
     tile.query_sums(on_query, exchange);
@@ -89,7 +90,7 @@ KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM) decode_k
 #pragma unroll 1
     for (int i = 0; i < kStagedTokens && first + i < work.tokens; ++i) {
       DecodeOutput const output(p, work, first + i);
-      decode_step(tile, storage->tokens[i], storage->exchange[i % 2], p.scale, output);
+      decode_step(tile, storage->tokens[i], storage->tokens[i].v, storage->exchange[i % 2], p.scale, output);
       if (p.every_token) store(first + i);
     }
     sync_block();  // before the tokens are overwritten

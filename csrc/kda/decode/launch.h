@@ -1,6 +1,6 @@
 // What the host calls. A variant is a file in variants/: the dtype of the state and the tile of K.
 #pragma once
-#include "kda/decode/params.h"
+#include "kda/decode/layer_params.h"
 
 #include <cuda_runtime.h>
 
@@ -17,6 +17,7 @@ template <class Variant>
 struct DecodeLauncher {
   static void steps(DecodeParams const& p, bool in_pieces, cudaStream_t stream);
   static void commit(DecodeCommitParams const& p, bool in_pieces, cudaStream_t stream);
+  static void layer(DecodeLayerParams const& p, bool in_pieces, cudaStream_t stream);
 };
 
 }  // namespace kda

@@ -1,6 +1,6 @@
 // The launches of one variant; included by its file in variants/ alone.
 #pragma once
-#include "kda/decode/kernel.h"
+#include "kda/decode/layer_kernel.h"
 #include "kda/decode/launch.h"
 #include "platform/launch.h"
 
@@ -35,6 +35,17 @@ void DecodeLauncher<Variant>::commit(DecodeCommitParams const& p, bool in_pieces
   with_decode_shape<Variant>(p, in_pieces, [&](auto shape) {
     launch_decode<decltype(shape)>("decode_commit", decode_commit_kernel<decltype(shape)>, p, stream);
   });
+}
+
+template <class Variant>
+void DecodeLauncher<Variant>::layer(DecodeLayerParams const& p, bool in_pieces, cudaStream_t stream) {
+  auto const run = [&](auto shape) {
+    using Shape = decltype(shape);
+    launch("decode_layer", decode_layer_kernel<Shape>, dim3(unsigned(p.step.sequences * p.step.heads)),
+           dim3(Shape::kThreads), sizeof(DecodeLayerStorage<Shape>), stream, p);
+  };
+  if (in_pieces) run(LayerShape<typename Variant::State, Variant::kKeyTile, true>{});
+  else run(LayerShape<typename Variant::State, Variant::kKeyTile, false>{});
 }
 
 }  // namespace kda

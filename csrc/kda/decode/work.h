@@ -31,16 +31,20 @@ struct DecodeWork {
     return ((batch_row * p.tokens + begin + t) * heads + of_head) * dim;
   }
 
-  /// Elements before this head's state in `column` of the sequence's slots; negative: a null slot.
-  KDA_DEVICE int64_t state_offset(StatePool const& pool, DecodeParams const& p, int64_t column) const {
+  /// The slot in `column` of the sequence's slots; negative: a null slot.
+  KDA_DEVICE int64_t slot(StatePool const& pool, DecodeParams const& p, int64_t column) const {
     int64_t slot = sequence;
     if (pool.slot_of.data) {
       if (column >= pool.slot_of.columns) return -1;
       slot = pool.slot_of.at(sequence, column);
       if (p.zero_is_null && slot == 0) return -1;
     }
-    if (slot < 0 || slot >= pool.slots) return -1;
-    return slot * pool.slot_stride + int64_t(value_head) * p.key_dim * p.value_dim;
+    return slot < pool.slots ? slot : -1;
+  }
+  /// Elements before this head's state in that slot; negative: a null slot.
+  KDA_DEVICE int64_t state_offset(StatePool const& pool, DecodeParams const& p, int64_t column) const {
+    int64_t const i = slot(pool, p, column);
+    return i < 0 ? -1 : i * pool.slot_stride + int64_t(value_head) * p.key_dim * p.value_dim;
   }
   /// Whether a sequence without tokens has nothing to write: there is no new state, or it lies at `from` already.
   KDA_DEVICE bool keeps_state(DecodeParams const& p, int64_t from) const {
