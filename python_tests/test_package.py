@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -281,6 +282,20 @@ def test_wheel_without_kernels(sources, tmp_path):
     assert errors.count("built without CUDA kernels (KDA_CUDA_BUILD=off)") == 1
     assert result["info"]["c_extension"] and result["info"]["ops"] is None and result["kernels"] == []
     assert result["info"]["version"] == kda_cuda.__version__
+
+
+def test_source_distribution_can_be_built_from(sources, tmp_path):
+    """It has every source of the build, and nothing that an earlier build left."""
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=sources, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("kda_cuda-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+    needed = {p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    needed |= {p.relative_to(ROOT) for p in (ROOT / "kda_cuda").rglob("*.py")}
+    needed |= {Path(name) for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE")}
+    assert {str(path) for path in needed} <= packed
+    assert not [name for name in packed if name.endswith(".so")]
 
 
 @pytest.mark.parametrize(
