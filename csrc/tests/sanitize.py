@@ -1,9 +1,11 @@
 """Runs what AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer must judge, and says what ran.
 
-    sanitize.py BUILD_DIRECTORY
+    sanitize.py BUILD_DIRECTORY [--full]
 
 Planted bugs: each mark ``PLANT sanitizer name: words`` in plants.cpp must be found, with these words and its line.
 Primitives: every program of csrc/tests/programs, under some schedules.
+Cases: the kernels on case files (python_tests/case_files.py), within the error budget and with the same bits under
+every schedule. Without --full a few variants on small cases; with it every kernel.
 """
 
 from __future__ import annotations
@@ -18,10 +20,27 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from python_tests import case_files  # noqa: E402
+from python_tests.cases import CASES, Case  # noqa: E402
+
 MARK = re.compile(r"// PLANT (\w+) (\w+): (.+)$")
 TIMEOUT_SECONDS = 600
 SANITIZERS = {"asan": "ASan + UBSan", "tsan": "TSan"}
+
+# Of at most three chunks, and together for every variant; the last three for those that no named case has.
+FULL = [CASES[name] for name in ("fast", "violent", "varlen_v_first", "gva", "varlen_ones", "dim_100", "dim_256")] + [
+    Case("fp16_keys_128", 12, key_dim=100, value_dim=40, heads=1, dtype=torch.float16, gate="fast", initial_state=True),
+    Case("fp16_keys_256", 20, key_dim=200, value_dim=24, heads=1, dtype=torch.float16, chunk_size=32),
+    Case("fp32_keys_256", 5, key_dim=256, value_dim=16, heads=1, gate="long", beta_sigmoid=True, initial_state=True),
+]
+SLICE = [CASES[name] for name in ("one_token", "varlen_ones", "tail_of_one")] + [
+    Case("gated", 20, heads=1, gate="long", beta_sigmoid=True, dtype=torch.bfloat16),
+]
 
 
 def run(command: list[str | Path]) -> tuple[int, str]:
@@ -52,13 +71,17 @@ class Job:
     def fault(self, code: int, output: str) -> str | None:
         return f"exit code {code}\n{output[-4000:]}" if code else None
 
+    def ran(self) -> list[str]:
+        """The rows of the table that it belongs to."""
+        return [self.kernels]
+
     def __call__(self) -> str | None:
         return self.fault(*run(self.command))
 
 
 class Plant(Job):
     def __init__(self, executable: Path, sanitizer: str, name: str, words: str, line: int):
-        super().__init__(f"planted: {name}", sanitizer, "in order", [executable, name])
+        super().__init__("planted bugs, each found", sanitizer, name, [executable, name])
         self.words, self.place = words, f"plants.cpp:{line}"
 
     def fault(self, code: int, output: str) -> str | None:
@@ -66,6 +89,34 @@ class Plant(Job):
         if code and not missing:
             return None
         return f"exit code {code}, not in the report: {missing}\n{output[-4000:]}"
+
+
+class Cases(Job):
+    def __init__(self, executable: Path, sanitizer: str, schedules: int, file: Path):
+        super().__init__(
+            f"kernels on {file.stem}", sanitizer, f"{schedules} on {file.stem}", [executable, str(schedules), file]
+        )
+        self.kernels_seen: list[str] = []
+
+    def fault(self, code: int, output: str) -> str | None:
+        self.kernels_seen = [line.removeprefix("ran ") for line in output.splitlines() if line.startswith("ran ")]
+        return super().fault(code, output) or (None if self.kernels_seen else "no kernel ran")
+
+    def ran(self) -> list[str]:
+        return self.kernels_seen
+
+
+def cases(build: Path, full: bool, schedules: int) -> list[Job]:
+    directory = build / "cases"
+    directory.mkdir(exist_ok=True)
+    jobs: list[Job] = []
+    for case in FULL if full else SLICE:
+        file = directory / f"{case.name}.case"
+        case_files.write(file, case_files.entries(case))
+        for sanitizer in SANITIZERS:
+            executable = build / f"{'run_cases' if full else 'run_slice'}_{sanitizer}"
+            jobs.append(Cases(executable, sanitizer, schedules, file))
+    return jobs
 
 
 def plants(build: Path) -> list[Job]:
@@ -91,9 +142,8 @@ def report(jobs: list[Job]) -> None:
     """Kernel x sanitizer x schedules."""
     schedules: dict[tuple[str, str], list[str]] = defaultdict(list)
     for job in jobs:
-        planted = job.kernels.startswith("planted")
-        key = ("planted bugs, each found" if planted else job.kernels, SANITIZERS[job.sanitizer])
-        schedules[key].append(job.kernels.removeprefix("planted: ") if planted else job.schedules)
+        for kernels in job.ran():
+            schedules[kernels, SANITIZERS[job.sanitizer]].append(job.schedules)
     print("\nwhat ran where: kernel x sanitizer x schedules")
     for (kernels, sanitizer), which in sorted(schedules.items()):
         print(f"  {kernels:<28} {sanitizer:<12} {', '.join(dict.fromkeys(which))}")
@@ -102,10 +152,12 @@ def report(jobs: list[Job]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", type=Path, help="where CMake put the executables of csrc/tests")
+    parser.add_argument("--full", action="store_true", help="every kernel, under eight schedules")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     start = time.monotonic()
-    jobs = plants(args.build) + primitives(args.build, [1])
+    jobs = plants(args.build) + primitives(args.build, list(range(8)) if args.full else [1])
+    jobs += cases(args.build, args.full, schedules=8 if args.full else 2)
     failures = 0
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         for job, fault in zip(jobs, pool.map(lambda job: job(), jobs), strict=True):

@@ -1,0 +1,229 @@
+// Calls the kernels on a case, the way csrc/torch does: one function for each family.
+#pragma once
+#include <functional>
+
+#include "kda/chunk_fwd/dispatch.h"
+#include "kda/decode/dispatch.h"
+#include "kda/kda_gate/params.h"
+#include "tests/case_file.h"
+
+namespace kda::tests {
+
+/// A kernel family, or a variant of it, on one case: `run` gives the outputs by name.
+struct CaseRun {
+  std::string kernel;
+  std::function<std::map<std::string, CaseTensor>()> run;
+  std::map<std::string, CaseTensor> truth;
+  std::map<std::string, std::pair<double, double>> budget;  // relative RMS error, worst row
+};
+
+inline Dtype kernel_dtype(CaseTensor const& x) { return Dtype(x.dtype); }
+inline char const* dtype_name(FileDtype dtype) {
+  constexpr char const* kNames[] = {"fp32", "fp16", "bf16"};
+  return kNames[size_t(dtype)];
+}
+
+/// [batch, tokens, heads] or [batch, tokens, heads, columns], contiguous.
+template <class Strides>
+Strides token_strides(CaseTensor const& x) {
+  int64_t const columns = x.shape.size() == 4 ? x.shape[3] : 1;
+  return {x.shape[1] * x.shape[2] * columns, x.shape[2] * columns, columns};
+}
+
+inline GateParams gate_params(CaseFile const& c) {
+  GateKind const kind = !c.scalar("use_gate")  ? GateKind::kLogDecay
+                        : c.has("lower_bound") ? GateKind::kBounded
+                                               : GateKind::kSoftplus;
+  return {kind, c.pointer_or_null<float const>("A_log"), c.pointer_or_null<float const>("dt_bias"),
+          c.has("lower_bound") ? float(c.scalar("lower_bound")) : 0.f};
+}
+
+inline int64_t sequences_of(CaseFile const& c) {
+  return c.has("cu_seqlens") ? c["cu_seqlens"].elements() - 1 : c["q"].shape[0];
+}
+inline std::vector<int64_t> state_shape(CaseFile const& c) {
+  int64_t const key_dim = c["q"].shape[3], value_dim = c["v"].shape[3];
+  bool const value_first = c.scalar("state_v_first") != 0;
+  return {sequences_of(c), c["v"].shape[2], value_first ? value_dim : key_dim, value_first ? key_dim : value_dim};
+}
+
+/// What ChunkFwdParams and DecodeParams have in common.
+template <class Strides, class Params>
+void set_streams(Params& p, CaseFile const& c, CaseTensor const& o) {
+  CaseTensor const &q = c["q"], &v = c["v"], &g = c["g"], &beta = c["beta"];
+  p.q = q.data(), p.k = c["k"].data(), p.v = v.data(), p.g = g.data(), p.beta = beta.data(), p.o = o.data();
+  p.q_strides = p.k_strides = token_strides<Strides>(q);
+  p.v_strides = p.o_strides = token_strides<Strides>(v);
+  p.g_strides = token_strides<Strides>(g), p.beta_strides = token_strides<Strides>(beta);
+  p.g_is_fp32 = g.dtype == FileDtype::kFloat32, p.beta_is_fp32 = beta.dtype == FileDtype::kFloat32;
+  p.heads = int32_t(q.shape[2]), p.value_heads = int32_t(v.shape[2]);
+  p.key_dim = int32_t(q.shape[3]), p.value_dim = int32_t(v.shape[3]);
+  p.scale = float(c.scalar("scale"));
+  p.l2norm = c.scalar("use_qk_l2norm") != 0, p.beta_sigmoid = c.scalar("use_beta_sigmoid") != 0;
+  p.neg_eigval = c.scalar("allow_neg_eigval") != 0;
+  p.gate = gate_params(c);
+}
+
+inline void add_truth(CaseRun& run, CaseFile const& c, std::string const& name) {
+  run.truth.emplace(name, c["truth." + name]);
+  run.budget.emplace(name, std::pair(c["budget." + name][0], c["budget." + name][1]));
+}
+
+// ---- chunk_fwd -------------------------------------------------------------------------------------------------
+
+inline StateRef state_ref(CaseFile const& c, CaseTensor const& x) {
+  StateType const type = x.dtype == FileDtype::kFloat32    ? StateType::kFloat32
+                         : x.dtype == FileDtype::kBfloat16 ? StateType::kBfloat16
+                                                           : StateType::kFloat16;
+  int64_t const slot = x.shape[1] * x.shape[2] * x.shape[3];
+  return {x.data(), {{}, x.shape[0], false}, slot, type, c.scalar("state_v_first") != 0};
+}
+
+inline std::map<std::string, CaseTensor> run_chunk_fwd(CaseFile const& c, ChunkFwdVariant const& variant) {
+  CaseTensor const &q = c["q"], &v = c["v"];
+  CaseTensor const o(v.dtype, v.shape), final_state(FileDtype::kFloat32, state_shape(c)),
+      h(q.dtype, c["truth.h"].shape);
+  ChunkFwdParams p{};
+  set_streams<TokenStrides>(p, c, o);
+  auto const even = [](CaseTensor const& x, int64_t n) { return x.shape[3] % n == 0; };
+  p.q_pairs_aligned = p.k_pairs_aligned = p.g_pairs_aligned = even(q, 2);
+  p.v_pieces_aligned = p.o_pieces_aligned = even(v, 16 / bytes_of_dtype(v.dtype));
+  p.plan.tokens = q.shape[1], p.plan.sequences = int32_t(sequences_of(c)), p.plan.chunk = variant.chunk;
+  p.plan.cu_seqlens = c.pointer_or_null<void>("cu_seqlens");
+  p.plan.cu_seqlens_is_int64 = c.has("cu_seqlens") && c["cu_seqlens"].dtype == FileDtype::kInt64;
+  if (c.has("initial_state")) p.initial_state = state_ref(c, c["initial_state"]);
+  p.final_state = state_ref(c, final_state);
+  p.chunk_states = state_ref(c, h);
+  p.chunk_state_tokens = int32_t(c.scalar("chunk_size"));
+  size_t const bytes = variant.workspace_bytes(p.plan, p.value_heads, p.value_dim);
+  Buffer<char> const workspace(std::vector<char>(bytes, char(0xFF)));
+  p.workspace = workspace.data();
+  variant.launch(p, nullptr);
+  return {{"o", o}, {"final_state", final_state}, {"h", h}};
+}
+
+/// Every variant of `variants` that could serve the case.
+inline void add_chunk_fwd(std::vector<CaseRun>& runs, CaseFile const& c, std::vector<ChunkFwdVariant> const& variants) {
+  int64_t const key_dim = c["q"].shape[3], key_tile = key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256;
+  for (ChunkFwdVariant const& variant : variants) {
+    if (variant.dtype != kernel_dtype(c["q"]) || variant.key_tile != key_tile) continue;
+    if (int(c.scalar("chunk_size")) % variant.chunk) continue;
+    CaseRun run{std::string("chunk_fwd ") + variant.name, [&c, &variant] { return run_chunk_fwd(c, variant); }, {}, {}};
+    for (char const* name : {"o", "final_state", "h"}) add_truth(run, c, name);
+    runs.push_back(std::move(run));
+  }
+}
+
+// ---- decode ----------------------------------------------------------------------------------------------------
+
+inline constexpr int64_t kMaxDecodeTokens = 16;
+
+inline std::map<std::string, CaseTensor> run_decode(CaseFile const& c) {
+  CaseTensor const o(c["v"].dtype, c["v"].shape), final_state(FileDtype::kFloat32, state_shape(c));
+  DecodeParams p{};
+  set_streams<RowStrides>(p, c, o);
+  p.dtype = kernel_dtype(c["q"]);
+  p.tokens = c["q"].shape[1], p.sequences = int32_t(sequences_of(c));
+  if (c.has("cu_seqlens")) {
+    CaseTensor const& bounds = c["cu_seqlens"];
+    p.cu_seqlens = {bounds.data(), bounds.dtype == FileDtype::kInt64, 1, 1};
+  }
+  p.state_dtype = Dtype::kFloat32;
+  p.value_first = c.scalar("state_v_first") != 0;
+  auto const pool = [](CaseTensor const& x) {
+    return StatePool{x.data(), x.shape[0], x.shape[1] * x.shape[2] * x.shape[3], {}};
+  };
+  if (c.has("initial_state")) p.state = pool(c["initial_state"]);
+  p.new_state = pool(final_state);
+  decode(p, nullptr);
+  return {{"o", o}, {"final_state", final_state}};
+}
+inline void add_decode(std::vector<CaseRun>& runs, CaseFile const& c) {
+  if (c["q"].shape[1] > kMaxDecodeTokens) return;
+  std::string const tile = std::to_string(decode_key_tile(int(c["q"].shape[3])));
+  CaseRun run{"decode fp32_k" + tile + ", inputs " + dtype_name(c["q"].dtype), [&c] { return run_decode(c); }, {}, {}};
+  for (char const* name : {"o", "final_state"}) add_truth(run, c, name);
+  runs.push_back(std::move(run));
+}
+
+// ---- kda_gate --------------------------------------------------------------------------------------------------
+
+inline GateTensor gate_tensor(CaseTensor const& x) {
+  return {x.data(), kernel_dtype(x), {x.shape[1] * x.shape[2] * x.shape[3], x.shape[2] * x.shape[3], x.shape[3], 1}};
+}
+inline KdaGateParams gate_call(CaseFile const& c, CaseTensor const& y) {
+  CaseTensor const& g = c["g"];
+  KdaGateParams p{};
+  p.g = gate_tensor(g), p.y = gate_tensor(y);
+  p.rows0 = g.shape[0], p.rows1 = g.shape[1], p.value_heads = int32_t(g.shape[2]), p.key_dim = int32_t(g.shape[3]);
+  p.gate = gate_params(c);
+  return p;
+}
+template <class F>
+void with_element(Dtype dtype, F f) {
+  if (dtype == Dtype::kFloat32) f(float{});
+  else if (dtype == Dtype::kFloat16) f(Fp16{});
+  else f(Bf16{});
+}
+
+inline std::map<std::string, CaseTensor> run_gate_fwd(CaseFile const& c) {
+  CaseTensor const y(FileDtype::kFloat32, c["g"].shape);
+  KdaGateParams const p = gate_call(c, y);
+  with_element(p.g.dtype, [&](auto e) { launch_kda_gate_fwd<decltype(e)>(p, nullptr); });
+  return {{"y", y}};
+}
+inline std::map<std::string, CaseTensor> run_gate_bwd(CaseFile const& c, CaseTensor const& dy) {
+  CaseTensor const &g = c["g"], dg(g.dtype, g.shape);
+  CaseTensor const dA_log(FileDtype::kFloat32, {g.shape[2]}), ddt_bias(FileDtype::kFloat32, {g.shape[2], g.shape[3]});
+  KdaGateParams p = gate_call(c, dy);
+  p.dg = gate_tensor(dg);
+  p.row_blocks = gate_row_blocks(p.rows0 * p.rows1);
+  CaseTensor const partial(FileDtype::kFloat32, {2, p.row_blocks, p.value_heads, p.key_dim});
+  p.partial = partial.data<float>();
+  std::map<std::string, CaseTensor> results = {{"dg", dg}};
+  if (p.gate.A_log) p.dA_log = dA_log.data<float>(), results.emplace("dA_log", dA_log);
+  if (p.gate.dt_bias) p.ddt_bias = ddt_bias.data<float>(), results.emplace("ddt_bias", ddt_bias);
+  with_element(p.g.dtype, [&](auto e) { launch_kda_gate_bwd<decltype(e)>(p, nullptr); });
+  return results;
+}
+
+/// The gate's equations in float64 (kda.md, section 1), stored as fp32: y, dg, dA_log, ddt_bias.
+inline std::map<std::string, CaseTensor> gate_truth(CaseFile const& c, CaseTensor const& dy) {
+  CaseTensor const& g = c["g"];
+  int64_t const heads = g.shape[2], channels = g.shape[3], columns = heads * channels;
+  bool const bounded = c.has("lower_bound");
+  std::vector<double> a_log_sum(size_t(heads), 0.), bias_sum(size_t(columns), 0.);
+  CaseTensor const y(FileDtype::kFloat32, g.shape), dg(FileDtype::kFloat32, g.shape);
+  for (int64_t i = 0; i < g.elements(); ++i) {
+    int64_t const column = i % columns, head = column / channels;
+    double const amplitude = c.has("A_log") ? std::exp(c["A_log"][head]) : 1;
+    double const x = g[i] + (c.has("dt_bias") ? c["dt_bias"][column] : 0), z = bounded ? amplitude * x : x;
+    double const sigmoid = 1 / (1 + std::exp(-z)), softplus = std::max(x, 0.) + std::log1p(std::exp(-std::fabs(x)));
+    double const bound = bounded ? c.scalar("lower_bound") : 0;
+    double const slope = bounded ? bound * sigmoid * (1 - sigmoid) * amplitude : -amplitude * sigmoid;
+    y.data<float>()[i] = float(bounded ? bound * sigmoid : -amplitude * softplus);
+    dg.data<float>()[i] = float(slope * dy[i]);
+    a_log_sum[size_t(head)] += dy[i] * (bounded ? slope * x : -amplitude * softplus);
+    bias_sum[size_t(column)] += dy[i] * slope;
+  }
+  CaseTensor const dA_log(FileDtype::kFloat32, {heads}), ddt_bias(FileDtype::kFloat32, {heads, channels});
+  for (int64_t i = 0; i < heads; ++i) dA_log.data<float>()[i] = float(a_log_sum[size_t(i)]);
+  for (int64_t i = 0; i < columns; ++i) ddt_bias.data<float>()[i] = float(bias_sum[size_t(i)]);
+  return {{"y", y}, {"dg", dg}, {"dA_log", dA_log}, {"ddt_bias", ddt_bias}};
+}
+
+inline void add_gate(std::vector<CaseRun>& runs, CaseFile const& c) {
+  if (!c.scalar("use_gate")) return;
+  CaseTensor const dy(FileDtype::kFloat32, c["g"].shape);
+  for (int64_t i = 0; i < dy.elements(); ++i) dy.data<float>()[i] = real(uint32_t(i), 16);
+  auto const truth = gate_truth(c, dy);
+  std::string const type = dtype_name(c["g"].dtype);
+  double const rounding = c["g"].dtype == FileDtype::kFloat32 ? 1e-6 : type == "fp16" ? 1e-3 : 5e-3;
+  runs.push_back({"kda_gate_fwd " + type, [&c] { return run_gate_fwd(c); }, truth, {{"y", {1e-6, 1e-5}}}});
+  runs.push_back({"kda_gate_bwd " + type,
+                  [&c, dy] { return run_gate_bwd(c, dy); },
+                  truth,
+                  {{"dg", {rounding, 10 * rounding}}, {"dA_log", {1e-5, 1e-4}}, {"ddt_bias", {1e-5, 1e-4}}}});
+}
+
+}  // namespace kda::tests

@@ -1,0 +1,85 @@
+// run_cases SCHEDULES FILE...: every kernel that serves a case, under that many schedules: within the error budget in
+// the first, the same bits in the others. Prints "ran KERNEL" for each, and exits 1 where something is wrong.
+//
+// KDA_SLICE: the few variants of chunk_fwd that one of each kind makes, instead of all (make test).
+#include <cstdio>
+#include <cstdlib>
+
+#include "tests/case_kernels.h"
+
+namespace kda::tests {
+namespace {
+
+std::vector<ChunkFwdVariant> const& variants() {
+#if defined(KDA_SLICE)
+  static std::vector<ChunkFwdVariant> const slice = {describe_chunk_fwd<Bf16K64Sm90>(),
+                                                     describe_chunk_fwd<Bf16K64C32>(), describe_chunk_fwd<Fp32K64>()};
+  return slice;
+#else
+  return chunk_fwd_variants();
+#endif
+}
+
+int complain(CaseFile const& c, CaseRun const& run, std::string const& what) {
+  std::printf("WRONG %s on %s: %s\n", run.kernel.c_str(), c.name().c_str(), what.c_str());
+  return 1;
+}
+
+int check_accuracy(CaseFile const& c, CaseRun const& run, std::map<std::string, CaseTensor> const& results) {
+  int wrong = 0;
+  for (auto const& [name, x] : results) {
+    CaseError const error = measure(x, run.truth.at(name));
+    auto const [rms, worst_row] = run.budget.at(name);
+    if (error.rms <= rms && error.worst_row <= worst_row && error.same_nonfinite) continue;
+    char text[256];
+    std::snprintf(text, sizeof text, "%s: relative RMS error %.3g of %.3g, worst row %.3g of %.3g%s", name.c_str(),
+                  error.rms, rms, error.worst_row, worst_row, error.same_nonfinite ? "" : ", other non-finite values");
+    wrong += complain(c, run, text);
+  }
+  return wrong;
+}
+
+int run_under(CaseFile const& c, CaseRun const& run, int schedules) {
+  std::map<std::string, std::vector<char>> first;
+  int wrong = 0;
+  for (int seed = 0; seed < schedules; ++seed) {
+    emulator::options().seed = uint64_t(seed);
+    emulator::options().os_threads = 1 + seed % 2;
+    auto const results = run.run();
+    if (seed == 0) wrong += check_accuracy(c, run, results);
+    for (auto const& [name, x] : results) {
+      auto const [it, fresh] = first.emplace(name, x.bytes());
+      if (!fresh && it->second != x.bytes())
+        wrong += complain(c, run, name + " has other bits under schedule " + std::to_string(seed));
+    }
+  }
+  std::printf("ran %s\n", run.kernel.c_str());
+  return wrong;
+}
+
+int run_case(CaseFile const& c, int schedules) {
+  std::vector<CaseRun> runs;
+  add_chunk_fwd(runs, c, variants());
+  add_decode(runs, c);
+  add_gate(runs, c);
+  int wrong = runs.empty() ? std::printf("WRONG nothing serves %s\n", c.name().c_str()) : 0;
+  for (CaseRun const& run : runs) {
+    try {
+      wrong += run_under(c, run, schedules);
+    } catch (emulator::Error const& error) {
+      wrong += complain(c, run, error.what());
+    }
+  }
+  return wrong;
+}
+
+}  // namespace
+}  // namespace kda::tests
+
+int main(int argc, char** argv) {
+  int const schedules = argc > 2 ? std::atoi(argv[1]) : 0;
+  if (schedules < 1) return std::fprintf(stderr, "usage: %s SCHEDULES FILE...\n", argv[0]), 2;
+  int wrong = 0;
+  for (int i = 2; i < argc; ++i) wrong += kda::tests::run_case(kda::tests::CaseFile(argv[i]), schedules);
+  return wrong ? 1 : 0;
+}
