@@ -70,6 +70,15 @@ def microseconds(run: Callable[[dict], object], sets: list[dict], budget_s: floa
     return 1000 * sorted(s.elapsed_time(e) for s, e in events)[count // 2]
 
 
+def graph_microseconds(run: Callable[[dict], object], sets: list[dict]) -> float:
+    """Time of one call on the GPU alone: all input sets in one CUDA graph, replayed."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for a in sets:
+            run(a)
+    return microseconds(lambda _: graph.replay(), [{}]) / len(sets)
+
+
 def copy_bandwidth() -> float:
     """Bytes per second, read plus written, of a large device copy."""
     x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
@@ -89,9 +98,16 @@ def bench(shape: Shape, regime: str, providers: dict[str, Callable], bandwidth: 
                 error = relative_error(provider(**sets[0])[0], reference)
                 row[f"{name}_error"] = float(f"{error:.2e}")
                 row[f"{name}_us"] = round(microseconds(lambda a, f=provider: f(**a), sets), 1)
+                row[f"{name}_gpu_us"] = round(graph_microseconds(lambda a, f=provider: f(**a), sets), 1)
         except Exception as e:  # a peer that cannot run this shape is a result, not a failure of the benchmark
             row[f"{name}_failed"] = f"{type(e).__name__}: {str(e)[:120]}"
     return row
+
+
+def peer_version(name: str) -> str:
+    from importlib.metadata import version
+
+    return version({"fla": "flash-linear-attention"}[name])
 
 
 def git_head() -> str:
@@ -108,19 +124,26 @@ def main() -> None:
         raise SystemExit("this benchmark needs a CUDA device")
     providers = {"kda_cuda": kda_cuda.chunk_kda, **({} if args.no_peers else peers())}
     bandwidth = copy_bandwidth()
-    rows = []
+    rows: list[dict] = []
+    result = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": os.environ.get("KDA_CUDA_COMMIT") or git_head(),
+        "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3),
+        "dtype": "bfloat16",
+        "head_dim": 128,
+        "peers": {name: peer_version(name) for name in providers if name != "kda_cuda"},
+        "columns": "us: eager, host included; gpu_us: replay of a CUDA graph; floor_us: traffic at copy bandwidth",
+        "rows": rows,
+    }
     for shape in {"ten": TEN, "large": LARGE, "all": TEN + LARGE}[args.shapes]:
         for regime in REGIMES:
             rows.append(bench(shape, regime, providers, bandwidth))
             print(rows[-1], flush=True)
-    commit = os.environ.get("KDA_CUDA_COMMIT") or git_head()
-    result = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit,
-        "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3), "dtype": "bfloat16", "head_dim": 128, "rows": rows,
-    }  # fmt: skip
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+            if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@
 namespace kda {
 
 inline constexpr double kWorkspaceShare = 1.5;  // of the bytes of q and k
+
 struct ChunkFwdVariant {
   char const* name;
   Dtype dtype;
