@@ -156,16 +156,20 @@ KDA_DEVICE RightFragment<E> load_right_transposed(Tile const& tile, int depth0, 
 template <class E>
 KDA_DEVICE void multiply_half(Accumulator& d, LeftFragment<E> const& a, RightFragment<E> const& b, bool half) {
   if constexpr (kIsFp32Storage<E>) {
+    // fp32: a sum of its own, since tensor cores truncate where they add to a large accumulator.
+    Accumulator sum = std::is_same_v<E, float> ? Accumulator{} : d;
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       uint32_t const hi0 = half ? b.hi[4 + s * 2] : b.hi[s * 2], hi1 = half ? b.hi[5 + s * 2] : b.hi[1 + s * 2];
       if constexpr (std::is_same_v<E, float>) {
         uint32_t const lo0 = half ? b.lo[4 + s * 2] : b.lo[s * 2], lo1 = half ? b.lo[5 + s * 2] : b.lo[1 + s * 2];
-        mma_m16n8k8_tf32(d.x, a.lo + s * 4, hi0, hi1);
-        mma_m16n8k8_tf32(d.x, a.hi + s * 4, lo0, lo1);
+        mma_m16n8k8_tf32(sum.x, a.lo + s * 4, hi0, hi1);
+        mma_m16n8k8_tf32(sum.x, a.hi + s * 4, lo0, lo1);
       }
-      mma_m16n8k8_tf32(d.x, a.hi + s * 4, hi0, hi1);
+      mma_m16n8k8_tf32(sum.x, a.hi + s * 4, hi0, hi1);
     }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) d.x[e] = std::is_same_v<E, float> ? d.x[e] + sum.x[e] : sum.x[e];
   } else {
     mma_m16n8k16<E>(d.x, a.x, half ? b.x[2] : b.x[0], half ? b.x[3] : b.x[1]);
   }
