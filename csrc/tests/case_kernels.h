@@ -96,7 +96,7 @@ inline std::map<std::string, CaseTensor> run_chunk_fwd(CaseFile const& c, ChunkF
   p.final_state = state_ref(c, final_state);
   p.chunk_states = state_ref(c, h);
   p.chunk_state_tokens = int32_t(c.scalar("chunk_size"));
-  size_t const bytes = variant.workspace_bytes(p.plan, p.value_heads, p.value_dim);
+  size_t const bytes = variant.workspace_bytes(p.plan, p.value_heads, p.key_dim, p.value_dim);
   Buffer<char> const workspace(std::vector<char>(bytes, char(0xFF)));
   p.workspace = workspace.data();
   variant.launch(p, nullptr);
