@@ -7,7 +7,7 @@ JOBS ?= $(shell nproc)
 TORCH ?= torch==2.13.0
 export PATH := $(BIN):$(PATH)
 
-.PHONY: venv build emulator gtest build/cmake-tests cpp-tests lint test test-sanitizers demo bench clean
+.PHONY: registers check-registers venv build emulator gtest build/cmake-tests cpp-tests lint test test-sanitizers demo bench clean
 
 venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
@@ -49,9 +49,9 @@ cpp-tests: build/cmake-tests  ## GoogleTests of the primitives and of planted bu
 	cmake --build build/cmake-tests --parallel $(JOBS) --target cpp-tests
 	ctest --test-dir build/cmake-tests --output-on-failure --parallel $(JOBS)
 
-test-sanitizers: build/cmake-tests  ## a slice of what .ci/run runs under ASan + UBSan and TSan
-	cmake --build build/cmake-tests --parallel $(JOBS) --target sanitized
-	$(BIN)/python csrc/tests/sanitize.py build/cmake-tests/csrc/tests
+test-sanitizers: build/cmake-tests  ## ASan + UBSan and TSan: a slice; with FULL=1 every kernel, as .ci/run does
+	cmake --build build/cmake-tests --parallel $(JOBS) --target sanitized$(if $(FULL),_all)
+	$(BIN)/python csrc/tests/sanitize.py build/cmake-tests/csrc/tests $(if $(FULL),--full)
 
 bench: venv  ## the microbenchmarks into build/bench, to be run on a GPU (needs Debian's libbenchmark-dev)
 	$(BIN)/python setup.py --print-kernel-options "$${KDA_CUDA_ARCHS:-80;90a}" | xargs cmake -S . -B build/cmake-bench -G Ninja -DKDA_BUILD_BENCH=ON
@@ -64,6 +64,14 @@ lint: venv
 
 test: build emulator cpp-tests test-sanitizers lint
 	$(BIN)/python -m pytest $(ARGS)
+
+# What ptxas said of the kernels of the last build: the committed baseline, and the check against it.
+RESOURCE_REPORTS = $$(ls build/cmake-cpython-*/kernels/*.ptxas)
+registers: build
+	$(BIN)/python csrc/python/resource_table.py --json bench/results/registers.json $(RESOURCE_REPORTS)
+
+check-registers: build
+	$(BIN)/python csrc/python/resource_table.py --check bench/results/registers.json $(RESOURCE_REPORTS)
 
 clean:
 	rm -rf build kda_cuda/_ops.so kda_cuda/_C*.so kda_cuda/_reference_only.txt

@@ -85,9 +85,10 @@ inline std::map<std::string, CaseTensor> run_chunk_fwd(CaseFile const& c, ChunkF
       h(q.dtype, c["truth.h"].shape);
   ChunkFwdParams p{};
   set_streams<TokenStrides>(p, c, o);
-  auto const even = [](CaseTensor const& x, int64_t n) { return x.shape[3] % n == 0; };
-  p.q_pairs_aligned = p.k_pairs_aligned = p.g_pairs_aligned = even(q, 2);
-  p.v_pieces_aligned = p.o_pieces_aligned = even(v, 16 / bytes_of_dtype(v.dtype));
+  auto const in_pieces = [](CaseTensor const& x) { return x.shape[3] * bytes_of_dtype(x.dtype) % 16 == 0; };
+  p.q_pieces_aligned = p.k_pieces_aligned = in_pieces(q);
+  p.v_pieces_aligned = p.o_pieces_aligned = in_pieces(v);
+  p.g_pieces_aligned = in_pieces(c["g"]);
   p.plan.tokens = q.shape[1], p.plan.sequences = int32_t(sequences_of(c)), p.plan.chunk = variant.chunk;
   p.plan.cu_seqlens = c.pointer_or_null<void>("cu_seqlens");
   p.plan.cu_seqlens_is_int64 = c.has("cu_seqlens") && c["cu_seqlens"].dtype == FileDtype::kInt64;
@@ -95,7 +96,7 @@ inline std::map<std::string, CaseTensor> run_chunk_fwd(CaseFile const& c, ChunkF
   p.final_state = state_ref(c, final_state);
   p.chunk_states = state_ref(c, h);
   p.chunk_state_tokens = int32_t(c.scalar("chunk_size"));
-  size_t const bytes = variant.workspace_bytes(p.plan, p.value_heads, p.value_dim);
+  size_t const bytes = variant.workspace_bytes(p.plan, p.value_heads, p.key_dim, p.value_dim);
   Buffer<char> const workspace(std::vector<char>(bytes, char(0xFF)));
   p.workspace = workspace.data();
   variant.launch(p, nullptr);
@@ -116,34 +117,69 @@ inline void add_chunk_fwd(std::vector<CaseRun>& runs, CaseFile const& c, std::ve
 
 // ---- decode ----------------------------------------------------------------------------------------------------
 
-inline constexpr int64_t kMaxDecodeTokens = 16;
+inline constexpr int64_t kMaxDecodeTokens = 32;  // of a case that decode serves: it is quick, but not that quick
 
-inline std::map<std::string, CaseTensor> run_decode(CaseFile const& c) {
-  CaseTensor const o(c["v"].dtype, c["v"].shape), final_state(FileDtype::kFloat32, state_shape(c));
+/// How decode is called: the dtype of the states, and whether it emits records that decode_commit then applies.
+struct DecodeCall {
+  FileDtype state;
+  bool commit;
+};
+
+/// The states before the first token, in the dtype of the pool; zeros where the case has none.
+inline CaseTensor decode_states(CaseFile const& c, FileDtype dtype) {
+  CaseTensor const states(dtype, state_shape(c));
+  for (int64_t i = 0; i < states.elements(); ++i) {
+    float const x = c.has("initial_state") ? float(c["initial_state"][i]) : 0.f;
+    if (dtype == FileDtype::kFloat32) states.data<float>()[i] = x;
+    else states.data<Bf16>()[i] = from_float<Bf16>(x);
+  }
+  return states;
+}
+inline StatePool state_pool(CaseTensor const& x) {
+  return {x.data(), x.shape[0], x.shape[1] * x.shape[2] * x.shape[3], {}};
+}
+
+inline std::map<std::string, CaseTensor> run_decode(CaseFile const& c, DecodeCall call) {
+  CaseTensor const &q = c["q"], &v = c["v"], &g = c["g"];
+  CaseTensor const o(v.dtype, v.shape), final_state(call.state, state_shape(c)), states = decode_states(c, call.state);
   DecodeParams p{};
   set_streams<RowStrides>(p, c, o);
-  p.dtype = kernel_dtype(c["q"]);
-  p.tokens = c["q"].shape[1], p.sequences = int32_t(sequences_of(c));
-  if (c.has("cu_seqlens")) {
-    CaseTensor const& bounds = c["cu_seqlens"];
-    p.cu_seqlens = {bounds.data(), bounds.dtype == FileDtype::kInt64, 1, 1};
-  }
-  p.state_dtype = Dtype::kFloat32;
+  p.dtype = kernel_dtype(q);
+  p.tokens = q.shape[1], p.sequences = int32_t(sequences_of(c));
+  if (c.has("cu_seqlens")) p.cu_seqlens = {c["cu_seqlens"].data(), c["cu_seqlens"].dtype == FileDtype::kInt64, 1, 1};
+  p.state_dtype = kernel_dtype(states);
   p.value_first = c.scalar("state_v_first") != 0;
-  auto const pool = [](CaseTensor const& x) {
-    return StatePool{x.data(), x.shape[0], x.shape[1] * x.shape[2] * x.shape[3], {}};
-  };
-  if (c.has("initial_state")) p.state = pool(c["initial_state"]);
-  p.new_state = pool(final_state);
+  if (call.commit || c.has("initial_state")) p.state = state_pool(states);
+  if (!call.commit) {
+    p.new_state = state_pool(final_state);
+    decode(p, nullptr);
+    return {{"o", o}, {"final_state", final_state}};
+  }
+  CaseTensor const k(FileDtype::kFloat32, q.shape), u(FileDtype::kFloat32, v.shape),
+      decay(FileDtype::kFloat32, g.shape);
+  p.records = {k.data<float>(), u.data<float>(), decay.data<float>()};
   decode(p, nullptr);
+  CaseTensor const accepted(FileDtype::kInt32, {p.sequences});
+  for (int32_t n = 0; n < p.sequences; ++n) accepted.data<int32_t>()[n] = int32_t(p.tokens);
+  p.accepted = {accepted.data(), false, 1, 1};
+  p.new_state = state_pool(final_state);
+  decode_commit(p, nullptr);
   return {{"o", o}, {"final_state", final_state}};
 }
 inline void add_decode(std::vector<CaseRun>& runs, CaseFile const& c) {
   if (c["q"].shape[1] > kMaxDecodeTokens) return;
-  std::string const tile = std::to_string(decode_key_tile(int(c["q"].shape[3])));
-  CaseRun run{"decode fp32_k" + tile + ", inputs " + dtype_name(c["q"].dtype), [&c] { return run_decode(c); }, {}, {}};
-  for (char const* name : {"o", "final_state"}) add_truth(run, c, name);
-  runs.push_back(std::move(run));
+  constexpr double kBf16Cap = 1e-2;  // as in accuracy.py
+  std::string const tile = "_k" + std::to_string(decode_key_tile(int(c["q"].shape[3])));
+  for (FileDtype const state : {FileDtype::kFloat32, FileDtype::kBfloat16})
+    for (bool const commit : {false, true}) {
+      std::string const kernel = std::string(commit ? "decode_commit " : "decode ") + dtype_name(state) + tile;
+      CaseRun run{kernel, [&c, state, commit] { return run_decode(c, {state, commit}); }, {}, {}};
+      for (char const* name : {"o", "final_state"}) {
+        add_truth(run, c, name);
+        if (state == FileDtype::kBfloat16) run.budget.at(name) = {kBf16Cap, 10 * kBf16Cap};
+      }
+      runs.push_back(std::move(run));
+    }
 }
 
 // ---- kda_gate --------------------------------------------------------------------------------------------------

@@ -151,6 +151,7 @@ TEST(Scalars, Rounding) {
     ASSERT_EQ(out[i].fp32, -in[i]);
     float const tf32 = bits_to_float(out[i].tf32);
     ASSERT_EQ(out[i].tf32 & 0x1FFF, 0u);
+    ASSERT_EQ(out[i].tf32_operand, out[i].tf32);
     if (std::isinf(tf32)) {
       ASSERT_GE(std::fabs(in[i]), std::ldexp(2. - std::ldexp(1., -11), 127));
     } else {  // at most half a unit away; halves away from zero

@@ -98,7 +98,7 @@ KDA_GLOBAL void mma_tf32_kernel(float* out, float const* a, float const* b, floa
   for (int i = 0; i < 4; ++i) x[i] = float_to_tf32(a[(group + i % 2 * 8) * 8 + k + i / 2 * 4]);
   float d[4];
   for (int i = 0; i < 4; ++i) d[i] = c[(group + i / 2 * 8) * 8 + k * 2 + i % 2];
-  mma_m16n8k8_tf32(d, x, float_to_tf32(b[group * 8 + k]), float_to_tf32(b[group * 8 + k + 4]));
+  mma_m16n8k8_tf32(d, x, float_for_tf32(b[group * 8 + k]), float_for_tf32(b[group * 8 + k + 4]));
   for (int i = 0; i < 4; ++i) out[(group + i / 2 * 8) * 8 + k * 2 + i % 2] = d[i];
 }
 inline std::vector<float> mma_tf32() {

@@ -32,7 +32,7 @@ inline std::vector<float> rounding_input() {
   return x;
 }
 struct Rounded {
-  uint32_t bf16_pair, fp16_pair, tf32;
+  uint32_t bf16_pair, fp16_pair, tf32, tf32_operand;
   uint16_t bf16, fp16;
   float fp32;
 };
@@ -42,6 +42,7 @@ KDA_GLOBAL void rounding_kernel(Rounded* out, float const* in) {
   Rounded r{};
   r.bf16_pair = pack2<Bf16>(x, y), r.fp16_pair = pack2<Fp16>(x, y);
   r.tf32 = float_to_tf32(x);
+  r.tf32_operand = float_for_tf32(x) & 0xFFFFE000u;
   Bf16 const bf16 = from_float<Bf16>(x);
   Fp16 const fp16 = from_float<Fp16>(x);
   std::memcpy(&r.bf16, &bf16, 2), std::memcpy(&r.fp16, &fp16, 2);
