@@ -10,6 +10,7 @@
 namespace kda {
 
 inline constexpr double kWorkspaceShare = 1.5;  // of the bytes of q and k
+inline constexpr size_t kRecordAlignment = 1024;
 
 struct ChunkFwdVariant {
   char const* name;
@@ -35,10 +36,10 @@ struct ChunkFwdVariant {
     int64_t const parts = most < 1 ? slots : (slots + most - 1) / most;
     return (slots + parts - 1) / parts;
   }
-  /// Records of one part, then two states per value head, where there is more than one part.
+  /// Room to align, records of one part, then two states per value head where there is more than one part.
   size_t workspace_bytes(ChunkPlan const& plan, int value_heads, int key_dim, int value_dim) const {
     int64_t const slots = part_slots(plan, value_heads, key_dim, value_dim);
-    return records_bytes(slots, value_heads, value_dim) +
+    return kRecordAlignment + records_bytes(slots, value_heads, value_dim) +
            (slots < plan.slots() ? 2 * carry_floats(value_heads, value_dim) * sizeof(float) : 0);
   }
   size_t records_bytes(int64_t slots, int value_heads, int value_dim) const {

@@ -21,6 +21,9 @@ void launch_chunk_fwd(ChunkFwdParams p, cudaStream_t stream) {
     launch("chunk_fwd_clear", chunk_fwd_clear_kernel<Variant>, dim3(unsigned(p.plan.sequences + 2), kClearBlocks),
            dim3(kClearThreads), 0, stream, p);
   int64_t const slots = p.plan.slots(), part_slots = variant.part_slots(p.plan, p.value_heads, p.key_dim, p.value_dim);
+  static_assert(alignof(ChunkRecord<Variant>) == kRecordAlignment);
+  p.workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(p.workspace) + kRecordAlignment - 1) /
+                                        kRecordAlignment * kRecordAlignment);
   p.carry = reinterpret_cast<float*>(static_cast<char*>(p.workspace) +
                                      variant.records_bytes(part_slots, p.value_heads, p.value_dim));
   p.first_slot = 0, p.part = 0;
