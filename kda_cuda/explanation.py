@@ -55,8 +55,8 @@ def explain(*args: Any, op: str = "chunk_kda", **kwargs: Any) -> Explanation:
 
     Args:
         *args, **kwargs: those of the public function; they are checked as the function does.
-        op: the public function: ``chunk_kda``, ``fused_recurrent_kda``, ``kda_gate``, ``prefill``, ``decode``, ``commit``
-            or ``decode_layer``.
+        op: the public function: ``chunk_kda``, ``fused_recurrent_kda``, ``kda_gate``, ``prefill``, ``decode``,
+            ``commit`` or ``decode_layer``.
 
     Returns:
         An :class:`Explanation`: print it, or read ``forward`` and ``backward``.
