@@ -1,6 +1,6 @@
 """Chunkwise forward, side by side with its peers, in both gate regimes; outputs are verified before anything is timed.
 
-python -m bench.python.bench_chunk_fwd [--json FILE] [--shapes ten|large|all] [--no-peers]
+python -m bench.python.bench_chunk_fwd [--json FILE] [--shapes ten|large|all] [--only SHAPE ...] [--no-peers]
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--shapes", choices=("ten", "large", "all"), default="all")
+    parser.add_argument("--only", nargs="*", metavar="SHAPE", help="shapes by name, such as T8192_H64_N1")
     parser.add_argument("--no-peers", action="store_true")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -137,7 +138,8 @@ def main() -> None:
         "columns": "us: eager, host included; gpu_us: replay of a CUDA graph; floor_us: traffic at copy bandwidth",
         "rows": rows,
     }
-    for shape in {"ten": TEN, "large": LARGE, "all": TEN + LARGE}[args.shapes]:
+    shapes = {"ten": TEN, "large": LARGE, "all": TEN + LARGE}[args.shapes]
+    for shape in shapes if args.only is None else [s for s in shapes if str(s) in args.only]:
         for regime in REGIMES:
             rows.append(bench(shape, regime, providers, bandwidth))
             print(rows[-1], flush=True)
