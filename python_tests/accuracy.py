@@ -87,34 +87,25 @@ def low_precision_dtype(case: Case, x: Tensor) -> torch.dtype:
 FIRST_FACTOR = {torch.ops.aten.bmm: 0, torch.ops.aten.mm: 0, torch.ops.aten.baddbmm: 1, torch.ops.aten.baddbmm_: 1}
 
 
-def to_tf32_pair(x: Tensor) -> Tensor:
-    """What two tf32 numbers hold of an fp32 one, less what is lost where tensor cores truncate: 21 bits of mantissa."""
-    bits = x.contiguous().view(torch.int32)
-    return ((bits + 2) & ~3).view(torch.float32)
-
-
 class RoundedProducts(TorchDispatchMode):
-    """Inside, operands of matrix products are rounded to ``dtype`` as tensor cores take them; sums stay wide.
+    """Inside, operands of matrix products are rounded to ``dtype`` as tensor cores take them; sums stay wide."""
 
-    ``tf32_pairs``: fp32 operands as three tf32 products take them.
-    """
-
-    def __init__(self, dtype: torch.dtype, tf32_pairs: bool = False):
+    def __init__(self, dtype: torch.dtype):
         super().__init__()
-        self.round = to_tf32_pair if tf32_pairs and dtype == torch.float32 else lambda x: x.to(dtype).to(x.dtype)
+        self.dtype = dtype
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         first = FIRST_FACTOR.get(func.overloadpacket)
         if first is not None:
-            operands = [self.round(x) for x in args[first : first + 2]]
+            operands = [x.to(self.dtype).to(x.dtype) for x in args[first : first + 2]]
             args = (*args[:first], *operands, *args[first + 2 :])
         return func(*args, **(kwargs or {}))
 
 
-def low_precision_reference(x: Inputs, backward: bool = True, tf32_pairs: bool = False) -> dict[str, Tensor]:
+def low_precision_reference(x: Inputs, backward: bool = True) -> dict[str, Tensor]:
     """Outputs and gradients by name: the fp32 chunk reference with the operands of its products and its outputs rounded
-    to the dtype of ``x.q``, the state in fp32. No kernel code is involved. ``tf32_pairs``: for fp32 on a GPU."""
-    with RoundedProducts(x.q.dtype, tf32_pairs):
+    to the dtype of ``x.q``, the state in fp32. No kernel code is involved."""
+    with RoundedProducts(x.q.dtype):
         o, final_state, h = reference.chunk_fwd(*x.fwd_args(output_chunk_states=True))
         results = {"o": o, "final_state": final_state, "h": h}
         if backward:

@@ -32,10 +32,10 @@ def assert_ran(kernels: list[str], device) -> None:
     assert kernels == KERNELS * (len(kernels) // 2) and bool(kernels) == device.runs_kernels
 
 
-def check(case: Case, results: dict[str, Tensor], on_gpu: bool = False) -> None:
+def check(case: Case, results: dict[str, Tensor]) -> None:
     x = case.inputs()
     truth = oracle.named(oracle.recurrence(x.double()), {})
-    rounded = accuracy.low_precision_reference(x, backward=False, tf32_pairs=on_gpu)
+    rounded = accuracy.low_precision_reference(x, backward=False)
     for name, wanted in truth.items():
         accuracy.budget(case, name, rounded[name].reshape(wanted.shape), wanted).check(name, results[name], wanted)
 
@@ -51,7 +51,7 @@ def test_matches_the_recurrence(case, device):
         assert_ran(kernels, device)
         for name, y in x.tensors().items():
             assert torch.equal(y, before.tensors()[name]), f"{name} was modified"
-        check(case, results, device.name == "cuda")
+        check(case, results)
 
 
 def serving_devices(x: Inputs) -> list[contextlib.AbstractContextManager]:

@@ -77,7 +77,9 @@ def test_a_pool_holds_the_states(case, device):
     pool[slot_of] = x.initial_state
     before = memory_of(pool).clone()
     o, kernels = device.run(lambda: kda_cuda.prefill(**streams_of(x), state_pool=pool, slot_of=slot_of))
-    assert kernels[:3] == (["chunk_fwd_clear", "chunk_fwd_prepare", "chunk_fwd_scan"] if device.runs_kernels else [])
+    parts = len(kernels) // 2  # at least one where kernels run; the emulator cuts small workspaces already
+    wanted_kernels = ["chunk_fwd_clear", *["chunk_fwd_prepare", "chunk_fwd_scan"] * max(parts, 1)]
+    assert kernels == (wanted_kernels if device.runs_kernels else [])
     wanted, final = expect(x)
     assert torch.equal(o, wanted) and torch.equal(pool[slot_of], final)
     pool[slot_of] = x.initial_state
