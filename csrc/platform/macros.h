@@ -46,7 +46,14 @@
 #if defined(KDA_EMULATE) || defined(__CUDACC__)
 #define KDA_DEVICE_CODE
 namespace kda {
-KDA_DEVICE int thread_index() { return int(threadIdx.x); }
+KDA_DEVICE int thread_index() {
+  int const index = int(threadIdx.x);
+#if !defined(KDA_EMULATE)
+  __builtin_assume(index >= 0);  // so that its quotients are shifts
+#endif
+  return index;
+}
 KDA_DEVICE int lane_index() { return int(threadIdx.x % 32); }
+KDA_DEVICE int warp_index() { return int(threadIdx.x / 32); }
 }  // namespace kda
 #endif

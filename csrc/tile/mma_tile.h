@@ -93,7 +93,7 @@ KDA_DEVICE LeftFragment<E> load_left(Tile const& tile, int row0, int col0) {
       split<E>(f, i, to_fp32(tile.at(row, col)));
     }
   } else {
-    ldmatrix_x4(f.x, &tile.at(row0 + lane % 16, col0 + lane / 16 * 8));
+    ldmatrix_x4(f.x, &tile.at(row0 + lane % 16, col0 ^ lane / 16 * 8));
   }
   return f;
 }
@@ -130,7 +130,7 @@ KDA_DEVICE RightFragment<E> load_right(Tile const& tile, int n0, int depth0) {
       split<E>(f, i, to_fp32(tile.at(row, depth0 + i / 2 % 2 * 8 + lane % 4 * 2 + i % 2)));
     }
   } else {
-    ldmatrix_x4(f.x, &tile.at(n0 + lane % 8 + lane / 16 * 8, depth0 + lane / 8 % 2 * 8));
+    ldmatrix_x4(f.x, &tile.at(n0 + lane % 8 + lane / 16 * 8, depth0 ^ lane / 8 % 2 * 8));
   }
   return f;
 }
@@ -147,7 +147,7 @@ KDA_DEVICE RightFragment<E> load_right_transposed(Tile const& tile, int depth0, 
       split<E>(f, i, to_fp32(tile.at(row, n0 + i / 4 * 8 + lane / 4)));
     }
   } else {
-    ldmatrix_x4_trans(f.x, &tile.at(depth0 + lane % 8 + lane / 8 % 2 * 8, n0 + lane / 16 * 8));
+    ldmatrix_x4_trans(f.x, &tile.at(depth0 + lane % 8 + lane / 8 % 2 * 8, n0 ^ lane / 16 * 8));
   }
   return f;
 }
@@ -195,7 +195,7 @@ KDA_DEVICE void load_transposed(Accumulator& d0, Accumulator& d1, Tile const& ti
     }
   } else {
     uint32_t x[4];
-    ldmatrix_x4_trans(x, &tile.at(row0 + lane % 8 + lane / 16 * 8, col0 + lane / 8 % 2 * 8));
+    ldmatrix_x4_trans(x, &tile.at(row0 + lane % 8 + lane / 16 * 8, col0 ^ lane / 8 % 2 * 8));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float2 const pair = unpack2<E>(x[i]);
@@ -218,7 +218,7 @@ KDA_DEVICE void store_transposed(Tile& tile, int row0, int col0, Accumulator con
     uint32_t const x[4] = {pack2<E>(d0.x[0], d0.x[1]), pack2<E>(d0.x[2], d0.x[3]), pack2<E>(d1.x[0], d1.x[1]),
                            pack2<E>(d1.x[2], d1.x[3])};
     if constexpr (kStmatrix) {
-      stmatrix_x4_trans(&tile.at(row0 + lane % 8 + lane / 16 * 8, col0 + lane / 8 % 2 * 8), x);
+      stmatrix_x4_trans(&tile.at(row0 + lane % 8 + lane / 16 * 8, col0 ^ lane / 8 % 2 * 8), x);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i)

@@ -21,13 +21,19 @@ struct alignas(1024) SharedTile {
 
   T data[kRows * kCols];
 
-  /// Unsigned, so that the low bits of a row that is a constant plus a multiple of eight are constants to the compiler.
-  static KDA_DEVICE constexpr uint32_t index(uint32_t row, uint32_t col) {
-    uint32_t const panel = col / kPanel, piece = (col % kPanel / kPiece) ^ (row / kRowsPerLine % kPieces);
-    return (panel * kRows + row) * kPanel + piece * kPiece + col % kPiece;
+  /// In bytes, and exclusive or of whole columns: the compiler then folds what is constant, where constant rows are
+  /// multiples of eight and callers write `constant ^ rest` for columns that share no bit.
+  static KDA_DEVICE constexpr uint32_t offset(uint32_t row, uint32_t col) {
+    constexpr uint32_t kSize = sizeof(T);
+    return (col / kPanel * kRows + row) * (kPanel * kSize) +
+           ((col * kSize ^ row / kRowsPerLine % kPieces * 16) % (kPanel * kSize));
   }
-  KDA_DEVICE T& at(uint32_t row, uint32_t col) { return data[index(row, col)]; }
-  KDA_DEVICE T const& at(uint32_t row, uint32_t col) const { return data[index(row, col)]; }
+  KDA_DEVICE T& at(uint32_t row, uint32_t col) {
+    return *reinterpret_cast<T*>(reinterpret_cast<char*>(data) + offset(row, col));
+  }
+  KDA_DEVICE T const& at(uint32_t row, uint32_t col) const {
+    return *reinterpret_cast<T const*>(reinterpret_cast<char const*>(data) + offset(row, col));
+  }
 };
 
 }  // namespace kda::tile

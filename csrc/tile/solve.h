@@ -6,11 +6,46 @@
 
 namespace kda::tile {
 
-/// Replaces the 16 x 16 diagonal block in the rows from `first` on of I + L by its inverse, unit diagonal and zeros
-/// included. Lane `col` of sixteen owns the column `col`; `lanes` are the lanes of the warp that take part. Entries on
-/// and above the diagonal do not count. Four rows at a time, and what they mean for the rows below.
-template <class Tile>
-KDA_DEVICE void invert_diagonal_block(Tile& diagonal, int first, int col, uint32_t lanes) {
+/// A 16 x 16 block of fp32, first by rows, then, inverted, as the right operand that each lane of a product takes.
+struct alignas(16) DiagonalBlock {
+  float x[16 * 16];
+
+  KDA_DEVICE float& at(int row, int col) { return x[row * 16 + col]; }
+  /// Element (n, depth) of the operand: registers 4 (n / 8) ... of a lane are neighbours (mma_tile.h, load_right).
+  static KDA_DEVICE constexpr int operand(int n, int depth) {
+    return n / 8 * 128 + n % 8 * 16 + depth % 8 / 2 * 4 + depth / 8 * 2 + depth % 2;
+  }
+  /// As store_operand left it for the same E.
+  template <class E>
+  KDA_DEVICE RightFragment<E> load_operand(int lane) const {
+    RightFragment<E> f;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float4 const four = *reinterpret_cast<float4 const*>(&x[half * 128 + lane * 4]);
+      float const values[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (std::is_same_v<E, Tf32>) f.hi[half * 4 + i] = float_to_bits(values[i]);
+        else split<E>(f, half * 4 + i, values[i]);
+      }
+    }
+    return f;
+  }
+  /// A column; for Tf32 rounded here, once for all products.
+  template <class E>
+  KDA_DEVICE void store_operand(int col, float const (&column)[16]) {
+    float* const to = &x[operand(0, col)];
+#pragma unroll
+    for (int r = 0; r < 16; ++r)
+      to[operand(r, 0)] = std::is_same_v<E, Tf32> ? bits_to_float(float_for_tf32(column[r])) : column[r];
+  }
+};
+
+/// Replaces a diagonal block of I + L by its inverse, unit diagonal and zeros included, as an operand. Lane `col` of
+/// sixteen owns the column `col`; `lanes` are the lanes of the warp that take part. Entries on and above the diagonal
+/// do not count. Four rows at a time, and what they mean for the rows below.
+template <class Diagonal>
+KDA_DEVICE void invert_diagonal_block(DiagonalBlock& block, int col, uint32_t lanes) {
   float x[16];
 #pragma unroll
   for (int r = 0; r < 16; ++r) x[r] = r == col ? 1.f : 0.f;
@@ -18,21 +53,20 @@ KDA_DEVICE void invert_diagonal_block(Tile& diagonal, int first, int col, uint32
   for (int i = 0; i < 16; i += 4)
 #pragma unroll
     for (int r = i + 1; r < 16; ++r) {
-      float4 const row = *reinterpret_cast<float4 const*>(&diagonal.at(first + r, i));
+      float4 const row = *reinterpret_cast<float4 const*>(&block.at(r, i));
       float const four[4] = {row.x, row.y, row.z, row.w};
 #pragma unroll
       for (int n = 0; n < 4 && i + n < r; ++n) x[r] -= four[n] * x[i + n];
     }
   sync_warp(lanes);
-#pragma unroll
-  for (int r = 0; r < 16; ++r) diagonal.at(first + r, col) = x[r];
+  block.store_operand<Diagonal>(col, x);
 }
 
 /// Sixteen columns of X, transposed: x[i] holds the transpose of block i of R, then of X. One warp.
 ///     X_i = D_i (R_i - sum_{j < i} L_ij X_j)
-/// `below`: the blocks L_ij, in E; `diagonal`: the D_i, one below the other, whose products are taken in `Diagonal`.
-template <class E, class Diagonal, int kBlocks, class Below, class DiagonalTile>
-KDA_DEVICE void substitute(Accumulator (&x)[kBlocks][2], Below const& below, DiagonalTile const& diagonal) {
+/// `below`: the blocks L_ij, in E; `diagonal`: the D_i, whose products are taken in `Diagonal`.
+template <class E, class Diagonal, int kBlocks, class Below>
+KDA_DEVICE void substitute(Accumulator (&x)[kBlocks][2], Below const& below, DiagonalBlock const (&diagonal)[kBlocks]) {
 #pragma unroll
   for (int i = 0; i < kBlocks; ++i) {
     if (i > 0) {
@@ -45,7 +79,7 @@ KDA_DEVICE void substitute(Accumulator (&x)[kBlocks][2], Below const& below, Dia
     }
     auto const left = left_from<Diagonal>(x[i][0], x[i][1]);
     x[i][0] = x[i][1] = Accumulator{};
-    multiply<Diagonal>(x[i][0], x[i][1], left, load_right<Diagonal>(diagonal, i * 16, 0));
+    multiply<Diagonal>(x[i][0], x[i][1], left, diagonal[i].template load_operand<Diagonal>(lane_index()));
   }
 }
 

@@ -3,7 +3,6 @@
 //     T = (I + Diag(beta) A_kk)^-1 Diag(beta)      W = T (Gamma.K)      T V
 #pragma once
 #include "kda/chunk_fwd/scores.h"
-#include "tile/solve.h"
 
 namespace kda {
 
@@ -12,9 +11,9 @@ struct Prepare : PrepareThread<Variant> {
   using Base = PrepareThread<Variant>;
   using E = typename Base::E;
   using Shape = typename Base::Shape;
-  using DiagonalElement = std::conditional_t<sizeof(E) == 4, float, tile::Tf32>;
   using Base::chunk, Base::columns, Base::group, Base::lane, Base::out, Base::p, Base::pair, Base::s, Base::thread,
       Base::warp;
+  using typename Base::DiagonalElement;
   static constexpr int kChunk = Base::kChunk, kBlocks = Base::kBlocks, kKeyTile = Shape::kKeyTile;
   static constexpr int kThreads = Base::kThreads, kWarps = Base::kWarps;
   static constexpr int kBlocksPerSm = (sizeof(E) == 4 ? 512 : 1024) / kThreads;  // 128 or 64 registers a thread
@@ -38,28 +37,33 @@ struct Prepare : PrepareThread<Variant> {
     s.log2_total[group][pair] = columns.log2_total();
   }
 
-  /// The norms of q and k, and whether any thread's gate is too steep for BlockScores.
+  /// 1 / |q| and 1 / |k| of every token, and whether the gate of any thread or the size of any key is too much for
+  /// BlockScores. A few lanes share a row, a piece of 16 bytes each at a time.
   KDA_DEVICE void normalise() {
-    float norms[2 * kTokensPerThread], largest_key = 0.f;
+    constexpr int kPiece = Base::Storage::Wide::kPiece, kPieces = kKeyTile / kPiece;
+    constexpr int kLanes = kPieces < 32 ? kPieces : 32, kRows = kWarps * (32 / kLanes), kTurns = 2 * kChunk / kRows;
+    static_assert(kTurns * kRows == 2 * kChunk && kChunk % kRows == 0);
+    int const row0 = warp * (32 / kLanes) + lane / kLanes;
+    float squares[kTurns];
 #pragma unroll
-    for (int j = 0; j < kTokensPerThread; ++j) {
-      float2 const q = tile::to_float2<E>(this->raw_q(j)), k = tile::to_float2<E>(this->raw_k(j));
-      norms[j] = q.x * q.x + q.y * q.y;
-      norms[kTokensPerThread + j] = k.x * k.x + k.y * k.y;
-    }
-    if (p.l2norm) {
-      this->sum_over_channels(norms);
-    } else {
+    for (int i = 0; i < kTurns; ++i) {
+      auto const& tile = i * kRows < kChunk ? s.blocks.q : s.blocks.k;
+      squares[i] = 0.f;
 #pragma unroll
-      for (int j = 0; j < kTokensPerThread; ++j) largest_key = fmaxf(largest_key, norms[kTokensPerThread + j]);
+      for (int piece = 0; piece < kPieces; piece += kLanes)
+        add_squares(squares[i], &tile.at(i * kRows % kChunk + row0, (piece + lane % kLanes) * kPiece));
     }
-    bool const any = warp_any(is_steep(columns.log2_total()) || !(largest_key <= kLargestKey<E> * kLargestKey<E>));
+    float square = group_sum_scattered(squares);
+#pragma unroll
+    for (int bits = kTurns; bits < kLanes; bits *= 2) square += shuffle_xor(square, bits);
+    bool steep = is_steep(columns.log2_total());
+    if (lane % kLanes < kTurns) {
+      int const turn = lane % kLanes, row = turn * kRows + row0;  // of q, then of k
+      s.norm[row] = p.l2norm ? rsqrt_accurate(square + 1e-6f) : 1.f;
+      steep = steep || (!p.l2norm && row >= kChunk && !(square <= kLargestKey<E> * kLargestKey<E>));
+    }
+    bool const any = warp_any(steep);
     if (lane == 0) s.steep[warp] = any;
-    sync_block();
-    if (thread < kChunk) {
-      s.q_norm[thread] = p.l2norm ? rsqrt_accurate(this->summed(0, thread) + 1e-6f) : 1.f;
-      s.k_norm[thread] = p.l2norm ? rsqrt_accurate(this->summed(1, thread) + 1e-6f) : 1.f;
-    }
     sync_block();
   }
 
@@ -76,9 +80,6 @@ struct Prepare : PrepareThread<Variant> {
   /// W over Gamma.K and T V over V; then everything leaves.
   KDA_DEVICE void solve() {
     constexpr int kUnits = kKeyTile / 16;
-    if (thread < kChunk)
-      tile::invert_diagonal_block(s.diagonal, thread / 16 * 16, thread % 16, kChunk == 16 ? 0xffffu : ~0u);
-    sync_block();
     for (int unit = warp; unit < 2 * kUnits; unit += kWarps)
       solve_columns(unit < kUnits ? s.gamma_k : s.v, unit % kUnits * 16);
     sync_block();
@@ -97,6 +98,19 @@ struct Prepare : PrepareThread<Variant> {
   }
 
  private:
+  KDA_DEVICE static void add_squares(float& sum, E const* piece) {
+    uint4 const bits = *reinterpret_cast<uint4 const*>(piece);
+    uint32_t const words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(E) == 4) {
+        sum += bits_to_float(words[i]) * bits_to_float(words[i]);
+      } else {
+        float2 const x = unpack2<E>(words[i]);
+        sum += x.x * x.x, sum += x.y * x.y;
+      }
+    }
+  }
   KDA_DEVICE static bool is_steep(float2 log2_total) {  // also where it is nan
     return !(log2_total.x >= -kGentle<E> && log2_total.y >= -kGentle<E>);
   }

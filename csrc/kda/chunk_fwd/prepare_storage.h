@@ -3,6 +3,7 @@
 #include "kda/chunk_fwd/columns.h"
 #include "kda/chunk_fwd/tile_rows.h"
 #include "kda/chunk_fwd/workspace.h"
+#include "tile/solve.h"
 
 namespace kda {
 
@@ -26,15 +27,15 @@ struct PrepareStorage {
     Blocks blocks;
     Split split[2];  // levels alternate
   };
-  Wide gamma_k;                                               // Gamma.K, then W
-  Wide v;                                                     // V, then T V
-  Square l;                                                   // Diag(beta) A_kk below its diagonal blocks
-  tile::SharedTile<float, kChunk, kTokensPerBlock> diagonal;  // those blocks, one below the other; then their inverses
+  Wide gamma_k;                           // Gamma.K, then W
+  Wide v;                                 // V, then T V
+  Square l;                               // Diag(beta) A_kk below its diagonal blocks
+  tile::DiagonalBlock diagonal[kBlocks];  // those blocks; then their inverses
   Square a_qk;
   float2 log2_total[Shape::kGroups][Shape::kPairs];                      // log2 of the decay over each eight tokens
   tile::Pair<E> factor[kBlocks * (kBlocks - 1) / 2 + 1][Shape::kPairs];  // decay between the anchors of two blocks
-  float dots[2][Shape::kWarpsPerGroup][kChunk];                          // partial sums over channels
-  float q_norm[kChunk], k_norm[kChunk], beta[kChunk];
+  float dots[Shape::kWarpsPerGroup][kChunk];                             // of q and k, partial sums over channels
+  float norm[2 * kChunk], beta[kChunk];                                  // 1 / |q|, then 1 / |k|
   bool steep[kWarps];
 
   template <class G>
@@ -49,6 +50,7 @@ struct PrepareThread {
   using Shape = ChunkShape<Variant>;
   using Storage = PrepareStorage<Variant>;
   using Record = ChunkRecord<Variant>;
+  using DiagonalElement = std::conditional_t<sizeof(E) == 4, float, tile::Tf32>;  // of the diagonal blocks' inverses
   static constexpr int kChunk = Shape::kChunk, kBlocks = Shape::kBlocks, kGroups = Shape::kGroups;
   static constexpr int kThreads = Shape::kColumnThreads, kWarps = kThreads / 32;
 
@@ -57,15 +59,17 @@ struct PrepareThread {
   ChunkRecordAt<Variant> out;
   ChunkOfHead chunk;
   Columns<E> columns;
-  int const thread = thread_index(), warp = thread / 32, lane = thread % 32;
+  int const thread = thread_index(), warp = warp_index(), lane = lane_index();
   int const group = unsigned(thread) / Shape::kPairs, pair = unsigned(thread) % Shape::kPairs;
 
   /// Token j of this thread's eight, as given (until the scores write over it).
   KDA_DEVICE tile::Pair<E> raw_q(int j) const { return tile::load_pair<E>(&s.blocks.q.at(row(j), 2 * pair)); }
   KDA_DEVICE tile::Pair<E> raw_k(int j) const { return tile::load_pair<E>(&s.blocks.k.at(row(j), 2 * pair)); }
   /// The same, normalised.
-  KDA_DEVICE float2 q(int j, tile::Pair<E> raw) const { return tile::to_float2<E>(raw) * both(s.q_norm[row(j)]); }
-  KDA_DEVICE float2 k(int j, tile::Pair<E> raw) const { return tile::to_float2<E>(raw) * both(s.k_norm[row(j)]); }
+  KDA_DEVICE float2 q(int j, tile::Pair<E> raw) const { return tile::to_float2<E>(raw) * both(s.norm[row(j)]); }
+  KDA_DEVICE float2 k(int j, tile::Pair<E> raw) const {
+    return tile::to_float2<E>(raw) * both(s.norm[kChunk + row(j)]);
+  }
   KDA_DEVICE int row(int j) const { return group * kTokensPerThread + j; }
   KDA_DEVICE static float2 both(float x) { return {x, x}; }
   KDA_DEVICE static float2 exp2(float2 x) { return {decay_exp2<E>(x.x), decay_exp2<E>(x.y)}; }
@@ -81,19 +85,6 @@ struct PrepareThread {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i)
       if (i >= first && i < end) sum = sum + s.log2_total[i][pair];
-    return sum;
-  }
-  /// Sums over the channels: x[n * 8 + j] of this group's token j becomes `dots[n]`, this warp's part of it.
-  template <int kCount>
-  KDA_DEVICE void sum_over_channels(float const (&x)[kCount]) {
-    float const sum = warp_sum_scattered(x);
-    if (lane < kCount)
-      s.dots[lane / kTokensPerThread][warp % Shape::kWarpsPerGroup][row(lane % kTokensPerThread)] = sum;
-  }
-  KDA_DEVICE float summed(int which, int token) const {
-    float sum = 0.f;
-#pragma unroll
-    for (int part = 0; part < Shape::kWarpsPerGroup; ++part) sum += s.dots[which][part][token];
     return sum;
   }
 };

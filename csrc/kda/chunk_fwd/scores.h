@@ -52,22 +52,29 @@ struct BlockScores {
     }
   }
 
-  /// Rows of block i meet columns of block j <= i at the anchor of j.
+  /// Rows of block i meet columns of block j <= i at the anchor of j. A warp has q or k of a block below the diagonal,
+  /// or both on the diagonal, where it goes on to the inverse.
   KDA_DEVICE void multiply() {
-    auto const& in = c.s.blocks;
-    for (int unit = c.warp; unit < kBlocks * (kBlocks + 1); unit += Thread::kWarps) {
-      int j = unit / 2, i = 0;
-      while (j > i) j -= ++i;  // the blocks below the diagonal, row by row
-      auto const& rows = unit % 2 ? in.q : in.k;
-      auto const* factor = c.s.factor[i * (i - 1) / 2 + j];
+    constexpr int kBelow = kBlocks * (kBlocks - 1);
+    for (int unit = c.warp; unit < kBelow + kBlocks; unit += Thread::kWarps) {
       tile::Accumulator acc[2] = {};
-#pragma unroll
-      for (int d = 0; d < kKeyTile; d += 16) {
-        auto const left =
-            j < i ? tile::load_left_scaled<E>(rows, i * 16, d, factor) : tile::load_left<E>(rows, i * 16, d);
-        tile::multiply<E>(acc[0], acc[1], left, tile::load_right<E>(in.k_inverse, j * 16, d));
+      if (unit < kBelow) {
+        int j = unit / 2, i = 1;
+        while (j >= i) j -= i++;  // row by row
+        multiply_block<true>(acc, unit % 2 ? c.s.blocks.q : c.s.blocks.k, i, j);
+        if (unit % 2) store_queries(i, j, acc);
+        else store_keys<false>(i, j, acc);
+      } else {
+        int const i = unit - kBelow;
+        multiply_block<false>(acc, c.s.blocks.k, i, i);
+        store_keys<true>(i, i, acc);
+        acc[0] = acc[1] = tile::Accumulator{};
+        multiply_block<false>(acc, c.s.blocks.q, i, i);
+        store_queries(i, i, acc);
+        sync_warp();
+        if (c.lane < kTokensPerBlock)
+          tile::invert_diagonal_block<typename Thread::DiagonalElement>(c.s.diagonal[i], c.lane, 0xffffu);
       }
-      store_block(unit % 2, i * 16, j * 16, acc);
     }
   }
 
@@ -95,20 +102,39 @@ struct BlockScores {
     c.store(c.out.record().gamma_q, row, q_row * (to_anchor * Thread::both(c.p.scale)));
     c.store(c.out.record().k_tilde, row, k_column * to_end);
   }
-  KDA_DEVICE void store_block(bool of_q, int row0, int col0, tile::Accumulator const (&acc)[2]) {
+  template <bool kScaled>
+  KDA_DEVICE void multiply_block(tile::Accumulator (&acc)[2], typename Thread::Storage::Wide const& rows, int i,
+                                 int j) const {
+    auto const* factor = c.s.factor[i * (i - 1) / 2 + j];
 #pragma unroll
-    for (int e = 0; e < 8; e += 2) {
-      int const r = row0 + c.lane / 4 + e / 2 % 2 * 8, i = col0 + e / 4 * 8 + c.lane % 4 * 2;
-      float const x = acc[e / 4].x[e % 4], y = acc[e / 4].x[e % 4 + 1];
-      if (of_q) {
-        tile::store_pair<E>(&c.s.a_qk.at(r, i),
-                            tile::to_pair<E>(i <= r ? c.p.scale * x : 0.f, i < r ? c.p.scale * y : 0.f));
-      } else {
-        float const beta = c.s.beta[r];
-        if (row0 == col0) *reinterpret_cast<float2*>(&c.s.diagonal.at(r, i - col0)) = {beta * x, beta * y};
-        else tile::store_pair<E>(&c.s.l.at(r, i), tile::to_pair<E>(beta * x, beta * y));
-      }
+    for (int d = 0; d < kKeyTile; d += 16) {
+      tile::LeftFragment<E> left;
+      if constexpr (kScaled) left = tile::load_left_scaled<E>(rows, i * 16, d, factor);
+      else left = tile::load_left<E>(rows, i * 16, d);
+      tile::multiply<E>(acc[0], acc[1], left, tile::load_right<E>(c.s.blocks.k_inverse, j * 16, d));
     }
+  }
+  /// f(row and column inside the block, two neighbouring scores).
+  template <class F>
+  KDA_DEVICE void for_scores(tile::Accumulator const (&acc)[2], F f) const {
+#pragma unroll
+    for (int e = 0; e < 8; e += 2)
+      f(c.lane / 4 + e / 2 % 2 * 8, e / 4 * 8 + c.lane % 4 * 2, acc[e / 4].x[e % 4], acc[e / 4].x[e % 4 + 1]);
+  }
+  KDA_DEVICE void store_queries(int i, int j, tile::Accumulator const (&acc)[2]) {
+    for_scores(acc, [&](int r, int n, float x, float y) {
+      bool const first = i > j || n <= r, second = i > j || n < r;
+      tile::store_pair<E>(&c.s.a_qk.at(i * 16 + r, j * 16 ^ n),
+                          tile::to_pair<E>(first ? c.p.scale * x : 0.f, second ? c.p.scale * y : 0.f));
+    });
+  }
+  template <bool kDiagonal>
+  KDA_DEVICE void store_keys(int i, int j, tile::Accumulator const (&acc)[2]) {
+    for_scores(acc, [&](int r, int n, float x, float y) {
+      float const beta = c.s.beta[i * 16 + r];
+      if constexpr (kDiagonal) *reinterpret_cast<float2*>(&c.s.diagonal[i].at(r, n)) = {beta * x, beta * y};
+      else tile::store_pair<E>(&c.s.l.at(i * 16 + r, j * 16 ^ n), tile::to_pair<E>(beta * x, beta * y));
+    });
   }
 };
 
@@ -151,12 +177,22 @@ struct SplitScores {
       float2 const product = q(j) * k(j);
       dots[j] = product.x + product.y;
     }
-    c.sum_over_channels(dots);
+    float const sum = warp_sum_scattered(dots);
+    if (c.lane < kTokensPerThread) c.s.dots[c.warp % Thread::Shape::kWarpsPerGroup][c.row(c.lane)] = sum;
   }
 
   KDA_DEVICE void multiply() {
-    if (c.thread < kChunk) c.s.a_qk.at(c.thread, c.thread) = from_float<E>(c.p.scale * c.summed(0, c.thread));
+    if (c.thread < kChunk) {
+      float dot = 0.f;
+#pragma unroll
+      for (auto const& part : c.s.dots) dot += part[c.thread];
+      c.s.a_qk.at(c.thread, c.thread) = from_float<E>(c.p.scale * dot);
+    }
     level<kChunk / 2>();
+    sync_block();
+    if (c.thread < kChunk)
+      tile::invert_diagonal_block<typename Thread::DiagonalElement>(
+          c.s.diagonal[c.thread / kTokensPerBlock], c.thread % kTokensPerBlock, kChunk == 16 ? 0xffffu : ~0u);
   }
 
  private:
@@ -252,7 +288,7 @@ struct SplitScores {
       float const beta_a = c.s.beta[r] * acc.x[e];
       if (row % (2 * kHalf) < kHalf) c.s.a_qk.at(r, i) = from_float<E>(c.p.scale * acc.x[e]);
       else if (kHalf >= kTokensPerBlock) c.s.l.at(r, i) = from_float<E>(beta_a);
-      else c.s.diagonal.at(r, i % kTokensPerBlock) = beta_a;
+      else c.s.diagonal[r / kTokensPerBlock].at(r % kTokensPerBlock, i % kTokensPerBlock) = beta_a;
     }
   }
 };
