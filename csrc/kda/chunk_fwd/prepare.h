@@ -18,13 +18,22 @@ struct Prepare : PrepareThread<Variant> {
   static constexpr int kThreads = Base::kThreads, kWarps = Base::kWarps;
   static constexpr int kBlocksPerSm = (sizeof(E) == 4 ? 512 : 1024) / kThreads;  // 128 or 64 registers a thread
 
+  /// A quarter of the warps each for q, k, g and V, so that a thread has one address to compute.
   KDA_DEVICE void load_chunk() {
-    load<E>(s.blocks.q, p.q, p.q_strides, p.q_pieces_aligned, chunk.head);
-    load<E>(s.blocks.k, p.k, p.k_strides, p.k_pieces_aligned, chunk.head);
-    if (p.g_is_fp32) load<float>(s.template gate<float>(), p.g, p.g_strides, p.g_pieces_aligned, chunk.value_head);
-    else load<E>(s.template gate<E>(), p.g, p.g_strides, p.g_pieces_aligned, chunk.value_head);
+    static_assert(kWarps % 4 == 0);
+    int const index = warp / 4 * 32 + lane;
+    if (warp % 4 == 0) {
+      load<E>(s.blocks.q, p.q, p.q_strides, p.q_pieces_aligned, chunk.head, index);
+    } else if (warp % 4 == 1) {
+      load<E>(s.blocks.k, p.k, p.k_strides, p.k_pieces_aligned, chunk.head, index);
+    } else if (warp % 4 == 2) {
+      if (p.g_is_fp32)
+        load<float>(s.template gate<float>(), p.g, p.g_strides, p.g_pieces_aligned, chunk.value_head, index);
+      else load<E>(s.template gate<E>(), p.g, p.g_strides, p.g_pieces_aligned, chunk.value_head, index);
+    }
     cp_async_commit();
-    load_values(0);
+    if (warp % 4 == 3) load_values(0, index, kThreads / 4);
+    cp_async_commit();
     ChannelGate const gate0(p.gate, chunk.value_head, 2 * pair, p.key_dim);
     ChannelGate const gate1(p.gate, chunk.value_head, 2 * pair + 1, p.key_dim);
     if (thread < kChunk) s.beta[thread] = thread < chunk.rows ? load_beta<E>(p, chunk, thread) : 0.f;
@@ -73,25 +82,37 @@ struct Prepare : PrepareThread<Variant> {
     for (int i = 0; i < kWarps; ++i) steep = steep || s.steep[i];
     if (steep) scores_by(SplitScores<Variant>{*this});
     else scores_by(BlockScores<Variant>{*this});
-    cp_async_wait<0>();
-    sync_block();
   }
 
-  /// W over Gamma.K and T V over V; then everything leaves.
+  /// W over Gamma.K and T V over V; then everything leaves. Each warp has its own columns, the first of them in
+  /// registers before all scores are there.
   KDA_DEVICE void solve() {
-    constexpr int kUnits = kKeyTile / 16;
-    for (int unit = warp; unit < 2 * kUnits; unit += kWarps)
-      solve_columns(unit < kUnits ? s.gamma_k : s.v, unit % kUnits * 16);
+    constexpr int kUnits = kKeyTile / 16, kTurns = 2 * kUnits / kWarps;
+    static_assert(kTurns * kWarps == 2 * kUnits);
+    auto const tile = [&](int unit) -> auto& { return unit < kUnits ? s.gamma_k : s.v; };
+    tile::Accumulator x[kBlocks][2];
+    load_columns(x, tile(warp), warp % kUnits * 16);
+    sync_block();
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      int const unit = turn * kWarps + warp;
+      if (turn) load_columns(x, tile(unit), unit % kUnits * 16);
+      solve_columns(x, tile(unit), unit % kUnits * 16);
+    }
     sync_block();
     copy(out.record().w.data, s.gamma_k.data);
     copy(out.record().a_qk.data, s.a_qk.data);
     store_values(0);
     for (int first = kKeyTile; first < p.value_dim; first += kKeyTile) {
       sync_block();
-      load_values(first);
+      load_values(first, thread, kThreads);
+      cp_async_commit();
       cp_async_wait<0>();
       sync_block();
-      for (int unit = warp; unit < kUnits; unit += kWarps) solve_columns(s.v, unit * 16);
+      for (int unit = warp; unit < kUnits; unit += kWarps) {
+        load_columns(x, s.v, unit * 16);
+        solve_columns(x, s.v, unit * 16);
+      }
       sync_block();
       store_values(first);
     }
@@ -117,17 +138,18 @@ struct Prepare : PrepareThread<Variant> {
   template <class Scores>
   KDA_DEVICE void scores_by(Scores scores) {
     scores.write();
+    cp_async_wait<0>();  // V
     sync_block();
     scores.multiply();
   }
   template <class G, class Tile>
-  KDA_DEVICE void load(Tile& tile, void const* base, TokenStrides const& strides, bool aligned, int head) {
-    tile_rows<G>(base, strides, aligned, chunk, head, 0, p.key_dim).template load<kKeyTile>(tile, 0, thread, kThreads);
+  KDA_DEVICE void load(Tile& tile, void const* base, TokenStrides const& strides, bool aligned, int head, int index) {
+    tile_rows<G>(base, strides, aligned, chunk, head, 0, p.key_dim)
+        .template load<kKeyTile>(tile, 0, index, kThreads / 4);
   }
-  KDA_DEVICE void load_values(int first) {
+  KDA_DEVICE void load_values(int first, int index, int count) {
     tile_rows<E>(p.v, p.v_strides, p.v_pieces_aligned, chunk, chunk.value_head, first, p.value_dim - first)
-        .template load<kKeyTile>(s.v, 0, thread, kThreads);
-    cp_async_commit();
+        .template load<kKeyTile>(s.v, 0, index, count);
   }
   template <class Tile>
   KDA_DEVICE void clear(Tile& t) {
@@ -149,15 +171,18 @@ struct Prepare : PrepareThread<Variant> {
       copy(out.values(first / kValueTile + i).data, tiles[i].data);
   }
 
-  /// Sixteen columns of the tile <- T times them. Only this warp touches them.
-  KDA_DEVICE void solve_columns(typename Base::Storage::Wide& tile, int column) {
-    tile::Accumulator x[kBlocks][2];
+  /// x <- Diag(beta) times sixteen columns of the tile, transposed.
+  KDA_DEVICE void load_columns(tile::Accumulator (&x)[kBlocks][2], typename Base::Storage::Wide const& tile,
+                               int column) const {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
       tile::load_transposed<E>(x[i][0], x[i][1], tile, i * 16, column);
 #pragma unroll
       for (int e = 0; e < 8; ++e) x[i][e / 4].x[e % 4] *= s.beta[i * 16 + e / 4 * 8 + lane % 4 * 2 + e % 2];
     }
+  }
+  /// The columns <- the solution.
+  KDA_DEVICE void solve_columns(tile::Accumulator (&x)[kBlocks][2], typename Base::Storage::Wide& tile, int column) {
     tile::substitute<E, DiagonalElement>(x, s.l, s.diagonal);
     sync_warp();
 #pragma unroll

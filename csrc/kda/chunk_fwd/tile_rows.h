@@ -20,7 +20,7 @@ struct TileRows {
   KDA_DEVICE void load(Tile& tile, int column, int index, int count) const {
     if (aligned && rows >= Tile::kRows && columns >= column + kColumns) {  // the usual case, in few instructions
       constexpr unsigned kPieces = kColumns / kPiece;
-      unsigned const row0 = unsigned(index) / kPieces, col = column + unsigned(index) % kPieces * kPiece;
+      unsigned const row0 = unsigned(index) / kPieces, col = column ^ unsigned(index) % kPieces * kPiece;
       E const* global = base + first + row0 * token_stride + col;
 #pragma unroll
       for (unsigned row = 0; row < Tile::kRows; row += count / kPieces, global += count / kPieces * token_stride)
