@@ -40,6 +40,7 @@ struct Options {
   size_t stack_bytes = 256 * 1024;
   size_t shared_limit = 227 * 1024;
   bool has_wgmma = false;
+  int multiprocessors = 1;
   int64_t small_workspace = 128 * 1024;  // so that small tests, too, work in parts
   bool skip_launches = false;  // a launch does nothing: what is left is the host's work (bench_host_overhead.py)
 };
