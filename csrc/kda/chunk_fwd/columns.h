@@ -18,14 +18,33 @@ struct ChunkOfHead {
   int32_t head, value_head;
 };
 
-/// The write strength of one token of the chunk.
+/// beta of one token of the chunk, as given.
 template <class E>
 KDA_DEVICE float load_beta(ChunkFwdParams const& p, ChunkOfHead const& chunk, int row) {
   int64_t const at = chunk.batch_row * p.beta_strides.batch + (chunk.begin + row) * p.beta_strides.token +
                      chunk.value_head * p.beta_strides.head;
-  float const x = p.beta_is_fp32 ? static_cast<float const*>(p.beta)[at] : to_float(static_cast<E const*>(p.beta)[at]);
-  if (!p.beta_sigmoid) return x;
-  return (p.neg_eigval ? 2.f : 1.f) * sigmoid(x);
+  return p.beta_is_fp32 ? static_cast<float const*>(p.beta)[at] : to_float(static_cast<E const*>(p.beta)[at]);
+}
+KDA_DEVICE float write_strength(ChunkFwdParams const& p, float beta) {
+  if (!p.beta_sigmoid) return beta;
+  return (p.neg_eigval ? 2.f : 1.f) * sigmoid(beta);
+}
+
+/// The plan with a chunk that the compiler knows.
+template <class Variant>
+KDA_DEVICE ChunkPlan plan_of(ChunkFwdParams const& p) {
+  ChunkPlan plan = p.plan;
+  plan.chunk = Variant::config.chunk;
+  return plan;
+}
+
+/// Chunk `i` of a sequence, for one value head.
+template <class Variant>
+KDA_DEVICE ChunkOfHead chunk_of_head(ChunkFwdParams const& p, Sequence const& sequence, int64_t i, int value_head) {
+  constexpr int kChunk = Variant::config.chunk;
+  int64_t const first = i * kChunk, left = sequence.length - first;
+  return {sequence.batch_row, sequence.begin + first, int32_t(left < kChunk ? left : kChunk),
+          value_head / (p.value_heads / p.heads), value_head};
 }
 
 template <class E>

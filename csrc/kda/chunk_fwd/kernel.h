@@ -5,42 +5,13 @@
 
 namespace kda {
 
-/// The plan with a chunk that the compiler knows.
-template <class Variant>
-KDA_DEVICE ChunkPlan plan_of(ChunkFwdParams const& p) {
-  ChunkPlan plan = p.plan;
-  plan.chunk = Variant::config.chunk;
-  return plan;
-}
-
-/// Chunk `i` of a sequence, for one value head.
-template <class Variant>
-KDA_DEVICE ChunkOfHead chunk_of_head(ChunkFwdParams const& p, Sequence const& sequence, int64_t i, int value_head) {
-  constexpr int kChunk = Variant::config.chunk;
-  int64_t const first = i * kChunk, left = sequence.length - first;
-  return {sequence.batch_row, sequence.begin + first, int32_t(left < kChunk ? left : kChunk),
-          value_head / (p.value_heads / p.heads), value_head};
-}
-
 template <class Variant>
 KDA_GLOBAL void __launch_bounds__(Prepare<Variant>::kThreads, Prepare<Variant>::kBlocksPerSm)
     chunk_fwd_prepare_kernel(ChunkFwdParams const p) {
   KDA_DYNAMIC_SHARED(PrepareStorage<Variant>, storage);
-  ChunkPlan const plan = plan_of<Variant>(p);
-  int64_t const slot = p.first_slot + blockIdx.x;
-  int const value_head = blockIdx.y;
-  Sequence const sequence = plan.sequence(plan.sequence_of_slot(slot));
-  int64_t const i = slot - sequence.first_slot;
-  if (i < 0 || i >= plan.chunks_of(sequence.length)) return;  // a slot that no chunk uses
-
-  Prepare<Variant> prepare{{p,
-                            *storage,
-                            {p.workspace, blockIdx.x, p.value_heads, value_head, p.value_dim},
-                            chunk_of_head<Variant>(p, sequence, i, value_head)}};
-  prepare.load_chunk();
-  prepare.normalise();
-  prepare.scores();
-  prepare.solve();
+  int32_t const first = int32_t(blockIdx.x) * p.slots_per_block, end = first + p.slots_per_block;
+  Prepare<Variant> prepare{{p, *storage}};
+  prepare.run(blockIdx.y, first, end < p.part_slots ? end : p.part_slots);
 }
 
 /// What one block of the scan does: chunks [begin, end) of a sequence, for one head and one tile of V.

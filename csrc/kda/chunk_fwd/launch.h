@@ -19,7 +19,7 @@ struct ChunkFwdVariant {
   bool wgmma;                             // needs compute capability 9.0
   size_t record_bytes, value_tile_bytes;  // workspace per slot and value head, and per tile of V there
   size_t prepare_shared_bytes, scan_shared_bytes;
-  int prepare_threads, scan_threads;
+  int prepare_threads, prepare_blocks_per_sm, scan_threads;
   void (*launch)(ChunkFwdParams, cudaStream_t);
 
   size_t shared_bytes() const {
@@ -41,6 +41,20 @@ struct ChunkFwdVariant {
     int64_t const slots = part_slots(plan, value_heads, key_dim, value_dim);
     return kRecordAlignment + records_bytes(slots, value_heads, value_dim) +
            (slots < plan.slots() ? 2 * carry_floats(value_heads, value_dim) * sizeof(float) : 0);
+  }
+  /// How many chunks a block of the prepare kernel walks over, so that the last wave of blocks is nearly full. A
+  /// further chunk hides its loads behind the one before; the first cannot.
+  int32_t slots_per_block(int64_t part_slots, int value_heads) const {
+    int64_t const at_once = int64_t(multiprocessors()) * prepare_blocks_per_sm;
+    constexpr double kFirstLoad = 0.3;  // of the time of a chunk
+    int32_t best = 1;
+    double best_time = 0;
+    for (int32_t n = 1; n <= 16; ++n) {
+      int64_t const blocks = (part_slots + n - 1) / n * value_heads;
+      double const time = double((blocks + at_once - 1) / at_once) * (n + kFirstLoad);
+      if (n == 1 || time < best_time) best = n, best_time = time;
+    }
+    return best;
   }
   size_t records_bytes(int64_t slots, int value_heads, int value_dim) const {
     return size_t(slots) * value_heads * (record_bytes + value_tiles(value_dim) * value_tile_bytes);

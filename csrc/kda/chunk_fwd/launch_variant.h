@@ -29,8 +29,10 @@ void launch_chunk_fwd(ChunkFwdParams p, cudaStream_t stream) {
   p.first_slot = 0, p.part = 0;
   do {  // also where there is no slot at all: the scan writes final states
     p.part_slots = int32_t(slots - p.first_slot < part_slots ? slots - p.first_slot : part_slots);
+    p.slots_per_block = variant.slots_per_block(p.part_slots, p.value_heads);
     if (p.part_slots)
-      launch("chunk_fwd_prepare", chunk_fwd_prepare_kernel<Variant>, dim3(unsigned(p.part_slots), heads),
+      launch("chunk_fwd_prepare", chunk_fwd_prepare_kernel<Variant>,
+             dim3(unsigned((p.part_slots + p.slots_per_block - 1) / p.slots_per_block), heads),
              dim3(Prepare<Variant>::kThreads), sizeof(PrepareStorage<Variant>), stream, p);
     int64_t const sequences = slots ? sequences_of_part(p.plan, p.part_slots) : p.plan.sequences;
     launch("chunk_fwd_scan", chunk_fwd_scan_kernel<Variant>, dim3(unsigned(sequences), heads, tiles),
@@ -51,6 +53,7 @@ ChunkFwdVariant describe_chunk_fwd() {
           sizeof(PrepareStorage<Variant>),
           sizeof(ScanStorage<Variant>),
           Prepare<Variant>::kThreads,
+          Prepare<Variant>::kBlocksPerSm,
           ScanShape<Variant>::kThreads,
           &launch_chunk_fwd<Variant>};
 }

@@ -56,6 +56,7 @@ struct ChunkFwdParams {
   // plan.
   int64_t first_slot;
   int32_t part_slots, part;
+  int32_t slots_per_block;  // of the prepare kernel, for one value head
   float* carry;  // [2, value_heads, value tiles, ...]: the state of the sequence that goes on into the next part
 };
 

@@ -1,4 +1,5 @@
-// Everything of a chunk that does not depend on the state, for all chunks at once; one block per chunk and value head.
+// Everything of a chunk that does not depend on the state. A block walks over some chunks of one value head; while it
+// solves one, q, k and g of the next are on their way.
 //
 //     T = (I + Diag(beta) A_kk)^-1 Diag(beta)      W = T (Gamma.K)      T V
 #pragma once
@@ -11,39 +12,77 @@ struct Prepare : PrepareThread<Variant> {
   using Base = PrepareThread<Variant>;
   using E = typename Base::E;
   using Shape = typename Base::Shape;
-  using Base::chunk, Base::columns, Base::group, Base::lane, Base::out, Base::p, Base::pair, Base::s, Base::thread,
-      Base::warp;
+  using Base::columns, Base::group, Base::lane, Base::out, Base::p, Base::pair, Base::s, Base::thread, Base::warp;
   using typename Base::DiagonalElement;
   static constexpr int kChunk = Base::kChunk, kBlocks = Base::kBlocks, kKeyTile = Shape::kKeyTile;
   static constexpr int kThreads = Base::kThreads, kWarps = Base::kWarps;
   static constexpr int kBlocksPerSm = (sizeof(E) == 4 ? 512 : 1024) / kThreads;  // 128 or 64 registers a thread
 
+  /// All chunks of this block: slots [first, end) of the part.
+  KDA_DEVICE void run(int value_head, int32_t first, int32_t end) {
+    if (thread == 0) s.walk[0] = find_chunk(value_head, first, end);
+    ChannelGate const gates[2] = {{p.gate, value_head, 2 * pair, p.key_dim},
+                                  {p.gate, value_head, 2 * pair + 1, p.key_dim}};
+    sync_block();
+    if (s.walk[0].slot < end) {
+      load_keys(s.walk[0].chunk);
+      load_gate(s.walk[0].chunk);
+    }
+    for (int turn = 0; s.walk[turn].slot < end; turn ^= 1) {
+      auto const& [chunk, slot] = s.walk[turn];
+      auto& next = s.walk[turn ^ 1];
+      out = {p.workspace, slot, p.value_heads, value_head, p.value_dim};
+      cp_async_wait<0>();
+      sync_block();
+      if (thread == 0) next = find_chunk(value_head, slot + 1, end);
+      begin(chunk, gates);
+      normalise();
+      scores();
+      solve(chunk, next.chunk, next.slot < end);
+    }
+  }
+
+ private:
+  /// The first slot from `slot` on that has a chunk.
+  KDA_DEVICE WalkedChunk find_chunk(int value_head, int32_t slot, int32_t end) const {
+    ChunkPlan const plan = plan_of<Variant>(p);
+    for (; slot < end; ++slot) {
+      Sequence const sequence = plan.sequence(plan.sequence_of_slot(p.first_slot + slot));
+      int64_t const i = p.first_slot + slot - sequence.first_slot;
+      if (i >= 0 && i < plan.chunks_of(sequence.length))
+        return {chunk_of_head<Variant>(p, sequence, i, value_head), slot};
+    }
+    return {{}, end};
+  }
+
   /// A quarter of the warps each for q, k, g and V, so that a thread has one address to compute.
-  KDA_DEVICE void load_chunk() {
-    static_assert(kWarps % 4 == 0);
-    int const index = warp / 4 * 32 + lane;
-    if (warp % 4 == 0) {
-      load<E>(s.blocks.q, p.q, p.q_strides, p.q_pieces_aligned, chunk.head, index);
-    } else if (warp % 4 == 1) {
-      load<E>(s.blocks.k, p.k, p.k_strides, p.k_pieces_aligned, chunk.head, index);
-    } else if (warp % 4 == 2) {
+  KDA_DEVICE void load_keys(ChunkOfHead const& chunk) {
+    if (warp % 4 == 0) load<E>(s.blocks.q, chunk, p.q, p.q_strides, p.q_pieces_aligned, chunk.head);
+    else if (warp % 4 == 1) load<E>(s.blocks.k, chunk, p.k, p.k_strides, p.k_pieces_aligned, chunk.head);
+    cp_async_commit();
+  }
+  KDA_DEVICE void load_gate(ChunkOfHead const& chunk) {
+    if (warp % 4 == 2) {
       if (p.g_is_fp32)
-        load<float>(s.template gate<float>(), p.g, p.g_strides, p.g_pieces_aligned, chunk.value_head, index);
-      else load<E>(s.template gate<E>(), p.g, p.g_strides, p.g_pieces_aligned, chunk.value_head, index);
+        load<float>(s.template gate<float>(), chunk, p.g, p.g_strides, p.g_pieces_aligned, chunk.value_head);
+      else load<E>(s.template gate<E>(), chunk, p.g, p.g_strides, p.g_pieces_aligned, chunk.value_head);
     }
     cp_async_commit();
-    if (warp % 4 == 3) load_values(0, index, kThreads / 4);
+  }
+  KDA_DEVICE bool gate_is_wide() const { return p.g_is_fp32 && sizeof(E) < 4; }  // it reaches into gamma_k
+
+  /// V, now that the last chunk's has left, and the gate.
+  KDA_DEVICE void begin(ChunkOfHead const& chunk, ChannelGate const (&gates)[2]) {
+    if (warp % 4 == 3) load_values(chunk, 0, loader(), kLoaders);
     cp_async_commit();
-    ChannelGate const gate0(p.gate, chunk.value_head, 2 * pair, p.key_dim);
-    ChannelGate const gate1(p.gate, chunk.value_head, 2 * pair + 1, p.key_dim);
-    if (thread < kChunk) s.beta[thread] = thread < chunk.rows ? load_beta<E>(p, chunk, thread) : 0.f;
+    float beta = 0.f;
+    if (thread < chunk.rows) beta = load_beta<E>(p, chunk, thread);
     clear(s.a_qk);
-    cp_async_wait<1>();
-    sync_block();
     if (p.g_is_fp32)
-      columns.template load<float>(s.template gate<float>(), this->row(0), pair, chunk.rows, gate0, gate1);
-    else columns.template load<E>(s.template gate<E>(), this->row(0), pair, chunk.rows, gate0, gate1);
+      columns.template load<float>(s.template gate<float>(), this->row(0), pair, chunk.rows, gates[0], gates[1]);
+    else columns.template load<E>(s.template gate<E>(), this->row(0), pair, chunk.rows, gates[0], gates[1]);
     s.log2_total[group][pair] = columns.log2_total();
+    if (thread < kChunk) s.beta[thread] = thread < chunk.rows ? write_strength(p, beta) : 0.f;
   }
 
   /// 1 / |q| and 1 / |k| of every token, and whether the gate of any thread or the size of any key is too much for
@@ -86,13 +125,17 @@ struct Prepare : PrepareThread<Variant> {
 
   /// W over Gamma.K and T V over V; then everything leaves. Each warp has its own columns, the first of them in
   /// registers before all scores are there.
-  KDA_DEVICE void solve() {
+  KDA_DEVICE void solve(ChunkOfHead const& chunk, ChunkOfHead const& next, bool has_next) {
     constexpr int kUnits = kKeyTile / 16, kTurns = 2 * kUnits / kWarps;
     static_assert(kTurns * kWarps == 2 * kUnits);
     auto const tile = [&](int unit) -> auto& { return unit < kUnits ? s.gamma_k : s.v; };
     tile::Accumulator x[kBlocks][2];
     load_columns(x, tile(warp), warp % kUnits * 16);
     sync_block();
+    if (has_next) {
+      load_keys(next);
+      if (!gate_is_wide()) load_gate(next);
+    }
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       int const unit = turn * kWarps + warp;
@@ -105,7 +148,7 @@ struct Prepare : PrepareThread<Variant> {
     store_values(0);
     for (int first = kKeyTile; first < p.value_dim; first += kKeyTile) {
       sync_block();
-      load_values(first, thread, kThreads);
+      load_values(chunk, first, thread, kThreads);
       cp_async_commit();
       cp_async_wait<0>();
       sync_block();
@@ -116,9 +159,12 @@ struct Prepare : PrepareThread<Variant> {
       sync_block();
       store_values(first);
     }
+    if (has_next && gate_is_wide()) {
+      sync_block();
+      load_gate(next);
+    }
   }
 
- private:
   KDA_DEVICE static void add_squares(float& sum, E const* piece) {
     uint4 const bits = *reinterpret_cast<uint4 const*>(piece);
     uint32_t const words[4] = {bits.x, bits.y, bits.z, bits.w};
@@ -142,12 +188,16 @@ struct Prepare : PrepareThread<Variant> {
     sync_block();
     scores.multiply();
   }
+  static constexpr int kLoaders = kThreads / 4;  // of one input
+  static_assert(kWarps % 4 == 0);
+  KDA_DEVICE int loader() const { return warp / 4 * 32 + lane; }
   template <class G, class Tile>
-  KDA_DEVICE void load(Tile& tile, void const* base, TokenStrides const& strides, bool aligned, int head, int index) {
+  KDA_DEVICE void load(Tile& tile, ChunkOfHead const& chunk, void const* base, TokenStrides const& strides,
+                       bool aligned, int head) {
     tile_rows<G>(base, strides, aligned, chunk, head, 0, p.key_dim)
-        .template load<kKeyTile>(tile, 0, index, kThreads / 4);
+        .template load<kKeyTile>(tile, 0, loader(), kLoaders);
   }
-  KDA_DEVICE void load_values(int first, int index, int count) {
+  KDA_DEVICE void load_values(ChunkOfHead const& chunk, int first, int index, int count) {
     tile_rows<E>(p.v, p.v_strides, p.v_pieces_aligned, chunk, chunk.value_head, first, p.value_dim - first)
         .template load<kKeyTile>(s.v, 0, index, count);
   }

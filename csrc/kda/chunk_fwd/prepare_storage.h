@@ -7,6 +7,11 @@
 
 namespace kda {
 
+struct WalkedChunk {
+  ChunkOfHead chunk;
+  int32_t slot;  // of the part
+};
+
 template <class Variant>
 struct PrepareStorage {
   using E = typename Variant::Element;
@@ -37,6 +42,7 @@ struct PrepareStorage {
   float dots[Shape::kWarpsPerGroup][kChunk];                             // of q and k, partial sums over channels
   float norm[2 * kChunk], beta[kChunk];                                  // 1 / |q|, then 1 / |k|
   bool steep[kWarps];
+  WalkedChunk walk[2];  // this turn's and the next one's
 
   template <class G>
   KDA_DEVICE auto& gate() {
@@ -57,7 +63,6 @@ struct PrepareThread {
   ChunkFwdParams const& p;
   Storage& s;
   ChunkRecordAt<Variant> out;
-  ChunkOfHead chunk;
   Columns<E> columns;
   int const thread = thread_index(), warp = warp_index(), lane = lane_index();
   int const group = unsigned(thread) / Shape::kPairs, pair = unsigned(thread) % Shape::kPairs;

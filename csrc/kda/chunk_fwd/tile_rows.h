@@ -28,7 +28,7 @@ struct TileRows {
           cp_async_16(&tile.at(row0 + row, col), global);
       return;
     }
-    for_pieces<kColumns, Tile>(column, index, count, [&](int row, int col, int live) {
+    for_pieces<kColumns, Tile, 1>(column, index, count, [&](int row, int col, int live) {
       E* const shared = &tile.at(row, col);
       E const* const global = base + first + row * token_stride + col;
       if (aligned) {
@@ -41,7 +41,7 @@ struct TileRows {
   }
   template <int kColumns, class Tile>
   KDA_DEVICE void store(Tile const& tile, int column, int index, int count) const {
-    for_pieces<kColumns, Tile>(column, index, count, [&](int row, int col, int live) {
+    for_pieces<kColumns, Tile, 4>(column, index, count, [&](int row, int col, int live) {
       E const* const shared = &tile.at(row, col);
       E* const global = base + first + row * token_stride + col;
       if (aligned) {
@@ -55,10 +55,10 @@ struct TileRows {
   }
 
  private:
-  template <int kColumns, class Tile, class F>
+  template <int kColumns, class Tile, int kUnroll, class F>
   KDA_DEVICE void for_pieces(int column, unsigned index, unsigned count, F f) const {
     constexpr unsigned kPieces = kColumns / kPiece;
-#pragma unroll
+#pragma unroll kUnroll
     for (unsigned i = 0; i < Tile::kRows * kPieces; i += count) {
       if (Tile::kRows * kPieces % count && i + index >= Tile::kRows * kPieces) return;
       int const row = (i + index) / kPieces, col = column + (i + index) % kPieces * kPiece;

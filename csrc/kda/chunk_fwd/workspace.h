@@ -31,8 +31,9 @@ KDA_HOST_DEVICE size_t chunk_record_bytes(int value_dim) {
 template <class Variant>
 struct ChunkRecordAt {
   using Record = ChunkRecord<Variant>;
-  char* bytes;
+  char* bytes = nullptr;
 
+  ChunkRecordAt() = default;
   KDA_DEVICE ChunkRecordAt(void* workspace, int64_t slot, int value_heads, int value_head, int value_dim)
       : bytes(static_cast<char*>(workspace) +
               (slot * value_heads + value_head) * int64_t(chunk_record_bytes<Variant>(value_dim))) {}
