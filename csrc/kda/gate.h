@@ -46,6 +46,9 @@ struct ChannelGate {
     if (p.dt_bias) bias = p.dt_bias[value_head * key_dim + channel];
   }
 
+  KDA_DEVICE ChannelGate(GateParams const& p, float known_amplitude, float known_bias)
+      : kind(p.kind), amplitude(known_amplitude), bias(known_bias), lower_bound(p.lower_bound) {}
+
   KDA_DEVICE float log_decay(float x) const {
     switch (kind) {
       case GateKind::kSoftplus:

@@ -55,5 +55,14 @@ KDA_DEVICE int thread_index() {
 }
 KDA_DEVICE int lane_index() { return int(threadIdx.x % 32); }
 KDA_DEVICE int warp_index() { return int(threadIdx.x / 32); }
+/// thread_index(), anew at this place: what follows from it is not kept in registers from before a loop on.
+KDA_DEVICE int thread_index_anew() {
+  int index = int(threadIdx.x);
+#if !defined(KDA_EMULATE)
+  asm volatile("" : "+r"(index));
+  __builtin_assume(index >= 0 && index < 1024);
+#endif
+  return index;
+}
 }  // namespace kda
 #endif

@@ -10,8 +10,7 @@ KDA_GLOBAL void __launch_bounds__(Prepare<Variant>::kThreads, Prepare<Variant>::
     chunk_fwd_prepare_kernel(ChunkFwdParams const p) {
   KDA_DYNAMIC_SHARED(PrepareStorage<Variant>, storage);
   int32_t const first = int32_t(blockIdx.x) * p.slots_per_block, end = first + p.slots_per_block;
-  Prepare<Variant> prepare{{p, *storage}};
-  prepare.run(blockIdx.y, first, end < p.part_slots ? end : p.part_slots);
+  Prepare<Variant>::run(p, *storage, blockIdx.y, first, end < p.part_slots ? end : p.part_slots);
 }
 
 /// What one block of the scan does: chunks [begin, end) of a sequence, for one head and one tile of V.

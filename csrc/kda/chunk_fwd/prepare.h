@@ -19,30 +19,36 @@ struct Prepare : PrepareThread<Variant> {
   static constexpr int kBlocksPerSm = (sizeof(E) == 4 ? 512 : 1024) / kThreads;  // 128 or 64 registers a thread
 
   /// All chunks of this block: slots [first, end) of the part.
-  KDA_DEVICE void run(int value_head, int32_t first, int32_t end) {
-    if (thread == 0) s.walk[0] = find_chunk(value_head, first, end);
-    ChannelGate const gates[2] = {{p.gate, value_head, 2 * pair, p.key_dim},
-                                  {p.gate, value_head, 2 * pair + 1, p.key_dim}};
-    sync_block();
-    if (s.walk[0].slot < end) {
-      load_keys(s.walk[0].chunk);
-      load_gate(s.walk[0].chunk);
-    }
+  KDA_DEVICE static void run(ChunkFwdParams const& p, typename Base::Storage& s, int value_head, int32_t first,
+                             int32_t end) {
+    Prepare{{p, s}}.start(value_head, first, end);
     for (int turn = 0; s.walk[turn].slot < end; turn ^= 1) {
-      auto const& [chunk, slot] = s.walk[turn];
-      auto& next = s.walk[turn ^ 1];
-      out = {p.workspace, slot, p.value_heads, value_head, p.value_dim};
+      WalkedChunk const &now = s.walk[turn], &next = s.walk[turn ^ 1];
+      Prepare prepare{{p, s, {p.workspace, now.slot, p.value_heads, value_head, p.value_dim}}};
       cp_async_wait<0>();
       sync_block();
-      if (thread == 0) next = find_chunk(value_head, slot + 1, end);
-      begin(chunk, gates);
-      normalise();
-      scores();
-      solve(chunk, next.chunk, next.slot < end);
+      prepare.begin(now.chunk);
+      if (prepare.thread == 0) s.walk[turn ^ 1] = prepare.next_chunk(now, value_head, end);
+      prepare.normalise();
+      prepare.scores();
+      prepare.solve(now.chunk, next.chunk, next.slot < end);
     }
   }
 
  private:
+  KDA_DEVICE void start(int value_head, int32_t first, int32_t end) {
+    if (thread == 0) s.walk[0] = find_chunk(value_head, first, end);
+    for (int channel = thread; channel < kKeyTile; channel += kThreads) {
+      ChannelGate const gate(p.gate, value_head, channel, p.key_dim);
+      s.gate_bias[channel] = gate.bias;
+      if (channel == 0) s.gate_amplitude = gate.amplitude;
+    }
+    sync_block();
+    if (s.walk[0].slot >= end) return;
+    load_keys(s.walk[0].chunk);
+    load_gate(s.walk[0].chunk);
+  }
+
   /// The first slot from `slot` on that has a chunk.
   KDA_DEVICE WalkedChunk find_chunk(int value_head, int32_t slot, int32_t end) const {
     ChunkPlan const plan = plan_of<Variant>(p);
@@ -50,9 +56,16 @@ struct Prepare : PrepareThread<Variant> {
       Sequence const sequence = plan.sequence(plan.sequence_of_slot(p.first_slot + slot));
       int64_t const i = p.first_slot + slot - sequence.first_slot;
       if (i >= 0 && i < plan.chunks_of(sequence.length))
-        return {chunk_of_head<Variant>(p, sequence, i, value_head), slot};
+        return {chunk_of_head<Variant>(p, sequence, i, value_head), slot, sequence.length - (i + 1) * kChunk};
     }
-    return {{}, end};
+    return {{}, end, 0};
+  }
+  KDA_DEVICE WalkedChunk next_chunk(WalkedChunk x, int value_head, int32_t end) const {
+    if (x.after <= 0 || x.slot + 1 >= end) return find_chunk(value_head, x.slot + 1, end);
+    x.chunk.begin += kChunk;
+    if (x.after < kChunk) x.chunk.rows = int32_t(x.after);
+    ++x.slot, x.after -= kChunk;
+    return x;
   }
 
   /// A quarter of the warps each for q, k, g and V, so that a thread has one address to compute.
@@ -72,12 +85,14 @@ struct Prepare : PrepareThread<Variant> {
   KDA_DEVICE bool gate_is_wide() const { return p.g_is_fp32 && sizeof(E) < 4; }  // it reaches into gamma_k
 
   /// V, now that the last chunk's has left, and the gate.
-  KDA_DEVICE void begin(ChunkOfHead const& chunk, ChannelGate const (&gates)[2]) {
+  KDA_DEVICE void begin(ChunkOfHead const& chunk) {
     if (warp % 4 == 3) load_values(chunk, 0, loader(), kLoaders);
     cp_async_commit();
     float beta = 0.f;
     if (thread < chunk.rows) beta = load_beta<E>(p, chunk, thread);
     clear(s.a_qk);
+    ChannelGate const gates[2] = {{p.gate, s.gate_amplitude, s.gate_bias[2 * pair]},
+                                  {p.gate, s.gate_amplitude, s.gate_bias[2 * pair + 1]}};
     if (p.g_is_fp32)
       columns.template load<float>(s.template gate<float>(), this->row(0), pair, chunk.rows, gates[0], gates[1]);
     else columns.template load<E>(s.template gate<E>(), this->row(0), pair, chunk.rows, gates[0], gates[1]);

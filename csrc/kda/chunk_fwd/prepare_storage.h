@@ -9,7 +9,8 @@ namespace kda {
 
 struct WalkedChunk {
   ChunkOfHead chunk;
-  int32_t slot;  // of the part
+  int32_t slot;   // of the part
+  int64_t after;  // tokens of its sequence behind it
 };
 
 template <class Variant>
@@ -41,6 +42,7 @@ struct PrepareStorage {
   tile::Pair<E> factor[kBlocks * (kBlocks - 1) / 2 + 1][Shape::kPairs];  // decay between the anchors of two blocks
   float dots[Shape::kWarpsPerGroup][kChunk];                             // of q and k, partial sums over channels
   float norm[2 * kChunk], beta[kChunk];                                  // 1 / |q|, then 1 / |k|
+  float gate_bias[Shape::kKeyTile], gate_amplitude;
   bool steep[kWarps];
   WalkedChunk walk[2];  // this turn's and the next one's
 
@@ -64,7 +66,7 @@ struct PrepareThread {
   Storage& s;
   ChunkRecordAt<Variant> out;
   Columns<E> columns;
-  int const thread = thread_index(), warp = warp_index(), lane = lane_index();
+  int const thread = thread_index_anew(), warp = thread / 32, lane = thread % 32;
   int const group = unsigned(thread) / Shape::kPairs, pair = unsigned(thread) % Shape::kPairs;
 
   /// Token j of this thread's eight, as given (until the scores write over it).
