@@ -18,6 +18,10 @@ Scalars have rank 0: float64 ``scale``, ``lower_bound`` (absent: the unbounded g
 use_beta_sigmoid allow_neg_eigval state_v_first chunk_size``. ``truth.NAME`` for NAME in o, final_state, h and the
 gradients dq dk dv dg dbeta dA_log ddt_bias dinitial_state; ``budget.NAME`` is float64 [2]: the relative RMS error that
 is allowed, and the worst row (|row error| over the RMS norm of the truth's rows).
+
+Where K = V, the arguments of one decode_layer of three rows in the case's dtype, the second without a slot:
+``layer.NAME`` for NAME in q k v g beta output_gate conv_state q_conv_weight k_conv_weight v_conv_weight norm_weight
+state A_log dt_bias slot_of, and ``truth.layer_NAME budget.layer_NAME`` for NAME in o state conv_state: of every slot.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import accuracy, oracle
+from . import accuracy, decode_layer_calls, oracle
 from .cases import CASES, Case
 
 MAGIC = b"KDACASE1"
@@ -55,6 +59,26 @@ def entries(case: Case) -> dict[str, Tensor]:
         limits = accuracy.budget(case, name, rounded[name].reshape(truth.shape), truth)
         found[f"truth.{name}"] = truth.float()
         found[f"budget.{name}"] = torch.tensor([limits.rms, limits.worst_row], dtype=torch.float64)
+    return found | (layer_entries(case) if case.key_dim == case.value_dim else {})
+
+
+def layer_entries(case: Case) -> dict[str, Tensor]:
+    slots = [2, -1, 0]
+    x = decode_layer_calls.arguments("cpu", case.dtype, dim=case.key_dim, heads=case.heads, batch=3)
+    in_row_order = x | {name: x[name][[2, 1, 0]] for name in ("conv_state", "state")}
+    o, *after = decode_layer_calls.truth(in_row_order)
+    o[1] = 0
+    expected = {"o": o}
+    for name, states in zip(("conv_state", "state"), after, strict=True):
+        expected[name] = x[name].double()
+        expected[name][[2, 0]] = states[[0, 2]]
+    weights = dict(zip(("q_conv_weight", "k_conv_weight", "v_conv_weight"), x.pop("conv_weights"), strict=True))
+    x |= weights | {"slot_of": torch.tensor(slots, dtype=torch.int32)}
+    found = {f"layer.{name}": value for name, value in x.items() if value is not None}
+    cap = accuracy.CAP[case.dtype]
+    for name, value in expected.items():
+        found[f"truth.layer_{name}"] = value.float()
+        found[f"budget.layer_{name}"] = torch.tensor([cap, accuracy.ROW_FACTOR * cap], dtype=torch.float64)
     return found
 
 

@@ -7,6 +7,8 @@ KDA_EMULATED_PRIMITIVES_EXE name them; the one for the GPU is built here if ther
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
 import os
 import re
 import shutil
@@ -18,6 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BUILT = ROOT / "build" / "primitives"
+TIMEOUT_SECONDS = 60
 DEVICE_FUNCTION = re.compile(r"^KDA_(?:HOST_)?DEVICE (?:constexpr )?[\w:<>]+ (\w+|operator\*)\(", re.M)
 
 
@@ -42,21 +45,75 @@ def cuda_executable(directory: Path) -> Path:
     return built
 
 
-def outputs(executable: Path, directory: Path, seed: int = 0) -> dict[str, tuple[bytes, float, float]]:
-    """What each program wrote, and the tolerance and floor of its comparison."""
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """How its outputs on the emulator and on a GPU are compared. tolerance: relative; 0: bit by bit."""
+
+    name: str
+    tolerance: float
+    floor: float
+
+    def difference(self, got: bytes, expected: bytes) -> str | None:
+        if got == expected:
+            return None
+        if len(got) != len(expected):
+            return f"{len(got)} bytes, expected {len(expected)}"
+        if not self.tolerance:
+            x, y = np.frombuffer(got, np.uint8), np.frombuffer(expected, np.uint8)
+            return f"{np.count_nonzero(x != y)} of {x.size} bytes, the first at {np.flatnonzero(x != y)[0]}"
+        x, y = np.frombuffer(got, np.float32), np.frombuffer(expected, np.float32)
+        finite = np.isfinite(y)
+        if not np.array_equal(x[~finite], y[~finite], equal_nan=True):
+            return "other non-finite values"
+        error = np.abs(x[finite] - y[finite]) / np.maximum(np.abs(y[finite]), self.floor)
+        return None if error.max() <= self.tolerance else f"relative error {error.max():.3g}"
+
+
+def programs(executable: Path) -> list[Program]:
+    listed = subprocess.run([executable, "--list"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in listed.splitlines()]
+    return [Program(name, float(tolerance), float(floor)) for name, tolerance, floor in rows]
+
+
+def outputs(executable: Path, directory: Path, seed: int = 0) -> dict[str, bytes]:
+    """What each program wrote, all in one process."""
     directory.mkdir(parents=True, exist_ok=True)
     done = subprocess.run([executable, directory, str(seed)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = {}
-    for line in (directory / "programs.txt").read_text().splitlines():
-        name, tolerance, floor = line.split()
-        found[name] = ((directory / f"{name}.bin").read_bytes(), float(tolerance), float(floor))
-    return found
+    return {path.stem: path.read_bytes() for path in directory.glob("*.bin")}
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory) -> dict[str, tuple[bytes, float, float]]:
+def emulated(tmp_path_factory) -> dict[str, bytes]:
     return outputs(emulated_executable(), tmp_path_factory.mktemp("in_order"))
+
+
+def test_the_list_names_every_program(emulated):
+    listed = programs(emulated_executable())
+    assert len(listed) > 80
+    assert {program.name for program in listed} == emulated.keys()
+
+
+def test_a_program_runs_alone(emulated, tmp_path):
+    done = subprocess.run([emulated_executable(), tmp_path, "0", "mbarriers", "sums"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.stem: path.read_bytes() for path in tmp_path.iterdir()} == {
+        name: emulated[name] for name in ("mbarriers", "sums")
+    }
+    done = subprocess.run([emulated_executable(), tmp_path, "0", "no_such"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "there is no program no_such" in done.stderr
+
+
+def test_a_difference_is_seen():
+    exact, near = Program("exact", 0, 0), Program("near", 2**-21, 1.0)
+    one, next_to_one = np.float32([1, np.inf]), np.float32([1 + 2**-22, np.inf])
+    assert exact.difference(one.tobytes(), one.tobytes()) is None
+    assert exact.difference(next_to_one.tobytes(), one.tobytes()) == "1 of 8 bytes, the first at 0"
+    assert exact.difference(one.tobytes()[:4], one.tobytes()) == "4 bytes, expected 8"
+    assert near.difference(next_to_one.tobytes(), one.tobytes()) is None
+    assert near.difference(np.float32([1.5, np.inf]).tobytes(), one.tobytes()) == "relative error 0.5"
+    assert near.difference(np.float32([1, np.nan]).tobytes(), one.tobytes()) == "other non-finite values"
 
 
 def test_every_primitive_has_a_program():
@@ -71,31 +128,28 @@ def test_every_primitive_has_a_program():
 
 @pytest.mark.parametrize("seed", range(1, 8))
 def test_every_schedule_gives_the_same_bits(emulated, tmp_path, seed):
-    other = outputs(emulated_executable(), tmp_path, seed)
-    assert other.keys() == emulated.keys()
-    different = [name for name in emulated if emulated[name][0] != other[name][0]]
-    assert not different
+    assert outputs(emulated_executable(), tmp_path, seed) == emulated
 
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_bits_of_the_emulator(emulated, tmp_path):
-    """The scalar functions of the special function units have a tolerance of a few units in the last place."""
-    cuda = outputs(cuda_executable(tmp_path), tmp_path / "cuda")
-    assert cuda.keys() == emulated.keys()
-    different = []
-    for name, (expected, tolerance, floor) in emulated.items():
-        got = cuda[name][0]
-        if got == expected:
-            continue
-        if tolerance:
-            x, y = np.frombuffer(got, np.float32), np.frombuffer(expected, np.float32)
-            finite = np.isfinite(y)
-            same_elsewhere = np.array_equal(x[~finite], y[~finite], equal_nan=True)
-            error = np.abs(x[finite] - y[finite]) / np.maximum(np.abs(y[finite]), floor)
-            if same_elsewhere and error.max() <= tolerance:
-                continue
-            different.append(f"{name} (relative error {error.max():.3g})")
-        else:
-            x, y = np.frombuffer(got, np.uint8), np.frombuffer(expected, np.uint8)
-            different.append(f"{name} ({np.count_nonzero(x != y) if x.size == y.size else 'size'} bytes)")
-    assert not different
+    """The scalar functions of the special function units have a tolerance of a few units in the last place. A process
+    for each program: what fails names itself, and the others are still compared."""
+    executable = cuda_executable(tmp_path)
+
+    def fault(program: Program) -> str | None:
+        command = [executable, tmp_path, "0", program.name]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"{program.name}: not done after {TIMEOUT_SECONDS} s"
+        if done.returncode:
+            return done.stderr.strip() or f"{program.name}: exit code {done.returncode}"
+        difference = program.difference((tmp_path / f"{program.name}.bin").read_bytes(), emulated[program.name])
+        return difference and f"{program.name}: {difference}"
+
+    listed = programs(executable)
+    assert {program.name for program in listed} == emulated.keys()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        faults = [text for text in pool.map(fault, listed) if text]
+    assert not faults, f"{len(faults)} of {len(listed)} programs:\n" + "\n".join(faults)

@@ -192,3 +192,4 @@ def test_case_files_hold_the_case(name, tmp_path):
         assert torch.equal(back[key], x.contiguous())
     assert torch.equal(back["q"], CASES[name].inputs().q)
     assert 0 < back["budget.dq"][0] <= back["budget.dq"][1]
+    assert ("layer.q" in back) == (CASES[name].key_dim == CASES[name].value_dim)

@@ -1,6 +1,6 @@
 """Decoding, side by side with its peers: GPU time in a CUDA graph and host time of an eager call; verified, then timed.
 
-python -m bench.python.bench_decode [--json FILE] [--no-peers]
+python -m bench.python.bench_decode [--json FILE] [--no-peers] [--heads H ...] [--batches B ...] [--tokens T ...]
 
 Every provider gets the same inputs and updates (or returns) the state of every sequence. States and inputs rotate
 through more memory than the L2 holds. bench/cpp/bench_decode.cpp has the kernel alone over more shapes.
@@ -13,16 +13,17 @@ import json
 import os
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
 
 import kda_cuda
 
-from .bench_chunk_fwd import copy_bandwidth, git_head, relative_error
+from .bench_chunk_fwd import copy_bandwidth, git_head, peer_version, relative_error
 
 DIM = 128
-BATCHES, HEADS, TOKENS = (1, 8, 32, 128, 512), (8, 32, 64), (1, 4)
+BATCHES, HEADS, TOKENS = (1, 8, 32, 128, 512), (8, 32, 64), (1, 4, 8)
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -51,14 +52,14 @@ def ours(a: dict) -> torch.Tensor:
 
 
 def peers() -> dict[str, Callable]:
-    """fla's public function takes fp32 states and returns new ones."""
+    """fla's kernel as a serving engine calls it, states in place: its public function would return fp32 copies."""
     try:
-        from fla.ops.kda import fused_recurrent_kda
+        from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
     except ImportError:
         return {}
 
     def fla(a: dict) -> torch.Tensor:
-        return fused_recurrent_kda(**a, output_final_state=True)[0]
+        return fused_recurrent_kda_fwd(**a, inplace_final_state=True)[0]
 
     return {"fla": fla}
 
@@ -133,26 +134,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--no-peers", action="store_true")
+    for name, known in {"batches": BATCHES, "heads": HEADS, "tokens": TOKENS}.items():
+        parser.add_argument(f"--{name}", type=int, nargs="+", choices=known, default=known)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device")
     providers = {"kda_cuda": ours, **({} if args.no_peers else peers())}
     bandwidth, rows = copy_bandwidth(), []
-    with torch.inference_mode():
-        for state in STATE_DTYPES:
-            for heads in HEADS:
-                for tokens in TOKENS:
-                    for batch in BATCHES:
-                        rows.append(bench(batch, heads, tokens, state, providers, bandwidth))
-                        print(rows[-1], flush=True)
     result = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
         "commit": os.environ.get("KDA_CUDA_COMMIT") or git_head(), "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3),
-        "dtype": "bfloat16", "head_dim": DIM, "providers": list(providers), "rows": rows,
+        "dtype": "bfloat16", "head_dim": DIM,
+        "peers": {name: peer_version(name) for name in providers if name != "kda_cuda"},
+        "columns": "us: replay of a CUDA graph; host_us: of an eager call; floor_us: traffic at copy bandwidth",
+        "rows": rows,
     }  # fmt: skip
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    with torch.inference_mode():
+        for state, heads, tokens, batch in product(STATE_DTYPES, args.heads, args.tokens, args.batches):
+            rows.append(bench(batch, heads, tokens, state, providers, bandwidth))
+            print(rows[-1], flush=True)
+            if args.json:  # after every row: a run that is cut off leaves what it has
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(result, indent=1) + "\n")
     if failed := [row for row in rows if "kda_cuda_failed" in row]:
         raise SystemExit(f"kda_cuda failed on {len(failed)} shapes: {failed[0]}")
 

@@ -47,11 +47,11 @@ inline std::vector<int64_t> state_shape(CaseFile const& c) {
   return {sequences_of(c), c["v"].shape[2], value_first ? value_dim : key_dim, value_first ? key_dim : value_dim};
 }
 
-/// What ChunkFwdParams and DecodeParams have in common.
+/// What ChunkFwdParams and DecodeParams have in common. The streams are the entries that begin with `prefix`.
 template <class Strides, class Params>
-void set_streams(Params& p, CaseFile const& c, CaseTensor const& o) {
-  CaseTensor const &q = c["q"], &v = c["v"], &g = c["g"], &beta = c["beta"];
-  p.q = q.data(), p.k = c["k"].data(), p.v = v.data(), p.g = g.data(), p.beta = beta.data(), p.o = o.data();
+void set_streams(Params& p, CaseFile const& c, CaseTensor const& o, std::string const& prefix = "") {
+  CaseTensor const &q = c[prefix + "q"], &v = c[prefix + "v"], &g = c[prefix + "g"], &beta = c[prefix + "beta"];
+  p.q = q.data(), p.k = c[prefix + "k"].data(), p.v = v.data(), p.g = g.data(), p.beta = beta.data(), p.o = o.data();
   p.q_strides = p.k_strides = token_strides<Strides>(q);
   p.v_strides = p.o_strides = token_strides<Strides>(v);
   p.g_strides = token_strides<Strides>(g), p.beta_strides = token_strides<Strides>(beta);
@@ -79,36 +79,49 @@ inline StateRef state_ref(CaseFile const& c, CaseTensor const& x) {
   return {x.data(), {{}, x.shape[0], false}, slot, type, c.scalar("state_v_first") != 0};
 }
 
-inline std::map<std::string, CaseTensor> run_chunk_fwd(CaseFile const& c, ChunkFwdVariant const& variant) {
-  CaseTensor const &q = c["q"], &v = c["v"];
-  CaseTensor const o(v.dtype, v.shape), final_state(FileDtype::kFloat32, state_shape(c)),
-      h(q.dtype, c["truth.h"].shape);
+/// Everything but states, and no workspace yet, for the first `sequences` sequences.
+inline ChunkFwdParams chunk_fwd_params(CaseFile const& c, CaseTensor const& o, ChunkFwdVariant const& variant,
+                                       int64_t sequences) {
   ChunkFwdParams p{};
   set_streams<TokenStrides>(p, c, o);
   auto const in_pieces = [](CaseTensor const& x) { return x.shape[3] * bytes_of_dtype(x.dtype) % 16 == 0; };
-  p.q_pieces_aligned = p.k_pieces_aligned = in_pieces(q);
-  p.v_pieces_aligned = p.o_pieces_aligned = in_pieces(v);
+  p.q_pieces_aligned = p.k_pieces_aligned = in_pieces(c["q"]);
+  p.v_pieces_aligned = p.o_pieces_aligned = in_pieces(c["v"]);
   p.g_pieces_aligned = in_pieces(c["g"]);
-  p.plan.tokens = q.shape[1], p.plan.sequences = int32_t(sequences_of(c)), p.plan.chunk = variant.chunk;
+  p.plan.tokens = c["q"].shape[1], p.plan.sequences = int32_t(sequences), p.plan.chunk = variant.chunk;
   p.plan.cu_seqlens = c.pointer_or_null<void>("cu_seqlens");
   p.plan.cu_seqlens_is_int64 = c.has("cu_seqlens") && c["cu_seqlens"].dtype == FileDtype::kInt64;
-  if (c.has("initial_state")) p.initial_state = state_ref(c, c["initial_state"]);
-  p.final_state = state_ref(c, final_state);
-  p.chunk_states = state_ref(c, h);
-  p.chunk_state_tokens = int32_t(c.scalar("chunk_size"));
+  return p;
+}
+/// In a poisoned workspace of the size that it asks for.
+inline void launch_chunk_fwd(ChunkFwdParams& p, ChunkFwdVariant const& variant) {
   size_t const bytes = variant.workspace_bytes(p.plan, p.value_heads, p.key_dim, p.value_dim);
   Buffer<char> const workspace(std::vector<char>(bytes, char(0xFF)));
   p.workspace = workspace.data();
   variant.launch(p, nullptr);
+}
+
+inline std::map<std::string, CaseTensor> run_chunk_fwd(CaseFile const& c, ChunkFwdVariant const& variant) {
+  CaseTensor const o(c["v"].dtype, c["v"].shape), final_state(FileDtype::kFloat32, state_shape(c)),
+      h(c["q"].dtype, c["truth.h"].shape);
+  ChunkFwdParams p = chunk_fwd_params(c, o, variant, sequences_of(c));
+  if (c.has("initial_state")) p.initial_state = state_ref(c, c["initial_state"]);
+  p.final_state = state_ref(c, final_state);
+  p.chunk_states = state_ref(c, h);
+  p.chunk_state_tokens = int32_t(c.scalar("chunk_size"));
+  launch_chunk_fwd(p, variant);
   return {{"o", o}, {"final_state", final_state}, {"h", h}};
 }
 
+inline bool serves(ChunkFwdVariant const& variant, CaseFile const& c) {
+  int64_t const key_dim = c["q"].shape[3], key_tile = key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256;
+  return variant.dtype == kernel_dtype(c["q"]) && variant.key_tile == key_tile &&
+         int(c.scalar("chunk_size")) % variant.chunk == 0;
+}
 /// Every variant of `variants` that could serve the case.
 inline void add_chunk_fwd(std::vector<CaseRun>& runs, CaseFile const& c, std::vector<ChunkFwdVariant> const& variants) {
-  int64_t const key_dim = c["q"].shape[3], key_tile = key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256;
   for (ChunkFwdVariant const& variant : variants) {
-    if (variant.dtype != kernel_dtype(c["q"]) || variant.key_tile != key_tile) continue;
-    if (int(c.scalar("chunk_size")) % variant.chunk) continue;
+    if (!serves(variant, c)) continue;
     CaseRun run{std::string("chunk_fwd ") + variant.name, [&c, &variant] { return run_chunk_fwd(c, variant); }, {}, {}};
     for (char const* name : {"o", "final_state", "h"}) add_truth(run, c, name);
     runs.push_back(std::move(run));
@@ -125,15 +138,21 @@ struct DecodeCall {
   bool commit;
 };
 
+/// fp32 values as fp32 or bf16, in memory of their own.
+inline CaseTensor in_dtype(CaseTensor const& x, FileDtype dtype) {
+  CaseTensor const y(dtype, x.shape);
+  for (int64_t i = 0; i < x.elements(); ++i) {
+    if (dtype == FileDtype::kFloat32) y.data<float>()[i] = float(x[i]);
+    else y.data<Bf16>()[i] = from_float<Bf16>(float(x[i]));
+  }
+  return y;
+}
 /// The states before the first token, in the dtype of the pool; zeros where the case has none.
 inline CaseTensor decode_states(CaseFile const& c, FileDtype dtype) {
-  CaseTensor const states(dtype, state_shape(c));
-  for (int64_t i = 0; i < states.elements(); ++i) {
-    float const x = c.has("initial_state") ? float(c["initial_state"][i]) : 0.f;
-    if (dtype == FileDtype::kFloat32) states.data<float>()[i] = x;
-    else states.data<Bf16>()[i] = from_float<Bf16>(x);
-  }
-  return states;
+  if (c.has("initial_state")) return in_dtype(c["initial_state"], dtype);
+  CaseTensor const zeros(dtype, state_shape(c));
+  std::memset(zeros.data(), 0, zeros.bytes().size());
+  return zeros;
 }
 inline StatePool state_pool(CaseTensor const& x) {
   return {x.data(), x.shape[0], x.shape[1] * x.shape[2] * x.shape[3], {}};
@@ -166,9 +185,9 @@ inline std::map<std::string, CaseTensor> run_decode(CaseFile const& c, DecodeCal
   decode_commit(p, nullptr);
   return {{"o", o}, {"final_state", final_state}};
 }
+inline constexpr double kBf16Cap = 1e-2;  // as in accuracy.py
 inline void add_decode(std::vector<CaseRun>& runs, CaseFile const& c) {
   if (c["q"].shape[1] > kMaxDecodeTokens) return;
-  constexpr double kBf16Cap = 1e-2;  // as in accuracy.py
   std::string const tile = "_k" + std::to_string(decode_key_tile(int(c["q"].shape[3])));
   for (FileDtype const state : {FileDtype::kFloat32, FileDtype::kBfloat16})
     for (bool const commit : {false, true}) {

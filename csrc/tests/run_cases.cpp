@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "tests/case_kernels.h"
+#include "tests/case_pools.h"
 
 namespace kda::tests {
 namespace {
@@ -60,7 +60,9 @@ int run_under(CaseFile const& c, CaseRun const& run, int schedules) {
 int run_case(CaseFile const& c, int schedules) {
   std::vector<CaseRun> runs;
   add_chunk_fwd(runs, c, variants());
+  add_prefill(runs, c, variants());
   add_decode(runs, c);
+  add_decode_layer(runs, c);
   add_gate(runs, c);
   int wrong = runs.empty() ? std::printf("WRONG nothing serves %s\n", c.name().c_str()) : 0;
   for (CaseRun const& run : runs) {
