@@ -68,7 +68,8 @@ test: build emulator cpp-tests test-sanitizers lint
 # What ptxas said of the kernels of the last build: the committed baseline, and the check against it.
 RESOURCE_REPORTS = $$(ls build/cmake-cpython-*/kernels/*.ptxas)
 registers: build
-	$(BIN)/python csrc/python/resource_table.py --json bench/results/registers.json $(RESOURCE_REPORTS)
+	$(BIN)/python csrc/python/resource_table.py --json bench/results/registers.json --launches kda_cuda/_ops.so \
+	    --markdown bench/results/registers.md $(RESOURCE_REPORTS)
 
 check-registers: build
 	$(BIN)/python csrc/python/resource_table.py --check bench/results/registers.json $(RESOURCE_REPORTS)

@@ -1,4 +1,4 @@
-"""The check that no kernel spills more than bench/results/registers.json says."""
+"""The checks of what ptxas said: spills against bench/results/registers.json, serialised wgmma; and occupancy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from kda_cuda import testing
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "csrc" / "python" / "resource_table.py"
 REPORT = """ptxas info    : Compiling entry function '_ZN3kda6kernelEv' for 'sm_80'
     16 bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
 ptxas info    : Used 96 registers, used 1 barriers, 2048 bytes smem
 """
+LOSS = (
+    "ptxas info    : (C7518) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ill formed "
+    "pipeline stage in the function '_ZN3kda6kernelEv'\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +56,57 @@ def test_more_spills_than_the_baseline_fail(resource_table, tmp_path, now, befor
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode == 0) == (fault is None), done.stderr
     assert fault is None or fault in done.stderr
+
+
+def test_the_scan_of_16_bit_elements_may_never_spill(resource_table):
+    rows = resource_table.parse(REPORT.format(stores=8, loads=8))
+    for kernel, fault in (("Bf16K128Sm90", True), ("Fp16K64C32", True), ("Bf16K256", False), ("Fp32K64", False)):
+        rows[0]["kernel"] = f"chunk_fwd_scan_kernel<{kernel}>"
+        found = resource_table.faults(rows, rows)
+        assert bool(found) == fault and (not fault or "inner loop" in found[0]), kernel
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_serialised_wgmma_fails_the_build(tmp_path, slow):
+    report = tmp_path / "kernel.ptxas"
+    report.write_text(REPORT.format(stores=0, loads=0) + (LOSS if slow else ""))
+    done = subprocess.run([sys.executable, SCRIPT, "--guard", report], capture_output=True, text=True)
+    assert (done.returncode != 0) == slow
+    for part in ("kernel", "ill formed", "no branch") if slow else ():  # which, why, and what to do about it
+        assert part in done.stderr
+
+
+def test_the_guard_is_part_of_every_kernel_s_build():
+    assert "resource_table.py --guard ${report}" in (ROOT / "csrc/kda/kernels.cmake").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arch", "threads", "registers", "shared_bytes", "blocks"),
+    [
+        ("80", 256, 32, 0, 8),  # threads
+        ("80", 32, 16, 0, 32),  # blocks
+        ("90", 256, 64, 0, 4),  # registers
+        ("90", 384, 168, 1024, 1),
+        ("90", 128, 33, 0, 12),  # 33 registers take the room of 40
+        ("90", 128, 32, 112 * 1024, 2),  # shared memory; 1 KB of each block is the driver's
+        ("80", 128, 32, 82 * 1024, 1),
+        ("120", 128, 32, 99 * 1024, 1),
+        ("120", 128, 32, 100 * 1024, 0),  # does not fit
+    ],
+)
+def test_blocks_at_once(resource_table, arch, threads, registers, shared_bytes, blocks):
+    sm = resource_table.MULTIPROCESSORS[arch]
+    assert sm.blocks_at_once(threads, registers, shared_bytes) == blocks
+
+
+@pytest.mark.devices("emulator")
+def test_the_library_says_how_every_variant_is_launched(resource_table, device):
+    said = resource_table.launches(Path(testing.emulator_path()))
+    kernels = [row for row in json.loads((ROOT / "bench/results/registers.json").read_text()) if row["arch"] == "90a"]
+    resource_table.add_occupancy(kernels, said)
+    rows = [row for row in kernels if row["kernel"].startswith(("chunk_fwd_prepare", "chunk_fwd_scan"))]
+    assert len(rows) == len(said) and all(0 < row["occupancy"] <= 1 for row in rows)
+    assert len(resource_table.markdown(kernels).splitlines()) == len(rows) + 4
 
 
 def test_the_baseline_knows_every_variant():

@@ -1,5 +1,6 @@
 # Objects of every kernel. nvcc is called by hand, because CMake's CUDA language cannot use an nvcc that
-# comes from PyPI; its resource report is kept beside each object for the table of variants.
+# comes from PyPI; its resource report is kept beside each object for the table of variants. An object whose report says
+# that wgmma was serialised is no object: ptxas itself takes that for an information.
 set(KDA_NVCC "" CACHE FILEPATH "nvcc")
 set(KDA_ARCHS "80;90a" CACHE STRING "Compute capabilities, such as 80;90a")
 set(KDA_CUDART "" CACHE FILEPATH "libcudart_static.a")
@@ -33,6 +34,7 @@ foreach(source ${KDA_VARIANTS})
     COMMAND sh -c "${compiler} -std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden \
 -Xptxas=-v ${gencode_text} -I${PROJECT_SOURCE_DIR}/csrc -MD -MF ${object}.d -c ${source} -o ${object} 2> ${report} \
 || { cat ${report} >&2; exit 1; }"
+    COMMAND ${KDA_PYTHON} ${PROJECT_SOURCE_DIR}/csrc/python/resource_table.py --guard ${report}
     DEPENDS ${source}
     DEPFILE ${object}.d
     COMMENT "nvcc ${name} for ${archs}"

@@ -3,7 +3,6 @@ set(PYTHON_INCLUDE "" CACHE PATH "Directory of Python.h")
 set(PYBIND11_INCLUDE "" CACHE PATH "Directory of pybind11/pybind11.h")
 set(PYTHON_SUFFIX ".so" CACHE STRING "Suffix of extension modules")
 set(KDA_BUILD_INFO "{}" CACHE STRING "JSON of versions, from setup.py")
-find_program(KDA_PYTHON NAMES python3 python)
 
 set(header ${CMAKE_BINARY_DIR}/generated/build_info.inc)
 add_custom_command(

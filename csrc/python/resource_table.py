@@ -1,22 +1,36 @@
-"""Turns what `ptxas -v` said of the kernels into a table: registers, stack, spills, static shared memory.
+"""Turns what `ptxas -v` said of the kernels into a table: registers, stack, spills, shared memory, occupancy.
 
 resource_table.py --header FILE --info JSON REPORT...   a C++ string literal for csrc/python/module.cpp
-resource_table.py --json FILE REPORT...                 the table alone; bench/results/registers.json is the baseline
+resource_table.py --json FILE [--launches LIBRARY] [--markdown FILE] REPORT...
+                                                        the table alone; bench/results/registers.json is the baseline.
+                                                        The library says with how many threads and how much dynamic
+                                                        shared memory it launches: without it, there is no occupancy
 resource_table.py --check BASELINE REPORT...            fails where a kernel spills more than the baseline says
+resource_table.py --guard REPORT...                     fails where ptxas gave up what a kernel is built on
 """
 
 import argparse
+import ctypes
 import json
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
+_LOSS = re.compile(r"Potential Performance Loss: (.+)")
+_IN_FUNCTION = re.compile(r"function '(\w+)'")
+_WHAT_TO_DO = (
+    "wgmma: between the first product of a group and its wait there may be no branch, no call and no access to the "
+    "accumulators (bench/NOTES.md); setmaxnreg: the registers at entry must be known from __launch_bounds__"
+)
+# Nothing but inner loops, and registers to spare: these may not spill, whatever the baseline says.
+_NEVER_SPILLS = re.compile(r"chunk_fwd_scan_kernel<(Bf16|Fp16)K(64|128)(C32|Sm90)?>")
 
 
 def demangle(names: list[str]) -> list[str]:
@@ -42,10 +56,96 @@ def parse(report: str) -> list[dict]:
     return rows
 
 
+def losses(report: str) -> list[str]:
+    """Each kernel that ptxas slowed down, with its reason, which it prints as a mere information."""
+    found, kernel = [], "an unnamed kernel"
+    for line in report.splitlines():
+        if m := _ENTRY.search(line):
+            kernel = m[1]
+        if m := _LOSS.search(line):
+            named = _IN_FUNCTION.search(m[1])
+            found.append((named[1] if named else kernel, m[1]))
+    names = demangle([kernel for kernel, _ in found])
+    return list(dict.fromkeys(f"{name}: {loss}" for name, (_, loss) in zip(names, found, strict=True)))
+
+
 def table(reports: list[Path]) -> list[dict]:
     rows = [row for report in reports for row in parse(report.read_text())]
     unique = {(row["kernel"], row["arch"]): row for row in rows}
     return [unique[key] for key in sorted(unique)]
+
+
+def launches(library: Path) -> list[dict]:
+    """What `kda_chunk_fwd_launches` of a built library says of every variant of the chunkwise forward."""
+    import torch  # noqa: F401  the library is found to need it
+
+    function = ctypes.CDLL(str(library.resolve())).kda_chunk_fwd_launches
+    text = ctypes.create_string_buffer(1 << 16)
+    if not 0 < function(text, len(text)) < len(text):
+        sys.exit(f"{library} does not say how it launches its kernels")
+    lines = [line.split() for line in text.value.decode().splitlines()]
+    return [
+        {"kernel": kernel, "variant": variant, "threads": int(threads), "dynamic_shared_bytes": int(shared)}
+        for kernel, variant, threads, shared in lines
+    ]
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """Limits of one SM (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")."""
+
+    warps: int
+    blocks: int
+    shared_bytes: int
+    registers: int = 64 * 1024
+
+    def blocks_at_once(self, threads: int, registers: int, shared_bytes: int) -> int:
+        """Registers are given to warps in steps of 256 within a quarter of the SM, shared memory to blocks in steps of
+        128 bytes with 1 KB on top."""
+        block_warps = -(-threads // 32)
+        warp_registers = -(-32 * registers // 256) * 256
+        warps = self.registers // 4 // warp_registers * 4
+        block_shared = -(-shared_bytes // 128) * 128 + 1024
+        return min(self.blocks, min(self.warps, warps) // block_warps, self.shared_bytes // block_shared)
+
+
+MULTIPROCESSORS = {
+    "80": Multiprocessor(64, 32, 164 * 1024),
+    "90": Multiprocessor(64, 32, 228 * 1024),
+    "100": Multiprocessor(64, 32, 228 * 1024),
+    "120": Multiprocessor(48, 24, 100 * 1024),
+}
+
+
+def add_occupancy(kernels: list[dict], of_variants: list[dict]) -> None:
+    known = {(x["kernel"], x["variant"].replace("_", "")): x for x in of_variants}
+    for row in kernels:
+        name, _, variant = row["kernel"].rstrip(">").partition("<")
+        launch, sm = known.get((name, variant.lower())), MULTIPROCESSORS.get(row["arch"].rstrip("af"))
+        if not launch or not sm:
+            continue
+        threads, dynamic = launch["threads"], launch["dynamic_shared_bytes"]
+        blocks = sm.blocks_at_once(threads, row["registers"], row["static_shared_bytes"] + dynamic)
+        occupancy = round(blocks * -(-threads // 32) / sm.warps, 3)
+        row.update(threads=threads, dynamic_shared_bytes=dynamic, blocks_per_sm=blocks, occupancy=occupancy)
+
+
+def markdown(kernels: list[dict]) -> str:
+    """The kernels whose launches are known, to be read."""
+    lines = [
+        "Written by `make registers` from what `registers.json` gets; do not edit. Spills: bytes stored + loaded.",
+        "",
+        "| kernel | sm | threads | registers | spills | shared memory, KB | blocks per SM | occupancy |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in kernels:
+        if "occupancy" in row:
+            shared = (row["static_shared_bytes"] + row["dynamic_shared_bytes"]) / 1024
+            lines.append(
+                f"| `{row['kernel']}` | {row['arch']} | {row['threads']} | {row['registers']} | {spilled(row)} | "
+                f"{shared:.1f} | {row['blocks_per_sm']} | {100 * row['occupancy']:.0f} % |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def spilled(row: dict) -> int:
@@ -62,6 +162,8 @@ def faults(kernels: list[dict], baseline: list[dict]) -> list[str]:
         if spilled(row) > allowed:
             limit = f"the baseline has {allowed}" if before else "the baseline does not know it"
             found.append(f"{row['kernel']} (sm_{row['arch']}) spills {spilled(row)} bytes, {limit}")
+        elif spilled(row) and _NEVER_SPILLS.fullmatch(row["kernel"]):
+            found.append(f"{row['kernel']} (sm_{row['arch']}) spills {spilled(row)} bytes in its inner loop")
     return found
 
 
@@ -86,10 +188,21 @@ def main() -> None:
     parser.add_argument("--header", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", type=Path, metavar="BASELINE")
+    parser.add_argument("--guard", action="store_true")
+    parser.add_argument("--launches", type=Path, metavar="LIBRARY")
+    parser.add_argument("--markdown", type=Path)
     parser.add_argument("--info", default="{}")
     parser.add_argument("reports", nargs="*", type=Path)
     args = parser.parse_args()
+    if args.guard:
+        if found := [loss for report in args.reports for loss in losses(report.read_text())]:
+            sys.exit("\n".join(["ptxas made these kernels slow:", *found, _WHAT_TO_DO]))
+        return
     kernels = table(args.reports)
+    if args.launches:
+        add_occupancy(kernels, launches(args.launches))
+    if args.markdown:
+        args.markdown.write_text(markdown(kernels))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join("  " + json.dumps(row) for row in kernels)

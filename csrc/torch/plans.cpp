@@ -1,5 +1,7 @@
-// What kda_cuda asks of the library before a call: how it would be launched on the current device. Plain C, for ctypes.
+// What kda_cuda asks of the library before a call: how it would be launched on the current device. And what the table
+// of resources asks: how each variant is launched on any. Plain C, for ctypes.
 #include <cstdio>
+#include <string>
 
 #include "kda/chunk_fwd/dispatch.h"
 #include "platform/device.h"
@@ -44,4 +46,19 @@ extern "C" __attribute__((visibility("default"))) int kda_plan_chunk_fwd(int dty
   return kda::describe(*variant, plan, value_heads, key_dim, value_dim, batch_invariant, to, capacity);
 } catch (std::exception const&) {
   return -1;
+}
+
+/// A line per kernel and variant: kernel, variant, threads, bytes of dynamic shared memory. Asks no device. Returns the
+/// length of the text, more than `capacity` if that is too little.
+extern "C" __attribute__((visibility("default"))) int kda_chunk_fwd_launches(char* to, int capacity) {
+  std::string text;
+  for (kda::ChunkFwdVariant const& v : kda::chunk_fwd_variants()) {
+    auto const line = [&](char const* kernel, int threads, size_t shared_bytes) {
+      text += std::string(kernel) + " " + v.name + " " + std::to_string(threads) + " " + std::to_string(shared_bytes) +
+              "\n";
+    };
+    line("chunk_fwd_prepare_kernel", v.prepare_threads, v.prepare_shared_bytes);
+    line("chunk_fwd_scan_kernel", v.scan_threads, v.scan_shared_bytes);
+  }
+  return std::snprintf(to, size_t(capacity), "%s", text.c_str());
 }
