@@ -36,10 +36,11 @@ $(VENV)/.cutlass: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --no-deps "nvidia-cutlass==4.2.0.0"
 	touch $@
 
+# GoogleTest for the C++ tests; Google Benchmark, since a test builds the microbenchmarks.
 gtest:
-	@[ -f /usr/include/gtest/gtest.h ] || [ -f /usr/src/googletest/CMakeLists.txt ] \
-	|| { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq libgtest-dev; } \
-	|| { echo "no GoogleTest, which the C++ tests need: apt-get install libgtest-dev" >&2; exit 1; }
+	@{ [ -f /usr/include/gtest/gtest.h ] || [ -f /usr/src/googletest/CMakeLists.txt ]; } && [ -f /usr/include/benchmark/benchmark.h ] \
+	|| { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq libgtest-dev libbenchmark-dev; } \
+	|| { echo "no GoogleTest or no Google Benchmark, which the C++ tests need: apt-get install libgtest-dev libbenchmark-dev" >&2; exit 1; }
 
 CUTLASS_INCLUDE = $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/cutlass_library/source/include
 build/cmake-tests: $(VENV)/.cutlass gtest
@@ -55,7 +56,7 @@ test-sanitizers: build/cmake-tests  ## ASan + UBSan and TSan: a slice; with FULL
 
 bench: venv  ## the microbenchmarks into build/bench, to be run on a GPU (needs Debian's libbenchmark-dev)
 	$(BIN)/python setup.py --print-kernel-options "$${KDA_CUDA_ARCHS:-80;90a}" | xargs cmake -S . -B build/cmake-bench -G Ninja -DKDA_BUILD_BENCH=ON
-	cmake --build build/cmake-bench --target bench_decode --parallel $(JOBS)
+	cmake --build build/cmake-bench --target bench_decode bench_chunk_fwd --parallel $(JOBS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -3,20 +3,19 @@
 // rotate through more memory than the L2 holds. No torch.
 //
 //   bench_decode [--benchmark_filter=fp32/...] [--benchmark_out=FILE --benchmark_out_format=json]
-#include <benchmark/benchmark.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
 #include <random>
 
-#include "bench/cpp/device_timing.h"
+#include "bench/cpp/run.h"
 #include "kda/decode/dispatch.h"
 
 namespace {
 
 using bench::check;
+using bench::Device;
 using bench::DeviceBuffer;
 using kda::Bf16;
 
@@ -191,21 +190,6 @@ double verify(Problem const& x, cudaStream_t stream) {
   return worst;
 }
 
-/// The device, asked once.
-struct Device {
-  cudaDeviceProp properties;
-  cudaStream_t stream;
-
-  Device() {
-    check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
-    check(cudaStreamCreate(&stream), "cudaStreamCreate");
-  }
-  static Device const& get() {
-    static Device const device;
-    return device;
-  }
-};
-
 void decode(benchmark::State& run, Config const& config) try {
   Device const& device = Device::get();
   size_t const room = device.properties.totalGlobalMem / 2, rotate = 4 * size_t(device.properties.l2CacheSize);
@@ -256,18 +240,7 @@ void register_all() {
 
 }  // namespace
 
-int main(int argc, char** argv) try {
+int main(int argc, char** argv) {
   register_all();
-  benchmark::Initialize(&argc, argv);
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
-  cudaDeviceProp const& gpu = Device::get().properties;
-  benchmark::AddCustomContext("gpu", gpu.name);
-  benchmark::AddCustomContext("l2_bytes", std::to_string(gpu.l2CacheSize));
-  char const* const commit = std::getenv("KDA_CUDA_COMMIT");
-  benchmark::AddCustomContext("commit", commit ? commit : KDA_COMMIT);
-  benchmark::RunSpecifiedBenchmarks();
-  return 0;
-} catch (std::exception const& e) {
-  std::fprintf(stderr, "bench_decode: %s\n", e.what());
-  return 1;
+  return bench::run("bench_decode", argc, argv);
 }
