@@ -1,6 +1,10 @@
 """Chunkwise forward, side by side with its peers, in both gate regimes; outputs are verified before anything is timed.
 
-python -m bench.python.bench_chunk_fwd [--json FILE] [--shapes ten|large|all] [--only SHAPE ...] [--no-peers]
+python -m bench.python.bench_chunk_fwd [--json FILE] [--shapes ten|large|all] [--only SHAPE ...]
+                                       [--peers [fla|flash_kda|cudnn ...] | --no-peers]
+
+A peer that is not installed, or cannot do what a row asks, is named with the reason. fla compiles for minutes unless
+`python -m bench.python.peers compile-fla` ran before.
 """
 
 from __future__ import annotations
@@ -18,7 +22,10 @@ import torch
 import kda_cuda
 from kda_cuda import variants
 
-from .shapes import LARGE, REGIMES, TEN, Shape, inputs, traffic_bytes
+from .peers import PEERS, Call, load_peers
+from .shapes import REGIMES, Shape, add_arguments, from_arguments, inputs, traffic_bytes
+
+LARGEST_ERROR = 2e-2  # relative, of bf16 outputs
 
 
 def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
@@ -38,76 +45,74 @@ def truth(arguments: dict) -> torch.Tensor:
         return torch.ops.kda_cuda_reference.chunk_fwd(*call.arguments)[0]
 
 
-def peers() -> dict[str, Callable]:
-    found: dict[str, Callable] = {}
-    try:
-        from fla.ops.kda import chunk_kda as fla_chunk_kda
-    except ImportError:
-        return found
-
-    def fla(**a):
-        return fla_chunk_kda(**a, safe_gate=a["lower_bound"] is not None)
-
-    found["fla"] = fla
-    return found
+def ours(a: dict) -> Call:
+    return lambda: kda_cuda.chunk_kda(**a)[0]
 
 
-def microseconds(run: Callable[[dict], object], sets: list[dict], budget_s: float = 0.4) -> float:
-    """Median time of one call on the GPU, over input sets that together exceed the L2."""
-    for a in sets[:2]:
-        run(a)
+def microseconds(calls: list[Callable[[], object]], budget_s: float = 0.4) -> float:
+    """Median time of one call on the GPU; together the calls touch more than the L2 holds."""
+    for call in calls[:2]:
+        call()
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    run(sets[0])
+    calls[0]()
     torch.cuda.synchronize()
     count = max(5, min(100, int(budget_s / max(1e-5, time.perf_counter() - begin))))
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     for i, (start, end) in enumerate(events):
         start.record()
-        run(sets[i % len(sets)])
+        calls[i % len(calls)]()
         end.record()
     torch.cuda.synchronize()
     return 1000 * sorted(s.elapsed_time(e) for s, e in events)[count // 2]
 
 
-def graph_microseconds(run: Callable[[dict], object], sets: list[dict]) -> float:
-    """Time of one call on the GPU alone: all input sets in one CUDA graph, replayed."""
+def graph_microseconds(calls: list[Call]) -> float:
+    """Time of one call on the GPU alone: all of them in one CUDA graph, replayed."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for a in sets:
-            run(a)
-    return microseconds(lambda _: graph.replay(), [{}]) / len(sets)
+        for call in calls:
+            call()
+    return microseconds([graph.replay]) / len(calls)
 
 
 def copy_bandwidth() -> float:
     """Bytes per second, read plus written, of a large device copy."""
     x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
     y = torch.empty_like(x)
-    return 2 * x.numel() / (microseconds(lambda a: y.copy_(a["x"]), [{"x": x}]) * 1e-6)
+    return 2 * x.numel() / (microseconds([lambda: y.copy_(x)]) * 1e-6)
 
 
-def bench(shape: Shape, regime: str, providers: dict[str, Callable], bandwidth: float) -> dict:
-    element = 2
-    need = traffic_bytes(shape, 128, element)
+@torch.inference_mode()
+def measure(bind: Callable[[dict], Call], sets: list[dict], reference: torch.Tensor) -> dict:
+    calls = [bind(a) for a in sets]
+    error = relative_error(calls[0](), reference)
+    if not error <= LARGEST_ERROR:
+        return {"error": error, "failed": "wrong output, not timed"}
+    return {
+        "error": float(f"{error:.2e}"),
+        "us": round(microseconds(calls), 1),
+        "gpu_us": round(graph_microseconds(calls), 1),
+    }
+
+
+def bench(shape: Shape, regime: str, providers: dict[str, Callable[[dict], Call]], bandwidth: float) -> dict:
+    need = traffic_bytes(shape, 128, 2)
     sets = [inputs(shape, regime, "cuda", torch.bfloat16, seed=i) for i in range(max(2, min(8, (150 << 20) // need)))]
     reference = truth(sets[0])
     row = {"shape": str(shape), "regime": regime, "floor_us": round(1e6 * need / bandwidth, 1)}
-    for name, provider in providers.items():
+    for name, bind in providers.items():
+        if name in PEERS and (reason := PEERS[name].unsupported(sets[0])):
+            row[f"{name}_unsupported"] = reason
+            continue
         try:
-            with torch.inference_mode():
-                error = relative_error(provider(**sets[0])[0], reference)
-                row[f"{name}_error"] = float(f"{error:.2e}")
-                row[f"{name}_us"] = round(microseconds(lambda a, f=provider: f(**a), sets), 1)
-                row[f"{name}_gpu_us"] = round(graph_microseconds(lambda a, f=provider: f(**a), sets), 1)
+            columns = measure(bind, sets, reference)
         except Exception as e:  # a peer that cannot run this shape is a result, not a failure of the benchmark
-            row[f"{name}_failed"] = f"{type(e).__name__}: {str(e)[:120]}"
+            columns = {"failed": f"{type(e).__name__}: {str(e)[:160]}"}
+        if name not in PEERS and "failed" in columns:
+            raise SystemExit(f"{name} in {shape}, {regime}: {columns}")
+        row |= {f"{name}_{column}": value for column, value in columns.items()}
     return row
-
-
-def peer_version(name: str) -> str:
-    from importlib.metadata import version
-
-    return version({"fla": "flash-linear-attention"}[name])
 
 
 def git_head() -> str:
@@ -117,13 +122,14 @@ def git_head() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--shapes", choices=("ten", "large", "all"), default="all")
-    parser.add_argument("--only", nargs="*", metavar="SHAPE", help="shapes by name, such as T8192_H64_N1")
-    parser.add_argument("--no-peers", action="store_true")
+    add_arguments(parser)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--no-peers", dest="peers", action="store_const", const=[])
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device")
-    providers = {"kda_cuda": kda_cuda.chunk_kda, **({} if args.no_peers else peers())}
+    loaded, said = load_peers(args.peers)
+    providers = {"kda_cuda": ours, **loaded}
     bandwidth = copy_bandwidth()
     rows: list[dict] = []
     result = {
@@ -134,12 +140,12 @@ def main() -> None:
         "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3),
         "dtype": "bfloat16",
         "head_dim": 128,
-        "peers": {name: peer_version(name) for name in providers if name != "kda_cuda"},
+        "peers": said,
         "columns": "us: eager, host included; gpu_us: replay of a CUDA graph; floor_us: traffic at copy bandwidth",
         "rows": rows,
     }
-    shapes = {"ten": TEN, "large": LARGE, "all": TEN + LARGE}[args.shapes]
-    for shape in shapes if args.only is None else [s for s in shapes if str(s) in args.only]:
+    print(f"peers: {said}", flush=True)
+    for shape in from_arguments(args):
         for regime in REGIMES:
             rows.append(bench(shape, regime, providers, bandwidth))
             print(rows[-1], flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,26 @@ TEN = tuple(
               (3072, 10, 1), (8192, 24, 1), (16384, 16, 8))
 )  # fmt: skip
 LARGE = tuple(s for h in (64, 96) for s in (even(8192, h, 1), Shape(8192, h, RAGGED), even(8192, h, 8)))
+ALL = TEN + LARGE
 REGIMES = ("fast", "long")
+
+
+def named(name: str) -> Shape:
+    return next(s for s in ALL if str(s) == name)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark of these shapes lets one choose."""
+    parser.add_argument("--shapes", choices=("ten", "large", "all"), default="all")
+    parser.add_argument(
+        "--only", nargs="*", metavar="SHAPE", choices=[str(s) for s in ALL], help="such as T8192_H64_N1"
+    )
+
+
+def from_arguments(args: argparse.Namespace) -> tuple[Shape, ...]:
+    if args.only:
+        return tuple(named(name) for name in args.only)
+    return {"ten": TEN, "large": LARGE, "all": ALL}[args.shapes]
 
 
 def inputs(shape: Shape, regime: str, device: str, dtype: torch.dtype, head_dim: int = 128, seed: int = 0) -> dict:

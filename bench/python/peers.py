@@ -1,0 +1,190 @@
+"""The peers of the chunkwise forward: how each is called, and what each cannot do, said rather than skipped.
+
+python -m bench.python.peers compile-fla [--shapes ten|large|all] [--only SHAPE ...]
+
+compiles fla's kernels for every configuration that its autotuner will try, one process per core: Triton compiles on one
+core, and fla's autotuning keys contain the heads and whether there is cu_seqlens. The benchmark in the same
+TRITON_CACHE_DIR then only times them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from . import shapes
+from .shapes import Shape
+
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`load()` imports it and gives `bind(arguments of chunk_kda) -> call() -> o`; what `bind` does is not timed."""
+
+    distributions: tuple[str, ...]  # names of the package that has it, any of them
+    load: Callable[[], Callable[[dict], Call]]
+    bounded_gates_only: bool = False
+
+    def unsupported(self, arguments: dict) -> str | None:
+        if self.bounded_gates_only and arguments["lower_bound"] is None:
+            return "bounded gates only"
+        return None
+
+    def version(self) -> str:
+        for name in self.distributions:
+            try:
+                return f"{name} {version(name)}"
+            except ImportError:
+                continue
+        return "built from source"
+
+
+def load_fla() -> Callable[[dict], Call]:
+    """fla's own Triton kernels. Its autotuner is given 20 ms per configuration instead of 100."""
+    os.environ["FLA_FLASH_KDA"] = "0"  # else it hands bounded gates on to FlashKDA, where that is installed
+    from fla.ops.kda import chunk_kda
+    from triton.runtime.autotuner import Autotuner
+    from triton.testing import do_bench
+
+    def short_bench(kernel_call, quantiles):
+        return do_bench(kernel_call, warmup=5, rep=20, quantiles=quantiles)
+
+    Autotuner.do_bench = staticmethod(short_bench)
+    return lambda a: lambda: chunk_kda(**a, safe_gate=a["lower_bound"] is not None)[0]
+
+
+def load_flash_kda() -> Callable[[dict], Call]:
+    import flash_kda
+
+    def bind(a: dict) -> Call:
+        q, heads, dim = a["q"], a["q"].shape[2], a["q"].shape[3]
+        sequences = 1 if a["cu_seqlens"] is None else a["cu_seqlens"].shape[0] - 1
+        dt_bias = a["dt_bias"].view(heads, dim)
+
+        def call() -> Tensor:
+            out = torch.empty_like(a["v"])
+            state = torch.empty(sequences, heads, dim, dim, dtype=torch.float32, device=q.device)
+            flash_kda.fwd(
+                q, a["k"], a["v"], a["g"], a["beta"], dim**-0.5, out, a["A_log"], dt_bias, a["lower_bound"],
+                final_state=state, cu_seqlens=a["cu_seqlens"],
+            )  # fmt: skip
+            return out
+
+        return call
+
+    return bind
+
+
+def load_cudnn() -> Callable[[dict], Call]:
+    """Its Hopper kernel takes bounded gates as they are; others as g in log space, which a caller computes first."""
+    from cudnn.linear_attention.ops import kimi_delta_attention
+
+    def bind(a: dict) -> Call:
+        tokens, heads, dim = a["q"].shape[1:]
+        q, k, v, g, beta = (a[name][0] for name in ("q", "k", "v", "g", "beta"))
+        one = torch.tensor([0, tokens], device=q.device)
+        cu_seqlens = (one if a["cu_seqlens"] is None else a["cu_seqlens"]).int()
+        dt_bias = a["dt_bias"].view(heads, dim)
+        fused = {"use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True, "output_final_state": True}
+
+        def bounded() -> Tensor:
+            gate = {"safe_gate": True, "gate_lower_bound": a["lower_bound"], "a_log": a["A_log"], "dt_bias": dt_bias}
+            return kimi_delta_attention(q, k, v, g, beta, cu_seqlens, **gate, **fused)[0][None]
+
+        def softplus() -> Tensor:
+            log_decay = -a["A_log"].exp()[:, None] * torch.nn.functional.softplus(g.float() + dt_bias)
+            return kimi_delta_attention(q, k, v, log_decay, beta, cu_seqlens, **fused)[0][None]
+
+        return softplus if a["lower_bound"] is None else bounded
+
+    return bind
+
+
+PEERS = {
+    "fla": Peer(("flash-linear-attention",), load_fla),
+    "flash_kda": Peer(("flash_kda", "tokenspeed-flashkda"), load_flash_kda, bounded_gates_only=True),
+    "cudnn": Peer(("nvidia-cudnn-frontend",), load_cudnn),
+}
+
+
+def load_peers(names: list[str]) -> tuple[dict[str, Callable[[dict], Call]], dict[str, str]]:
+    """Those that can be imported, and for every name its version or why it is missing."""
+    loaded, said = {}, {}
+    for name in names:
+        try:
+            loaded[name] = PEERS[name].load()
+            said[name] = PEERS[name].version()
+        except (ImportError, OSError, RuntimeError, AssertionError) as e:
+            said[name] = f"missing: {type(e).__name__}: {str(e)[:160]}"
+    return loaded, said
+
+
+def tuning_keys(chosen: tuple[Shape, ...]) -> list[tuple[Shape, str]]:
+    """One shape for each key of fla's autotuners: heads, cu_seqlens or not, and the regime (another kernel)."""
+    first: dict[tuple[int, bool], Shape] = {}
+    for shape in chosen:
+        first.setdefault((shape.heads, len(shape.lengths) > 1), shape)
+    return [(shape, regime) for shape in first.values() for regime in shapes.REGIMES]
+
+
+def compile_one(shape: Shape, regime: str) -> None:
+    """Every configuration is launched once and none is timed, so nothing is remembered but the compiled code."""
+    os.environ["FLA_CACHE_RESULTS"] = "0"
+    bind = load_fla()
+    from triton.runtime.autotuner import Autotuner
+
+    def launch_once(kernel_call, quantiles):
+        kernel_call()
+        return [1.0] * len(quantiles)
+
+    Autotuner.do_bench = staticmethod(launch_once)
+    with torch.inference_mode():
+        bind(shapes.inputs(shape, regime, "cuda", torch.bfloat16))()
+    torch.cuda.synchronize()
+
+
+def compile_fla(chosen: tuple[Shape, ...], workers: int) -> int:
+    """Returns the number of keys that failed."""
+
+    def work(key: tuple[Shape, str]) -> int:
+        begin = time.perf_counter()
+        command = [sys.executable, "-m", "bench.python.peers", "compile-one", str(key[0]), key[1]]
+        done = subprocess.run(command, capture_output=True, text=True)
+        error = "" if done.returncode == 0 else f", failed: {done.stderr.strip()[-300:]}"
+        print(f"{key[0]} {key[1]}: {time.perf_counter() - begin:.0f} s{error}", flush=True)
+        return done.returncode != 0
+
+    with ThreadPoolExecutor(workers) as pool:
+        return sum(pool.map(work, tuning_keys(chosen)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    everything = commands.add_parser("compile-fla")
+    shapes.add_arguments(everything)
+    everything.add_argument("--workers", type=int, default=os.cpu_count())
+    one = commands.add_parser("compile-one", help="what each process of compile-fla runs")
+    one.add_argument("shape", choices=[str(s) for s in shapes.ALL])
+    one.add_argument("regime", choices=shapes.REGIMES)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("fla's kernels are compiled for a CUDA device, and there is none")
+    if args.command == "compile-one":
+        return compile_one(shapes.named(args.shape), args.regime)
+    sys.exit(compile_fla(shapes.from_arguments(args), args.workers) != 0)
+
+
+if __name__ == "__main__":
+    main()
