@@ -101,6 +101,8 @@ def bench(shape: Shape, regime: str, providers: dict[str, Callable[[dict], Call]
     sets = [inputs(shape, regime, "cuda", torch.bfloat16, seed=i) for i in range(max(2, min(8, (150 << 20) // need)))]
     reference = truth(sets[0])
     row = {"shape": str(shape), "regime": regime, "floor_us": round(1e6 * need / bandwidth, 1)}
+    if split := kda_cuda.explain(**sets[0]).forward.plan.get("split"):
+        row["kda_cuda_split"] = split
     for name, bind in providers.items():
         if name in PEERS and (reason := PEERS[name].unsupported(sets[0])):
             row[f"{name}_unsupported"] = reason
