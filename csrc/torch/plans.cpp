@@ -17,7 +17,7 @@ std::string split_text(ChunkFwdVariant const& v, ChunkFwdCall const& call) {
                             std::to_string(kValueTile) + " columns; ",
                     unsplit = "in one piece " + microseconds(split.unsplit_us);
   if (call.batch_invariant) return value + "no sequence, as batch_invariant asks";
-  if (!v.segment_bytes(call)) return value + "no sequence: heads and V fill the device, or there is one chunk";
+  if (!v.segment_bytes(call)) return value + "no sequence: one chunk, or heads and V fill the device";
   if (split.split_us == 0) return value + "no sequence: too short, or no room for the states of segments";
   std::string const by = "by cost: scan predicted to take " + microseconds(split.split_us) + " split, " + unsplit;
   if (!split.segment_chunks) return value + "no sequence, " + by;
@@ -42,7 +42,8 @@ std::string describe(ChunkFwdVariant const& v, ChunkFwdCall const& call) {
   };
   line("variant", v.name), line("chunk", v.chunk), line("key_tile", v.key_tile);
   line("parts", slots ? divide_up(slots, part_slots) : 1);
-  line("prepare_grid", std::to_string(divide_up(part_slots, v.slots_per_block(part_slots, call.value_heads))) + heads);
+  int64_t const walk = v.slots_per_block(part_slots, call.value_heads);  // slots of the part, one after another
+  line("prepare_grid", std::to_string(divide_up(part_slots, walk)) + heads), line("prepare_slots_per_block", walk);
   line("prepare_threads", v.prepare_threads), line("prepare_shared_bytes", v.prepare_shared_bytes);
   line("scan_grid", std::to_string(part_segments(call.plan, part_slots, segment_chunks)) + heads + "x" +
                         std::to_string(value_tiles(call.value_dim)));

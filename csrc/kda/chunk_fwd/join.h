@@ -62,7 +62,7 @@ KDA_GLOBAL void __launch_bounds__(JoinShape<Variant>::kThreads) chunk_fwd_join_k
   KDA_DYNAMIC_SHARED(JoinStorage<Variant>, storage);
   auto& s = *storage;
   ScanWork work;
-  if (!find_scan_work<Variant>(work, p) || !work.first || work.following == 0) return;
+  if (!find_scan_work<Variant>(work, p, blockIdx.x, blockIdx.y) || !work.first || work.following == 0) return;
   int64_t const rows = int64_t(blockIdx.z) * Shape::kRows * Shape::kKeyTile;  // where this block's begin
   auto const state_of = [&](int64_t j) {
     return reinterpret_cast<float4*>(segment_at<Variant>(p, work.segment + j, work.value_head).state + rows);

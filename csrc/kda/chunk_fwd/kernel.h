@@ -143,7 +143,7 @@ KDA_GLOBAL void __launch_bounds__(ScanShape<Variant, true>::kThreads, 1) chunk_f
   using Storage = ScanStorage<Variant, true>;
   KDA_DYNAMIC_SHARED(Storage, storage);
   ScanWork work;
-  if (!find_scan_work<Variant>(work, p)) return;
+  if (!find_scan_work<Variant>(work, p, blockIdx.x, blockIdx.y)) return;
   int const value0 = blockIdx.z * kValueTile;
   init_scan<Variant, true>(*storage);
   if (is_consumer<Variant, true>()) replay_chunks<Variant>(p, {*storage, thread_index() / 32, true}, work, value0);
@@ -160,7 +160,7 @@ KDA_GLOBAL void __launch_bounds__(ScanShape<Variant, false>::kThreads, ScanShape
   ScanWork work;
   int const tiles = value_tiles(p.value_dim), z = blockIdx.z, value0 = z * kValueTile, key0 = (z - tiles) * kValueTile;
   bool const has_values = z < tiles;
-  if (!find_scan_work<Variant>(work, p)) return;
+  if (!find_scan_work<Variant>(work, p, blockIdx.x, blockIdx.y)) return;
   if (has_values ? work.following == 0 && !work.first : work.following == 0 || work.first) return;
   init_scan<Variant, false>(*storage);
   if (is_consumer<Variant, false>())

@@ -19,6 +19,7 @@ inline constexpr size_t kRecordAlignment = 1024;
 /// ratios, which differ less between variants than the times do.
 struct ScanCost {
   static constexpr double kReplay = 1.1, kSummarise = 0.7;  // a chunk
+  static constexpr double kSummariseShared = 0.45;          // of each block of an SM, where there are several
   static constexpr double kJoin = 1.2;                      // a segment
   static constexpr double kLaunch = 5;
   static constexpr double kWorthwhile = 0.9;  // of the time without a split
@@ -111,7 +112,8 @@ struct ChunkFwdVariant {
       int64_t const n = divide_up(chunks, l);
       if (part_segments(plan, part, l) > most || (wanted_segments() && n > wanted_segments())) continue;
       double const us = parts * (3 * ScanCost::kLaunch + double(n - 2) * ScanCost::kJoin +
-                                 waves((n - 1) * columns + (n - 2) * rows) * double(l) * ScanCost::kSummarise +
+                                 double(l) * std::max(ScanCost::kSummarise, waves((n - 1) * columns + (n - 2) * rows) *
+                                                                                ScanCost::kSummariseShared) +
                                  waves(n * columns) * double(l) * ScanCost::kReplay);
       if (best_length == 0 || (us < best.split_us && !wanted_segments()))
         best_length = l, best.segments = n, best.split_us = us;

@@ -75,19 +75,20 @@ struct ScanWork {
   int64_t following;  // how many more of them
 };
 
-/// False: nothing. Sequences without chunks belong to the part that has their first slot.
+/// Of the part's segment `segment`, used or not. False: nothing. Sequences without chunks belong to the part that has
+/// their first slot.
 template <class Variant>
-KDA_DEVICE bool find_scan_work(ScanWork& work, ChunkFwdParams const& p) {
+KDA_DEVICE bool find_scan_work(ScanWork& work, ChunkFwdParams const& p, int64_t segment, int value_head) {
   ChunkPlan const plan = plan_of<Variant>(p), segments = p.plan.with_chunk(p.segment_tokens);
   int64_t const length = p.segment_tokens / Variant::config.chunk;  // in chunks
   bool const none = segments.slots() == 0;                          // no tokens: block n has sequence n
-  int64_t slot = work.segment = blockIdx.x;
+  int64_t slot = work.segment = segment;
   if (p.first_slot) {
     int32_t const n = plan.sequence_of_slot(p.first_slot);
     slot += segments.sequence(n).first_slot + (p.first_slot - plan.sequence(n).first_slot) / length;
   }
   work.n = none ? int(slot) : segments.sequence_of_slot(slot);
-  work.value_head = blockIdx.y;
+  work.value_head = value_head;
   if (work.n >= plan.sequences) return false;
   work.sequence = plan.sequence(work.n);
   work.chunks = plan.chunks_of(work.sequence.length);
