@@ -16,20 +16,23 @@ from kda_cuda import testing
 from . import accuracy, oracle
 from .cases import CASES, Case, Inputs
 
-KERNELS = ["chunk_fwd_prepare", "chunk_fwd_scan"]
+WHOLE = ["chunk_fwd_prepare", "chunk_fwd_scan"]  # the launches of a part, and where sequences are split
+SPLIT = ["chunk_fwd_prepare", "chunk_fwd_summarise", "chunk_fwd_join", "chunk_fwd_scan"]
+INVARIANT = {"deterministic": "batch_invariant"}  # then no sequence is split
 MODEL = {"gate": "long", "beta_sigmoid": True}
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def run(x: Inputs) -> dict[str, Tensor]:
+def run(x: Inputs, **options) -> dict[str, Tensor]:
     with torch.inference_mode():
-        o, final_state, h = kda_cuda.chunk_kda(**x.public(), return_intermediate_states=True)
+        o, final_state, h = kda_cuda.chunk_kda(**x.public(), return_intermediate_states=True, **options)
     return {"o": o, "final_state": final_state, "h": h.flatten(0, 1)}
 
 
 def assert_ran(kernels: list[str], device) -> None:
-    """Both kernels, part by part: on the emulator already small workspaces are cut."""
-    assert kernels == KERNELS * (len(kernels) // 2) and bool(kernels) == device.runs_kernels
+    """Every launch, part by part: the emulator works in parts, and splits sequences, in small calls already."""
+    steps = SPLIT if SPLIT[1] in kernels else WHOLE
+    assert kernels == steps * (len(kernels) // len(steps)) and bool(kernels) == device.runs_kernels
 
 
 def check(case: Case, results: dict[str, Tensor]) -> None:
@@ -154,9 +157,9 @@ def test_split_and_continue_at_a_chunk_is_the_same(name, device):
     """The state that is handed over is the one that the kernel holds, so no bit may differ; the reference's products
     come in other batches, which may sum in another order."""
     x = CASES[name].inputs(device)
-    whole, cut = run(x), 64
-    first = run(section(x, 0, cut, x.initial_state))
-    second = run(section(x, cut, x.q.shape[1], first["final_state"]))
+    whole, cut = run(x, **INVARIANT), 64
+    first = run(section(x, 0, cut, x.initial_state), **INVARIANT)
+    second = run(section(x, cut, x.q.shape[1], first["final_state"]), **INVARIANT)
     tolerance = {"rtol": 0, "atol": 0} if device.runs_kernels else {}
     joined = torch.cat([first["o"], second["o"]], 1)
     torch.testing.assert_close(joined, whole["o"], **tolerance)
@@ -182,7 +185,7 @@ def test_split_and_continue_anywhere_is_within_budget(name, device):
 @pytest.mark.parametrize("name", ["varlen", "varlen_v_first", "varlen_ones"])
 def test_packed_sequences_equal_each_alone(name, device):
     x = CASES[name].inputs(device)
-    together, chunk_at = run(x), 0
+    together, chunk_at = run(x, **INVARIANT), 0
     tolerance = {"rtol": 0, "atol": 0} if device.runs_kernels else {}
     for n, (begin, end) in enumerate(itertools.pairwise(x.sequence_bounds())):
         state = None if x.initial_state is None else x.initial_state[n : n + 1]
@@ -190,7 +193,7 @@ def test_packed_sequences_equal_each_alone(name, device):
             expected = torch.zeros_like(together["final_state"][n : n + 1]) if state is None else state
             assert torch.equal(together["final_state"][n : n + 1], expected)
             continue
-        alone = run(section(x, begin, end, state))
+        alone = run(section(x, begin, end, state), **INVARIANT)
         chunks = alone["h"].shape[0]
         torch.testing.assert_close(together["o"][:, begin:end], alone["o"], **tolerance)
         torch.testing.assert_close(together["final_state"][n : n + 1], alone["final_state"], **tolerance)

@@ -14,8 +14,6 @@ from kda_cuda import library, variants
 from . import accuracy, oracle
 from .cases import CASES, Inputs
 
-FORWARD = ["chunk_fwd_prepare", "chunk_fwd_scan"]
-
 
 def namespace_of(device) -> str:
     return library.NAMESPACE_EMULATED if device.name == "emulator" else library.NAMESPACE
@@ -44,7 +42,7 @@ def test_gradients_behind_a_forward_kernel(name, device):
     case = CASES[name]
     x = case.inputs(device)
     results, kernels = device.run(lambda: train(x))
-    assert kernels[:2] == FORWARD
+    assert kernels[0] == "chunk_fwd_prepare" and "chunk_fwd_scan" in kernels
     inputs = case.inputs()
     truth, rounded = oracle.named(*oracle.gradients(inputs.double())), accuracy.low_precision_reference(inputs)
     assert set(truth) - {"h"} == set(results)

@@ -57,7 +57,8 @@ def test_workspace_never_shrinks(device):
 
 
 PROMISE = 1.5  # bytes over those of q + k expanded to HV heads, for K >= 64 (issue 4)
-SMALL = 128 << 10  # bytes that the emulated device always allows; a GPU allows 16 MB
+SEGMENTS = 0.25  # of that, for the states of segments
+SMALL = 512 << 10  # bytes that the emulated device always allows; a GPU allows 16 MB
 
 
 @pytest.mark.devices("emulator")
@@ -67,11 +68,14 @@ def test_workspace_against_the_inputs(variant, device):
     key_dim = 64 if key_dim <= 64 else 128 if key_dim <= 128 else 256
     with testing.emulated(arch=arch):
         for tokens, heads, batch in itertools.product((256, 8192, 1 << 20), (1, 96), (1, 3)):
-            size = kda_cuda.workspace_size(batch=batch, tokens=tokens, value_heads=heads, key_dim=key_dim,
-                                           value_dim=128, dtype=dtype, device="cpu")  # fmt: skip
+            shape = {"batch": batch, "tokens": tokens, "value_heads": heads, "key_dim": key_dim, "value_dim": 128,
+                     "dtype": dtype, "device": "cpu"}  # fmt: skip
             promised = PROMISE * 2 * batch * tokens * heads * key_dim * dtype.itemsize
             carried = 2 * heads * key_dim * 128 * 4  # states between parts
-            assert size <= max(promised, SMALL) + carried + 1024
+            unsplit = kda_cuda.workspace_size(**shape, deterministic="batch_invariant")
+            assert unsplit <= max(promised, SMALL) + carried + 1024
+            segments = kda_cuda.workspace_size(**shape) - unsplit
+            assert 0 <= segments <= max(min(SEGMENTS * unsplit, 32 << 20), SMALL)
 
 
 @pytest.mark.parametrize(
@@ -180,14 +184,23 @@ def test_more_than_two_to_the_31_elements():
 def test_explain_says_how_a_call_is_launched(device):
     x = SEQUENCES.inputs()
     pool = x.initial_state.clone()
-    for deterministic, invariant in ((True, "yes, as no sequence is split"), ("batch_invariant", "yes, as asked")):
+    for deterministic, split, grid, invariant in (
+        (
+            True,
+            "sequences into segments of 64 tokens, 2 for",
+            "8x2x1",
+            "no: whether a sequence is split depends on its batch",
+        ),
+        ("batch_invariant", "no sequence, as batch_invariant asks", "6x2x1", "yes, as asked"),
+    ):
         told = kda_cuda.explain(op="prefill", **streams_of(x), state_pool=pool, deterministic=deterministic)
         plan = told.forward.plan
         assert told.forward.kernel and told.forward.op == "prefill" and told.backward is None
         assert plan["variant"] == "bf16_k64_sm90" and plan["chunk"] == "64"
-        slots, heads = plan["prepare_grid"].split("x")  # of one part
-        assert int(slots) * int(plan["parts"]) >= 451 // 64 + 6 and heads == "2" and plan["scan_grid"] == "6x2x1"
-        assert plan["split"].startswith("V into 1 of 64 columns; no sequence") and plan["batch_invariant"] == invariant
+        blocks, heads = plan["prepare_grid"].split("x")  # of one part
+        slots = int(blocks) * int(plan["prepare_slots_per_block"]) * int(plan["parts"])
+        assert slots >= 451 // 64 + 6 and heads == "2" and plan["scan_grid"] == grid
+        assert plan["split"].startswith("V into 1 of 64 columns; " + split) and plan["batch_invariant"] == invariant
         assert all(int(plan[f"{kernel}_shared_bytes"]) > 0 for kernel in ("prepare", "scan"))
         chunk = kda_cuda.explain(**x.public(), deterministic=deterministic).forward.plan
         assert chunk == plan

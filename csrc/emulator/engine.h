@@ -41,7 +41,8 @@ struct Options {
   size_t shared_limit = 227 * 1024;
   bool has_wgmma = false;
   int multiprocessors = 1;
-  int64_t small_workspace = 128 * 1024;  // so that small tests, too, work in parts
+  int64_t small_workspace = 512 * 1024;  // so that small tests, too, work in parts
+  int wanted_segments = 4;               // and with sequences split
   bool skip_launches = false;  // a launch does nothing: what is left is the host's work (bench_host_overhead.py)
 };
 inline Options& options() {

@@ -1,4 +1,5 @@
 // Which chunk of which sequence is whose work, and where it lies in the workspace: said once, for host and device.
+// Segments of many chunks are the chunks of a coarser plan.
 //
 // Sequence n has ceil(length / chunk) chunks. With cu_seqlens their workspace slots begin at begin / chunk + n, which
 // needs no prefix sum over the sequences (floor(a) + ceil(b - a) <= floor(b) + 1), so the host never reads cu_seqlens.
@@ -22,7 +23,7 @@ struct ChunkPlan {
   int32_t sequences;       // batch rows, or entries of cu_seqlens less one
   void const* cu_seqlens;  // [sequences + 1], int32 or int64; null: every batch row is one sequence
   bool cu_seqlens_is_int64;
-  int32_t chunk;
+  int64_t chunk;      // tokens
   Slots state_slots;  // with indices: a sequence whose slot is null counts as empty
 
   KDA_HOST_DEVICE int64_t chunks_of(int64_t length) const { return (length + chunk - 1) / chunk; }
@@ -30,6 +31,13 @@ struct ChunkPlan {
   /// Workspace slots, used or not; each holds one chunk of every head.
   KDA_HOST_DEVICE int64_t slots() const {
     return cu_seqlens ? tokens / chunk + sequences : int64_t(sequences) * chunks_of(tokens);
+  }
+
+  /// The same sequences in chunks of `tokens_of_chunk`.
+  KDA_HOST_DEVICE ChunkPlan with_chunk(int64_t tokens_of_chunk) const {
+    ChunkPlan plan = *this;
+    plan.chunk = tokens_of_chunk;
+    return plan;
   }
 
   KDA_DEVICE int64_t boundary(int32_t n) const {

@@ -17,6 +17,8 @@ inline bool overlaps_kernels() { return emulator::options().has_wgmma; }
 inline int multiprocessors() { return emulator::options().multiprocessors; }
 /// Bytes of workspace that are nothing beside the device's memory.
 inline int64_t small_workspace() { return emulator::options().small_workspace; }
+/// Into how many segments sequences are split, at most, whatever it costs; 0: as the costs say.
+inline int wanted_segments() { return emulator::options().wanted_segments; }
 
 #else
 
@@ -46,6 +48,8 @@ int device_attribute() {
 inline size_t shared_memory_limit() { return size_t(device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>()); }
 /// Bytes of workspace that are nothing beside the device's memory.
 inline int64_t small_workspace() { return 16 << 20; }
+/// Into how many segments sequences are split, at most, whatever it costs; 0: as the costs say.
+inline int wanted_segments() { return 0; }
 /// Whether the current device has warpgroup products (compute capability 9.0).
 inline bool has_wgmma() { return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9; }
 /// Whether a kernel can start before the one ahead of it has ended (launch.h, launch_early).

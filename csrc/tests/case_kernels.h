@@ -95,7 +95,7 @@ inline ChunkFwdParams chunk_fwd_params(CaseFile const& c, CaseTensor const& o, C
 }
 /// In a poisoned workspace of the size that it asks for.
 inline void launch_chunk_fwd(ChunkFwdParams& p, ChunkFwdVariant const& variant) {
-  size_t const bytes = variant.workspace_bytes(p.plan, p.value_heads, p.key_dim, p.value_dim);
+  size_t const bytes = variant.workspace_bytes(ChunkFwdCall(p));
   Buffer<char> const workspace(std::vector<char>(bytes, char(0xFF)));
   p.workspace = workspace.data();
   variant.launch(p, nullptr);

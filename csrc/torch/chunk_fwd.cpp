@@ -118,7 +118,7 @@ ChunkFwdVariant const& plan_call(ChunkFwdParams& p, Streams const& streams, Tran
 /// The caller's workspace, or one of our own.
 Tensor workspace_for(char const* op, ChunkFwdParams const& p, ChunkFwdVariant const& variant, Tensor const& q,
                      OptionalTensor const& given) {
-  int64_t const bytes = int64_t(variant.workspace_bytes(p.plan, p.value_heads, p.key_dim, p.value_dim));
+  int64_t const bytes = int64_t(variant.workspace_bytes(ChunkFwdCall(p)));
   if (!given) return torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
   require(given->scalar_type() == ScalarType::Byte && given->dim() == 1 && given->is_contiguous(), op,
           "workspace has shape " + shape_text(*given) + ", expected uint8, 1 dimension, contiguous");

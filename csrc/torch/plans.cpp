@@ -9,22 +9,50 @@
 namespace kda {
 namespace {
 
+std::string microseconds(double x) { return std::to_string(int64_t(x + 0.5)) + " us"; }
+
+/// How the scan is divided, and why.
+std::string split_text(ChunkFwdVariant const& v, ChunkFwdCall const& call) {
+  ScanSplit const split = v.split(call);
+  std::string const value = "V into " + std::to_string(value_tiles(call.value_dim)) + " of " +
+                            std::to_string(kValueTile) + " columns; ",
+                    unsplit = "in one piece " + microseconds(split.unsplit_us);
+  if (call.batch_invariant) return value + "no sequence, as batch_invariant asks";
+  if (!v.segment_bytes(call)) return value + "no sequence: one chunk, or heads and V fill the device";
+  if (split.split_us == 0) return value + "no sequence: too short, or no room for the states of segments";
+  std::string const by = "by cost: scan predicted to take " + microseconds(split.split_us) + " split, " + unsplit;
+  if (!split.segment_chunks) return value + "no sequence, " + by;
+  return value + "sequences into segments of " + std::to_string(split.segment_chunks * v.chunk) + " tokens, " +
+         std::to_string(split.segments) + " for one of mean length in a part, " +
+         (wanted_segments() ? "as this device wants: predicted " + microseconds(split.split_us) + ", " + unsplit : by);
+}
+
 /// Lines of "name=value".
-int describe(ChunkFwdVariant const& v, ChunkPlan const& plan, int value_heads, int key_dim, int value_dim,
-             bool batch_invariant, char* to, int capacity) {
-  int64_t const part_slots = v.part_slots(plan, value_heads, key_dim, value_dim), slots = plan.slots();
-  return std::snprintf(
-      to, size_t(capacity),
-      "variant=%s\nchunk=%d\nkey_tile=%d\nparts=%lld\nprepare_grid=%lldx%d\nprepare_threads=%d\nprepare_shared_bytes=%"
-      "zu\n"
-      "scan_grid=%dx%dx%d\nscan_threads=%d\nscan_shared_bytes=%zu\nworkspace_bytes=%zu\n"
-      "split=V into %d of %d columns; no sequence, each is scanned by one block per head and part of V\n"
-      "batch_invariant=%s",
-      v.name, v.chunk, v.key_tile, (long long)(part_slots ? (slots + part_slots - 1) / part_slots : 1),
-      (long long)part_slots, value_heads, v.prepare_threads, v.prepare_shared_bytes, plan.sequences, value_heads,
-      value_tiles(value_dim), v.scan_threads, v.scan_shared_bytes,
-      v.workspace_bytes(plan, value_heads, key_dim, value_dim), value_tiles(value_dim), kValueTile,
-      batch_invariant ? "yes, as asked" : "yes, as no sequence is split");
+std::string describe(ChunkFwdVariant const& v, ChunkFwdCall const& call) {
+  int64_t const slots = call.plan.slots(), part_slots = v.part_slots(call), split = v.split(call).segment_chunks;
+  int64_t const segment_chunks = split ? split : call.plan.chunks_of(call.plan.tokens) + 1;
+  std::string const heads = "x" + std::to_string(call.value_heads);
+  char const* const invariant = call.batch_invariant    ? "yes, as asked"
+                                : v.segment_bytes(call) ? "no: whether a sequence is split depends on its batch"
+                                                        : "yes, as no sequence is split";
+  std::string text;
+  auto const line = [&](char const* name, auto const& value) {
+    if constexpr (std::is_arithmetic_v<std::decay_t<decltype(value)>>)
+      text += std::string(name) + "=" + std::to_string(value) + "\n";
+    else text += std::string(name) + "=" + value + "\n";
+  };
+  line("variant", v.name), line("chunk", v.chunk), line("key_tile", v.key_tile);
+  line("parts", slots ? divide_up(slots, part_slots) : 1);
+  int64_t const walk = v.slots_per_block(part_slots, call.value_heads);  // slots of the part, one after another
+  line("prepare_grid", std::to_string(divide_up(part_slots, walk)) + heads), line("prepare_slots_per_block", walk);
+  line("prepare_threads", v.prepare_threads), line("prepare_shared_bytes", v.prepare_shared_bytes);
+  line("scan_grid", std::to_string(part_segments(call.plan, part_slots, segment_chunks)) + heads + "x" +
+                        std::to_string(value_tiles(call.value_dim)));
+  line("scan_threads", v.scan_threads), line("scan_shared_bytes", v.scan_shared_bytes);
+  line("workspace_bytes", v.workspace_bytes(call)), line("segment_bytes", v.segment_bytes(call));
+  line("split", split_text(v, call)), line("batch_invariant", invariant);
+  text.pop_back();
+  return text;
 }
 
 }  // namespace
@@ -40,10 +68,14 @@ extern "C" __attribute__((visibility("default"))) int kda_plan_chunk_fwd(int dty
   kda::ChunkFwdVariant const* variant =
       kda::select_chunk_fwd(kda::Dtype(dtype), key_dim, state_tokens, {kda::has_wgmma(), kda::shared_memory_limit()});
   if (!variant) return 0;
-  kda::ChunkPlan plan{tokens, sequences < 0 ? int32_t(batch) : sequences, nullptr, false, variant->chunk, {}};
   static char const known = 0;  // slots() asks only whether there are boundaries
-  if (sequences >= 0) plan.cu_seqlens = &known;
-  return kda::describe(*variant, plan, value_heads, key_dim, value_dim, batch_invariant, to, capacity);
+  kda::ChunkFwdParams p{};
+  p.plan = {tokens, sequences < 0 ? int32_t(batch) : sequences, sequences < 0 ? nullptr : &known, false, variant->chunk,
+            {}};
+  p.value_heads = value_heads, p.key_dim = key_dim, p.value_dim = value_dim;
+  p.batch_invariant = batch_invariant != 0;
+  std::string const text = kda::describe(*variant, kda::ChunkFwdCall(p));
+  return std::snprintf(to, size_t(capacity), "%s", text.c_str());
 } catch (std::exception const&) {
   return -1;
 }

@@ -18,6 +18,14 @@ inline constexpr int kValueTile = 64;       // columns of V per block of the sca
 inline constexpr int kConsumerWarps = kValueTile / 16;
 KDA_HOST_DEVICE int value_tiles(int value_dim) { return (value_dim + kValueTile - 1) / kValueTile; }
 
+// fp32 states between parts and segments (segments.h), rows [key_tile]: S^T; S^T, M and a flag per 64 rows of M.
+KDA_HOST_DEVICE int64_t state_floats(int value_dim, int key_tile) {
+  return int64_t(value_tiles(value_dim)) * kValueTile * key_tile;
+}
+KDA_HOST_DEVICE int64_t segment_floats(int value_dim, int key_tile) {
+  return state_floats(value_dim, key_tile) + int64_t(key_tile) * key_tile + 4;
+}
+
 template <class Variant>
 struct ChunkShape {
   static constexpr ChunkFwdConfig kConfig = Variant::config;

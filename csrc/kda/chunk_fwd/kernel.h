@@ -1,5 +1,7 @@
-// The kernels of the chunkwise forward: prepare (all chunks at once), then scan (chunk after chunk).
+// The kernels of the chunkwise forward: prepare (all chunks at once), then scan (chunk after chunk), where sequences
+// are split in three steps (segments.h).
 #pragma once
+#include "kda/chunk_fwd/join.h"
 #include "kda/chunk_fwd/prepare.h"
 #include "kda/chunk_fwd/scan.h"
 
@@ -13,94 +15,157 @@ KDA_GLOBAL void __launch_bounds__(Prepare<Variant>::kThreads, Prepare<Variant>::
   Prepare<Variant>::run(p, *storage, blockIdx.y, first, end < p.part_slots ? end : p.part_slots);
 }
 
-/// What one block of the scan does: chunks [begin, end) of a sequence, for one head and one tile of V.
-struct ScanWork {
-  Sequence sequence;
-  int64_t begin, end, chunks;
-  int n, value_head, value0;
-};
-
-/// False: nothing. Sequences without chunks belong to the part that has their first slot.
-template <class Variant>
-KDA_DEVICE bool find_scan_work(ScanWork& work, ChunkFwdParams const& p) {
-  ChunkPlan const plan = plan_of<Variant>(p);
-  work.n = int(blockIdx.x) + (p.first_slot ? plan.sequence_of_slot(p.first_slot) : 0);
-  work.value_head = blockIdx.y, work.value0 = blockIdx.z * kValueTile;
-  if (work.n >= plan.sequences) return false;
-  work.sequence = plan.sequence(work.n);
-  work.chunks = plan.chunks_of(work.sequence.length);
-  int64_t const from = p.first_slot - work.sequence.first_slot, to = from + p.part_slots;  // as chunks of the sequence
-  work.begin = from > 0 ? from : 0, work.end = to < work.chunks ? to : work.chunks;
-  return work.begin < work.end || (work.chunks == 0 && from <= 0 && (to > 0 || p.part_slots == 0));
-}
-
 /// The scan's helper warps: at each step they bring one chunk, announce the one before and take away the output of the
 /// one before that. The consumers may then be anywhere between: whatever either side waits for is already under way.
-template <class Variant>
-KDA_DEVICE void help_scan(ChunkFwdParams const& p, ScanStorage<Variant>& s, ScanWork const& work) {
-  using Barrier = ScanBarrier<Variant>;
-  constexpr int kStages = ScanShape<Variant>::kStages;
-  ScanHelper<Variant> helper{p, s, work.value0};
+template <class Variant, bool kReplay>
+KDA_DEVICE void help_scan(ScanHelper<Variant, kReplay> helper, ScanWork const& work) {
+  using Barrier = ScanBarrier<Variant, kReplay>;
+  constexpr int kStages = ScanShape<Variant, kReplay>::kStages;
+  ChunkFwdParams const& p = helper.p;
   int64_t const count = work.end - work.begin, first_record = work.sequence.first_slot + work.begin - p.first_slot;
-  for (int64_t i = 0; i < count + 2; ++i) {
+  for (int64_t i = 0; i < count + (kReplay ? 2 : 1); ++i) {
     if (i >= 1 && i - 1 < count) helper.announce(int((i - 1) % kStages));
     if (i < count) {
       int const stage = int(i % kStages);
-      if (i >= kStages) Barrier::wait(Barrier::empty(stage));
+      if (i >= kStages) {
+        Barrier::wait(Barrier::empty(stage));
+        if (helper.is_done(i - kStages)) return;
+      }
       helper.load({p.workspace, first_record + i, p.value_heads, work.value_head, p.value_dim}, stage);
     }
-    if (i >= 2)
-      helper.store_output(chunk_of_head<Variant>(p, work.sequence, work.begin + i - 2, work.value_head), int(i % 2),
-                          i < count);
+    if constexpr (kReplay)
+      if (i >= 2)
+        helper.store_output(chunk_of_head<Variant>(p, work.sequence, work.begin + i - 2, work.value_head), int(i % 2),
+                            i < count);
   }
 }
 
-/// The scan's consumer warps: the recurrence.
+/// The scan's consumer warps: the recurrence, with outputs.
 template <class Variant>
-KDA_DEVICE void consume_chunks(ChunkFwdParams const& p, ScanStorage<Variant>& s, ScanWork const& work) {
-  using Barrier = ScanBarrier<Variant>;
-  constexpr int kStages = ScanShape<Variant>::kStages, kChunk = Variant::config.chunk;
-  int const n = work.n, value_head = work.value_head, value = work.value0 + thread_index() / 32 * 16;
-  ScanConsumer<Variant> consumer{s, thread_index() / 32};
-  if (work.begin == 0) load_state(consumer.state, initial_state_at(p, n, value_head), p, value);
-  else load_carry(consumer.state, p, p.part + 1, value_head, work.value0);
+KDA_DEVICE void replay_chunks(ChunkFwdParams const& p, ScanConsumer<Variant, true> consumer, ScanWork const& work,
+                              int value0) {
+  using Barrier = ScanBarrier<Variant, true>;
+  constexpr int kStages = ScanShape<Variant, true>::kStages, kChunk = Variant::config.chunk;
+  int const n = work.n, value_head = work.value_head, value = value0 + consumer.warp * 16;
+  if (p.segments) load_rows(consumer.state, segment_at<Variant>(p, work.segment, value_head).state, value);
+  else if (work.begin == 0) load_state(consumer.state, initial_state_at(p, n, value_head), p, value);
+  else load_rows(consumer.state, carry_at<Variant>(p, p.part + 1, value_head), value);
 
   bool const keeps = p.chunk_states.data || p.checkpoints.data;
   int64_t const first_kept = first_chunk_state(p, n), count = work.end - work.begin;
   int stage = 0;
   uint32_t parity = 0;
   for (int64_t i = 0; i < count; ++i) {
-    auto const& in = s.stage[stage];
     int const buffer = int(i & 1);
     if (keeps) keep_states(consumer.state, p, n, first_kept, (work.begin + i) * kChunk, value_head, value);
-    consumer.wait_for_record(stage, parity);
-    consumer.start(in);
-    consumer.correct_values(in);
-    consumer.advance(in);
+    consumer.step(stage, parity);
     if (i + kStages < count) Barrier::arrive(Barrier::empty(stage));
     if (i >= 2) Barrier::wait(Barrier::output_empty(buffer));
     consumer.hand_over_output(buffer);
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
   if (work.end == work.chunks) finish_states(consumer.state, p, n, work.sequence.length, value_head, value);
-  else store_carry(consumer.state, p, p.part, value_head, work.value0);
+  else if (work.following == 0) store_rows(consumer.state, carry_at<Variant>(p, p.part, value_head), value);
 }
 
+/// The same without outputs. `may_forget`: stops once all rows are negligible, and returns false then.
 template <class Variant>
-KDA_GLOBAL void __launch_bounds__(ScanShape<Variant>::kThreads, 1) chunk_fwd_scan_kernel(ChunkFwdParams const p) {
-  KDA_DYNAMIC_SHARED(ScanStorage<Variant>, storage);
-  ScanWork work;
-  if (!find_scan_work<Variant>(work, p)) return;
-  if constexpr (ScanShape<Variant>::kAsync) {
+KDA_DEVICE bool summarise_chunks(ScanConsumer<Variant, false>& consumer, int64_t count, bool may_forget) {
+  using Barrier = ScanBarrier<Variant, false>;
+  constexpr int kStages = ScanShape<Variant, false>::kStages;
+  static_assert(kCheckInterval >= kStages);
+  int stage = 0;
+  uint32_t parity = 0;
+  auto const next = [&] {
+    int const used = stage;
+    if (++stage == kStages) stage = 0, parity ^= 1;
+    return used;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    consumer.step(stage, parity);
+    int const used = next();
+    if (i + kStages >= count) continue;
+    bool const forgotten = may_forget && i % kCheckInterval == 0 && consumer.has_forgotten();
+    Barrier::arrive(Barrier::empty(used));
+    if (!forgotten) continue;
+    for (int j = 1; j < kStages; ++j) consumer.wait_for_record(stage, parity), next();  // nothing may be under way
+    return false;
+  }
+  return true;
+}
+
+/// S_local from zero, or from where the sequence starts; or rows of M from the identity.
+template <class Variant>
+KDA_DEVICE void summarise_segment(ChunkFwdParams const& p, ScanConsumer<Variant, false> consumer, ScanWork const& work,
+                                  int value0, int key0) {
+  int const value = value0 + consumer.warp * 16, key = key0 + consumer.warp * 16;
+  int64_t const count = work.following ? work.end - work.begin : 0;
+  SegmentAt const at = segment_at<Variant>(p, work.segment, work.value_head);
+  if (!consumer.has_values) {
+    set_identity(consumer.state, key);
+  } else if (work.begin == 0) {
+    load_state(consumer.state, initial_state_at(p, work.n, work.value_head), p, value);
+  } else if (work.first) {
+    load_rows(consumer.state, carry_at<Variant>(p, p.part + 1, work.value_head), value);
+  } else {
+    load_state(consumer.state, {}, p, value);
+  }
+  if (work.first) store_rows(consumer.state, at.state, value);
+  bool const remembers = summarise_chunks(consumer, count, !consumer.has_values);
+  if (consumer.has_values) {
+    if (work.following)
+      store_rows(consumer.state, segment_at<Variant>(p, work.segment + 1, work.value_head).state, value);
+    return;
+  }
+  if (thread_index() == 0) at.negligible[key0 / kValueTile] = remembers ? 0.f : 1.f;
+  if (remembers) store_rows(consumer.state, at.transition, key);
+}
+
+template <class Variant, bool kReplay>
+KDA_DEVICE void init_scan(ScanStorage<Variant, kReplay>& s) {
+  if constexpr (ScanShape<Variant, kReplay>::kAsync) {
     if (thread_index() == 0) {
-      for (Mbarrier& full : storage->full) mbarrier_init(full, 1);
+      for (Mbarrier& full : s.full) mbarrier_init(full, 1);
       fence_mbarrier_init();
     }
     sync_block();
   }
-  // Of a shuffle, so that the compiler sees whole warps on either side.
-  if (shuffle(thread_index() / ScanShape<Variant>::kConsumers, 0) == 0) consume_chunks<Variant>(p, *storage, work);
-  else help_scan<Variant>(p, *storage, work);
+}
+/// Of a shuffle, so that the compiler sees whole warps on either side.
+template <class Variant, bool kReplay>
+KDA_DEVICE bool is_consumer() {
+  return shuffle(thread_index() / ScanShape<Variant, kReplay>::kConsumers, 0) == 0;
+}
+
+/// Block z: 64 columns of V.
+template <class Variant>
+KDA_GLOBAL void __launch_bounds__(ScanShape<Variant, true>::kThreads, 1) chunk_fwd_scan_kernel(ChunkFwdParams const p) {
+  using Storage = ScanStorage<Variant, true>;
+  KDA_DYNAMIC_SHARED(Storage, storage);
+  ScanWork work;
+  if (!find_scan_work<Variant>(work, p, blockIdx.x, blockIdx.y)) return;
+  int const value0 = blockIdx.z * kValueTile;
+  init_scan<Variant, true>(*storage);
+  if (is_consumer<Variant, true>()) replay_chunks<Variant>(p, {*storage, thread_index() / 32, true}, work, value0);
+  else help_scan<Variant, true>({p, *storage, value0}, work);
+}
+
+/// Block z: 64 columns of V, then 64 rows of M. Only what the join needs: no M of a first segment, nothing of a last
+/// one, except that the start of the first is kept for its replay.
+template <class Variant>
+KDA_GLOBAL void __launch_bounds__(ScanShape<Variant, false>::kThreads, ScanShape<Variant, false>::kBlocksPerSm)
+    chunk_fwd_summarise_kernel(ChunkFwdParams const p) {
+  using Storage = ScanStorage<Variant, false>;
+  KDA_DYNAMIC_SHARED(Storage, storage);
+  ScanWork work;
+  int const tiles = value_tiles(p.value_dim), z = blockIdx.z, value0 = z * kValueTile, key0 = (z - tiles) * kValueTile;
+  bool const has_values = z < tiles;
+  if (!find_scan_work<Variant>(work, p, blockIdx.x, blockIdx.y)) return;
+  if (has_values ? work.following == 0 && !work.first : work.following == 0 || work.first) return;
+  init_scan<Variant, false>(*storage);
+  if (is_consumer<Variant, false>())
+    summarise_segment<Variant>(p, {*storage, thread_index() / 32, has_values}, work, value0, key0);
+  else if (work.following) help_scan<Variant, false>({p, *storage, has_values ? value0 : -1}, work);
 }
 
 }  // namespace kda

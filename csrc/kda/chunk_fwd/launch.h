@@ -1,5 +1,6 @@
 // What the host knows of one compiled variant.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 
 #include "kda/chunk_fwd/config.h"
@@ -9,8 +10,51 @@
 
 namespace kda {
 
-inline constexpr double kWorkspaceShare = 1.5;  // of the bytes of q and k
+inline constexpr double kWorkspaceShare = 1.5;  // of the bytes of q and k: records
+inline constexpr double kSegmentShare = 0.25;   // of the records: states of segments, and never more than
+inline constexpr int64_t kMostSegmentBytes = 32 << 20;
 inline constexpr size_t kRecordAlignment = 1024;
+
+/// What the scan takes, in microseconds on an H100 at K = V = 128 and C = 64 (bench/NOTES.md). The choice depends on
+/// ratios, which differ less between variants than the times do.
+struct ScanCost {
+  static constexpr double kReplay = 1.1, kSummarise = 0.7;  // a chunk
+  static constexpr double kSummariseShared = 0.45;          // of each block of an SM, where there are several
+  static constexpr double kJoin = 1.2;                      // a segment
+  static constexpr double kLaunch = 5;
+  static constexpr double kWorthwhile = 0.9;  // of the time without a split
+};
+
+/// Whether sequences are split into segments, and why.
+struct ScanSplit {
+  int64_t segment_chunks = 0;           // 0: not split
+  int64_t segments = 1;                 // of a sequence of mean length, in one part of the work
+  double unsplit_us = 0, split_us = 0;  // predicted; of the best split, 0 if there is none
+};
+
+/// The shape of a call.
+struct ChunkFwdCall {
+  ChunkPlan plan;
+  int value_heads, key_dim, value_dim;
+  bool batch_invariant;
+
+  explicit ChunkFwdCall(ChunkFwdParams const& p)
+      : plan(p.plan),
+        value_heads(p.value_heads),
+        key_dim(p.key_dim),
+        value_dim(p.value_dim),
+        batch_invariant(p.batch_invariant) {}
+};
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// No more segments than this have chunks in a part of so many slots.
+inline int64_t part_segments(ChunkPlan const& plan, int64_t part_slots, int64_t segment_chunks) {
+  int64_t const all = plan.with_chunk(segment_chunks * plan.chunk).slots();
+  if (part_slots == 0) return plan.sequences;
+  int64_t const further = std::min<int64_t>(plan.sequences, part_slots) - 1;  // sequences, each rounds up
+  return std::min(all, (part_slots - 1) / segment_chunks + further + 3);
+}
 
 struct ChunkFwdVariant {
   char const* name;
@@ -22,26 +66,64 @@ struct ChunkFwdVariant {
   int prepare_threads, prepare_blocks_per_sm, scan_threads;
   void (*launch)(ChunkFwdParams, cudaStream_t);
 
-  size_t shared_bytes() const {
-    return prepare_shared_bytes > scan_shared_bytes ? prepare_shared_bytes : scan_shared_bytes;
-  }
+  size_t shared_bytes() const { return std::max(prepare_shared_bytes, scan_shared_bytes); }
+
   /// The work goes in parts where the workspace would be large beside the inputs (kWorkspaceShare).
-  int64_t part_slots(ChunkPlan const& plan, int value_heads, int key_dim, int value_dim) const {
-    int64_t const rows = plan.cu_seqlens ? 1 : plan.sequences, element = dtype == Dtype::kFloat32 ? 4 : 2;
-    int64_t const inputs = 2 * rows * plan.tokens * value_heads * key_dim * element;  // q and k, for all value heads
-    int64_t const shared = int64_t(kWorkspaceShare * double(inputs));
-    int64_t const allowed = shared > small_workspace() ? shared : small_workspace();
-    int64_t const most = allowed / int64_t(records_bytes(1, value_heads, value_dim)), slots = plan.slots();
-    if (most >= slots) return slots;
-    int64_t const parts = most < 1 ? slots : (slots + most - 1) / most;
-    return (slots + parts - 1) / parts;
+  int64_t part_slots(ChunkFwdCall const& call) const {
+    int64_t const slots = call.plan.slots();
+    return slots ? divide_up(slots, divide_up(slots, most_slots(call))) : 0;
   }
-  /// Room to align, records of one part, then two states per value head where there is more than one part.
-  size_t workspace_bytes(ChunkPlan const& plan, int value_heads, int key_dim, int value_dim) const {
-    int64_t const slots = part_slots(plan, value_heads, key_dim, value_dim);
-    return kRecordAlignment + records_bytes(slots, value_heads, value_dim) +
-           (slots < plan.slots() ? 2 * carry_floats(value_heads, value_dim) * sizeof(float) : 0);
+
+  // The workspace: room to align, records of one part, two states per value head where there is more than one part,
+  // states of segments. Never less for more tokens or sequences: how equal the parts are, and whether sequences are
+  // split, does not show.
+  size_t workspace_bytes(ChunkFwdCall const& call) const {
+    return kRecordAlignment + segments_offset(call) + segment_bytes(call);
   }
+  size_t carry_offset(ChunkFwdCall const& call) const { return size_t(most_slots(call)) * slot_bytes(call); }
+  size_t segments_offset(ChunkFwdCall const& call) const {
+    size_t const states = most_slots(call) < call.plan.slots() ? 2 * size_t(call.value_heads) : 0;
+    return carry_offset(call) + states * size_t(state_floats(call.value_dim, key_tile)) * sizeof(float);
+  }
+  /// None where the heads of one sequence fill half of the device: a split costs more than twice the arithmetic.
+  size_t segment_bytes(ChunkFwdCall const& call) const {
+    bool const fills = 2 * int64_t(call.value_heads) * value_tiles(call.value_dim) > multiprocessors();
+    if (call.batch_invariant || call.plan.slots() < 2 || (fills && !wanted_segments())) return 0;
+    int64_t const share = std::min(int64_t(kSegmentShare * double(carry_offset(call))), kMostSegmentBytes);
+    int64_t const most = std::max(share, small_workspace()) / int64_t(bytes_per_segment(call));
+    return size_t(std::min(most, part_segments(call.plan, most_slots(call), 1))) * bytes_per_segment(call);
+  }
+
+  /// Chosen from the shape and the device alone: lengths in cu_seqlens are taken as equal.
+  ScanSplit split(ChunkFwdCall const& call) const {
+    int64_t const part = part_slots(call), most = int64_t(segment_bytes(call) / bytes_per_segment(call));
+    ChunkPlan const& plan = call.plan;
+    int64_t const length = plan.cu_seqlens ? divide_up(plan.tokens, plan.sequences) : plan.tokens;
+    int64_t const chunks = std::min(plan.chunks_of(length), part);
+    if (chunks == 0) return {};
+    int64_t const together = std::max<int64_t>(1, std::min<int64_t>(plan.sequences, part / chunks)) * call.value_heads;
+    int64_t const columns = together * value_tiles(call.value_dim), rows = together * (key_tile / kValueTile);
+    double const parts = double(divide_up(plan.slots(), part));
+    auto const waves = [](int64_t blocks) { return double(divide_up(blocks, multiprocessors())); };
+    ScanSplit best;
+    best.unsplit_us = parts * (ScanCost::kLaunch + waves(columns) * double(chunks) * ScanCost::kReplay);
+    int64_t best_length = 0;
+    for (int64_t l = 1; l < chunks; l *= 2) {
+      int64_t const n = divide_up(chunks, l);
+      if (part_segments(plan, part, l) > most || (wanted_segments() && n > wanted_segments())) continue;
+      double const us = parts * (3 * ScanCost::kLaunch + double(n - 2) * ScanCost::kJoin +
+                                 double(l) * std::max(ScanCost::kSummarise, waves((n - 1) * columns + (n - 2) * rows) *
+                                                                                ScanCost::kSummariseShared) +
+                                 waves(n * columns) * double(l) * ScanCost::kReplay);
+      if (best_length == 0 || (us < best.split_us && !wanted_segments()))
+        best_length = l, best.segments = n, best.split_us = us;
+    }
+    if (best_length && (wanted_segments() || best.split_us < ScanCost::kWorthwhile * best.unsplit_us))
+      best.segment_chunks = best_length;
+    else best.segments = 1;
+    return best;
+  }
+
   /// How many chunks a block of the prepare kernel walks over, so that the last wave of blocks is nearly full. A
   /// further chunk hides its loads behind the one before; the first cannot.
   int32_t slots_per_block(int64_t part_slots, int value_heads) const {
@@ -56,11 +138,21 @@ struct ChunkFwdVariant {
     }
     return best;
   }
-  size_t records_bytes(int64_t slots, int value_heads, int value_dim) const {
-    return size_t(slots) * value_heads * (record_bytes + value_tiles(value_dim) * value_tile_bytes);
+
+ private:
+  size_t slot_bytes(ChunkFwdCall const& call) const {
+    return size_t(call.value_heads) * (record_bytes + value_tiles(call.value_dim) * value_tile_bytes);
   }
-  size_t carry_floats(int value_heads, int value_dim) const {
-    return size_t(value_heads) * value_tiles(value_dim) * kValueTile * key_tile;
+  size_t bytes_per_segment(ChunkFwdCall const& call) const {
+    return size_t(call.value_heads) * size_t(segment_floats(call.value_dim, key_tile)) * sizeof(float);
+  }
+  /// Slots of a part, at most.
+  int64_t most_slots(ChunkFwdCall const& call) const {
+    ChunkPlan const& plan = call.plan;
+    int64_t const rows = plan.cu_seqlens ? 1 : plan.sequences, element = dtype == Dtype::kFloat32 ? 4 : 2;
+    int64_t const inputs = 2 * rows * plan.tokens * call.value_heads * call.key_dim * element;  // q, k of value heads
+    int64_t const allowed = std::max(int64_t(kWorkspaceShare * double(inputs)), small_workspace());
+    return std::min(std::max<int64_t>(allowed / int64_t(slot_bytes(call)), 1), plan.slots());
   }
 };
 

@@ -8,35 +8,49 @@
 
 namespace kda {
 
-/// The sequences that have slots in a part: each has its first slot for itself, and one may come from the part before.
-inline int64_t sequences_of_part(ChunkPlan const& plan, int64_t part_slots) {
-  return part_slots + 1 < plan.sequences ? part_slots + 1 : plan.sequences;
+/// The scan of one part; where sequences are split, in three steps.
+template <class Variant>
+void launch_scan(ChunkFwdParams const& p, cudaStream_t stream) {
+  using Join = JoinShape<Variant>;
+  unsigned const heads = unsigned(p.value_heads), tiles = unsigned(value_tiles(p.value_dim));
+  unsigned const segments = unsigned(part_segments(p.plan, p.part_slots, p.segment_tokens / Variant::config.chunk));
+  if (p.segments) {
+    launch("chunk_fwd_summarise", chunk_fwd_summarise_kernel<Variant>,
+           dim3(segments, heads, tiles + Variant::config.key_tile / kValueTile),
+           dim3(ScanShape<Variant, false>::kThreads), sizeof(ScanStorage<Variant, false>), stream, p);
+    launch("chunk_fwd_join", chunk_fwd_join_kernel<Variant>, dim3(segments, heads, tiles * (kValueTile / Join::kRows)),
+           dim3(Join::kThreads), sizeof(JoinStorage<Variant>), stream, p);
+  }
+  launch("chunk_fwd_scan", chunk_fwd_scan_kernel<Variant>, dim3(segments, heads, tiles),
+         dim3(ScanShape<Variant, true>::kThreads), sizeof(ScanStorage<Variant, true>), stream, p);
 }
 
 template <class Variant>
 void launch_chunk_fwd(ChunkFwdParams p, cudaStream_t stream) {
   ChunkFwdVariant const variant = describe_chunk_fwd<Variant>();
-  unsigned const heads = unsigned(p.value_heads), tiles = unsigned(value_tiles(p.value_dim));
+  ChunkFwdCall const call(p);
   if (p.clear_unowned)
     launch("chunk_fwd_clear", chunk_fwd_clear_kernel<Variant>, dim3(unsigned(p.plan.sequences + 2), kClearBlocks),
            dim3(kClearThreads), 0, stream, p);
-  int64_t const slots = p.plan.slots(), part_slots = variant.part_slots(p.plan, p.value_heads, p.key_dim, p.value_dim);
   static_assert(alignof(ChunkRecord<Variant>) == kRecordAlignment);
-  p.workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(p.workspace) + kRecordAlignment - 1) /
-                                        kRecordAlignment * kRecordAlignment);
-  p.carry = reinterpret_cast<float*>(static_cast<char*>(p.workspace) +
-                                     variant.records_bytes(part_slots, p.value_heads, p.value_dim));
+  char* const workspace = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p.workspace) + kRecordAlignment - 1) /
+                                                  kRecordAlignment * kRecordAlignment);
+  p.workspace = workspace;
+  p.carry = reinterpret_cast<float*>(workspace + variant.carry_offset(call));
+  int64_t const split = variant.split(call).segment_chunks;
+  p.segments = split ? reinterpret_cast<float*>(workspace + variant.segments_offset(call)) : nullptr;
+  p.segment_tokens = (split ? split : p.plan.chunks_of(p.plan.tokens) + 1) * p.plan.chunk;
+
+  int64_t const slots = p.plan.slots(), part_slots = variant.part_slots(call);
   p.first_slot = 0, p.part = 0;
   do {  // also where there is no slot at all: the scan writes final states
     p.part_slots = int32_t(slots - p.first_slot < part_slots ? slots - p.first_slot : part_slots);
     p.slots_per_block = variant.slots_per_block(p.part_slots, p.value_heads);
     if (p.part_slots)
       launch("chunk_fwd_prepare", chunk_fwd_prepare_kernel<Variant>,
-             dim3(unsigned((p.part_slots + p.slots_per_block - 1) / p.slots_per_block), heads),
+             dim3(unsigned((p.part_slots + p.slots_per_block - 1) / p.slots_per_block), unsigned(p.value_heads)),
              dim3(Prepare<Variant>::kThreads), sizeof(PrepareStorage<Variant>), stream, p);
-    int64_t const sequences = slots ? sequences_of_part(p.plan, p.part_slots) : p.plan.sequences;
-    launch("chunk_fwd_scan", chunk_fwd_scan_kernel<Variant>, dim3(unsigned(sequences), heads, tiles),
-           dim3(ScanShape<Variant>::kThreads), sizeof(ScanStorage<Variant>), stream, p);
+    launch_scan<Variant>(p, stream);
     p.first_slot += part_slots, ++p.part;
   } while (p.first_slot < slots);
 }
@@ -51,10 +65,10 @@ ChunkFwdVariant describe_chunk_fwd() {
           sizeof(ChunkRecord<Variant>),
           sizeof(typename ChunkRecord<Variant>::Values),
           sizeof(PrepareStorage<Variant>),
-          sizeof(ScanStorage<Variant>),
+          sizeof(ScanStorage<Variant, true>),
           Prepare<Variant>::kThreads,
           Prepare<Variant>::kBlocksPerSm,
-          ScanShape<Variant>::kThreads,
+          ScanShape<Variant, true>::kThreads,
           &launch_chunk_fwd<Variant>};
 }
 

@@ -57,7 +57,9 @@ struct ChunkFwdParams {
   int64_t first_slot;
   int32_t part_slots, part;
   int32_t slots_per_block;  // of the prepare kernel, for one value head
-  float* carry;  // [2, value_heads, value tiles, ...]: the state of the sequence that goes on into the next part
+  float* carry;  // [2, value_heads, ...]: the state of the sequence that goes on into the next part (segments.h, rows)
+  int64_t segment_tokens;  // of the scan, a multiple of plan.chunk; not split: more than any sequence has
+  float* segments;         // [segments of the part, value_heads, ...], segments.h; null: not split
 };
 
 }  // namespace kda

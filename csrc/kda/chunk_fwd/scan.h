@@ -1,71 +1,111 @@
-// The recurrence over chunks. One block per sequence, value head and 64 columns of V.
+// The recurrence over chunks. One block per segment (of a sequence that is not split: all of it), value head and 64
+// columns of V.
 //
 // Consumer warps each hold 16 rows of the transposed state S^T (V x K) as accumulators for the whole sequence; every
 // product takes its left operand from registers, so the state never travels through shared memory:
 //     U^T = (T V)^T - S^T W^T
 //     O^T = S^T (scale Gamma.Q)^T + U^T A_qk^T          S^T <- S^T Diag(Gamma_C) + U^T K~
 // Helper warps bring the records of the next chunks (workspace.h) and take the outputs away meanwhile.
+//
+// A summary of a segment (kReplay = false) is the same without outputs: of S^T from zero, and, for the transition M of
+// the segment, of rows of the identity, with T V = 0.
 #pragma once
+#include "kda/chunk_fwd/segments.h"
 #include "kda/chunk_fwd/state_io.h"
 #include "kda/chunk_fwd/tile_rows.h"
-#include "kda/chunk_fwd/workspace.h"
 #include "tile/products.h"
 
 namespace kda {
 
-template <class Variant>
-struct ScanStorage {
-  using Record = ChunkRecord<Variant>;
+template <class Variant, bool kReplay>
+struct ScanShape : ChunkShape<Variant> {
+  static constexpr ChunkFwdConfig kConfig = Variant::config;
+  static constexpr int kConsumers = kConsumerWarps * 32, kHelpers = kReplay ? 128 : 32;
+  static constexpr int kThreads = kConsumers + kHelpers;
+  /// Summaries: two blocks per SM, each of which waits for its own products most of the time.
+  static constexpr int kStages = kReplay || kConfig.stages < 2 ? kConfig.stages : 2;
+  static constexpr int kBlocksPerSm = kReplay || kConfig.key_tile > 128 || sizeof(typename Variant::Element) == 4 ? 1
+                                                                                                                  : 2;
+  /// sm_90: bulk copies, and asynchronous products: the output of a chunk is finished while the next one starts.
+  static constexpr bool kAsync = kConfig.wgmma;
+};
+
+template <class Values, bool kReplay>
+struct ScanResults {
+  Values o[2];  // of alternate chunks; a consumer warp owns 16 columns
+};
+template <class Values>
+struct ScanResults<Values, false> {
+  bool remembers[kConsumerWarps];  // rows of M: any of the warp's, at the last check
+};
+
+template <class Variant, bool kReplay>
+struct ScanStorage : ScanResults<typename ChunkTransition<Variant>::Values, kReplay> {
+  using Shape = ScanShape<Variant, kReplay>;
+  using Record = std::conditional_t<kReplay, ChunkRecord<Variant>, ChunkTransition<Variant>>;
   struct Stage {
     Record record;
     typename Record::Values u;  // T V
-  } stage[Variant::config.stages];
-  typename Record::Values o[2];           // of alternate chunks; a consumer warp owns 16 columns
-  Mbarrier full[Variant::config.stages];  // wgmma variants: the record has arrived
-};
-
-template <class Variant>
-struct ScanShape : ChunkShape<Variant> {
-  static constexpr int kConsumers = kConsumerWarps * 32, kHelpers = 128, kThreads = kConsumers + kHelpers;
-  static constexpr int kStages = ChunkShape<Variant>::kConfig.stages;
-  /// sm_90: bulk copies, and asynchronous products: the output of a chunk is finished while the next one starts.
-  static constexpr bool kAsync = ChunkShape<Variant>::kConfig.wgmma;
+  } stage[Shape::kStages];
+  Mbarrier full[Shape::kStages];  // wgmma variants: the record has arrived
 };
 
 /// Named barriers, all of consumers and helpers; 0 is sync_block.
-template <class Variant>
+template <class Variant, bool kReplay>
 struct ScanBarrier {
-  static constexpr int kStages = ScanShape<Variant>::kStages;
+  using Shape = ScanShape<Variant, kReplay>;
+  static constexpr int kStages = Shape::kStages;
   static KDA_DEVICE int empty(int stage) { return 1 + stage; }                         // consumers arrive, helpers wait
   static KDA_DEVICE int full(int stage) { return 1 + kStages + stage; }                // the reverse
   static KDA_DEVICE int output_full(int buffer) { return 1 + 2 * kStages + buffer; }   // consumers arrive, helpers wait
   static KDA_DEVICE int output_empty(int buffer) { return 3 + 2 * kStages + buffer; }  // the reverse
-  static KDA_DEVICE void wait(int barrier) { sync_named(barrier, ScanShape<Variant>::kThreads); }
-  static KDA_DEVICE void arrive(int barrier) { arrive_named(barrier, ScanShape<Variant>::kThreads); }
-  static_assert(4 + 2 * kStages < 16);
+  static KDA_DEVICE void wait(int barrier) { sync_named(barrier, Shape::kThreads); }
+  static KDA_DEVICE void arrive(int barrier) { arrive_named(barrier, Shape::kThreads); }
+  static constexpr int kConsumers = 5 + 2 * kStages;  // of the consumers alone
+  static_assert(kConsumers < 16);
 };
 
-template <class Variant>
+/// Every how many chunks it is asked whether a segment has forgotten what it began from. At least as many as there are
+/// stages: a check then is read by all before the next one is written.
+inline constexpr int kCheckInterval = 4;
+/// Rows of M count as zero once all their entries are below the smallest normal fp32 number: chunks map rows to rows
+/// that are no longer (kda.md, section 4: beta |k|^2 <= 2), so that the rest cannot bring them back, and of a state
+/// S_start at most sqrt(K) 2^-126 |S_start| is left out.
+inline constexpr float kNegligible = 1.17549435e-38f;
+
+template <class Variant, bool kReplay>
 struct ScanHelper {
   using E = typename Variant::Element;
-  using Shape = ScanShape<Variant>;
-  using Barrier = ScanBarrier<Variant>;
+  using Shape = ScanShape<Variant, kReplay>;
+  using Barrier = ScanBarrier<Variant, kReplay>;
   ChunkFwdParams const& p;
-  ScanStorage<Variant>& s;
-  int const value0, thread = thread_index() - Shape::kConsumers;
+  ScanStorage<Variant, kReplay>& s;
+  int const value0;  // negative: rows of M, no T V
+  int const thread = thread_index() - Shape::kConsumers;
 
   /// Starts the copy of chunk i, whose stage is free.
   KDA_DEVICE void load(ChunkRecordAt<Variant> from, int stage) {
     auto& to = s.stage[stage];
-    auto const& values = from.values(value0 / kValueTile);
+    bool const has_values = kReplay || value0 >= 0;
     if constexpr (!Shape::kAsync) {
       copy(&to.record, &from.record(), sizeof(to.record));
-      copy(&to.u, &values, sizeof(to.u));
+      if (has_values) copy(&to.u, &from.values(value0 / kValueTile), sizeof(to.u));
       cp_async_commit();
     } else if (thread == 0) {
-      mbarrier_arrive_expect_tx(s.full[stage], uint32_t(sizeof(to.record) + sizeof(to.u)));
+      mbarrier_arrive_expect_tx(s.full[stage], uint32_t(sizeof(to.record) + (has_values ? sizeof(to.u) : 0)));
       bulk_load(&to.record, &from.record(), sizeof(to.record), s.full[stage]);
-      bulk_load(&to.u, &values, sizeof(to.u), s.full[stage]);
+      if (has_values) bulk_load(&to.u, &from.values(value0 / kValueTile), sizeof(to.u), s.full[stage]);
+    }
+  }
+  /// Once chunk i has been consumed: whether no more is needed. As ScanConsumer::has_forgotten.
+  KDA_DEVICE bool is_done(int64_t i) const {
+    if constexpr (kReplay) return false;
+    else {
+      if (value0 >= 0 || i % kCheckInterval) return false;
+      bool remembers = false;
+      if (thread == 0 || !Shape::kAsync)  // what they do next orders their reads before the next check
+        for (bool warp : s.remembers) remembers = remembers || warp;
+      return !warp_any(remembers);
     }
   }
   /// Bulk copies announce themselves.
@@ -89,12 +129,12 @@ struct ScanHelper {
   }
 };
 
-template <class Variant>
+template <class Variant, bool kReplay>
 struct ScanConsumer {
   using E = typename Variant::Element;
-  using Shape = ScanShape<Variant>;
-  using Barrier = ScanBarrier<Variant>;
-  using Storage = ScanStorage<Variant>;
+  using Shape = ScanShape<Variant, kReplay>;
+  using Barrier = ScanBarrier<Variant, kReplay>;
+  using Storage = ScanStorage<Variant, kReplay>;
   using Stage = typename Storage::Stage;
   static constexpr int kChunk = Shape::kChunk, kKeyTile = Shape::kKeyTile;
   static constexpr int kTokenTiles = kChunk / 8, kKeyTiles = kKeyTile / 8;
@@ -104,6 +144,7 @@ struct ScanConsumer {
 
   Storage& s;
   int const warp;                           // its columns of V in the tile: warp * 16 ...
+  bool const has_values;                    // else T V = 0
   tile::Accumulator state[kKeyTiles];       // S^T
   tile::Accumulator x[kTokenTiles];         // S^T W^T
   tile::Accumulator o[kTokenTiles];         // O^T
@@ -115,37 +156,14 @@ struct ScanConsumer {
     else Barrier::wait(Barrier::full(stage));
   }
 
-  /// Starts S^T W^T and then S^T (scale Gamma.Q)^T, both from a copy of the state, which decays meanwhile.
-  KDA_DEVICE void start(Stage const& in) {
-    products.read(state);
-    if constexpr (Shape::kAsync) decay(in);
-    products.start_rows(x, state, in.record.w);
-    products.start_rows(o, state, in.record.gamma_q);
-    if constexpr (!Shape::kAsync) decay(in);
-  }
-
-  /// U^T = (T V)^T - S^T W^T
-  KDA_DEVICE void correct_values(Stage const& in) {
-    products.template wait<1>();
-#pragma unroll
-    for (int c = 0; c < kTokenTiles; c += 2) {
-      tile::Accumulator v0, v1;
-      tile::load_transposed<E>(v0, v1, in.u, c * 8, warp * 16);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        v0.x[e] -= x[c].x[e];
-        v1.x[e] -= x[c + 1].x[e];
-      }
-      left[c / 2] = tile::left_from<E>(v0, v1);
-    }
-  }
-
-  /// S^T += U^T K~ and O^T += U^T A_qk^T. Nothing is on its way at the end: ptxas runs wgmmas one by one where they are
-  /// pending across a condition.
-  KDA_DEVICE void advance(Stage const& in) {
-    products.start_outer(state, left, in.record.k_tilde);
-    products.start_lower(o, left, in.record.a_qk);
-    products.template wait<0>();
+  /// One chunk, whose output is then in `o`. Nothing is on its way at the end: ptxas runs wgmmas one by one where they
+  /// are pending across a condition.
+  KDA_DEVICE void step(int stage, uint32_t parity) {
+    wait_for_record(stage, parity);
+    Stage const& in = s.stage[stage];
+    start(in);
+    correct_values(in);
+    advance(in);
   }
 
   /// O of a chunk for the helpers.
@@ -156,7 +174,53 @@ struct ScanConsumer {
     Barrier::arrive(Barrier::output_full(buffer));
   }
 
+  /// Whether all rows of the block, of M, are negligible (also where the answer is nan: they are not).
+  KDA_DEVICE bool has_forgotten() {
+    bool remembers = false;
+#pragma unroll
+    for (int d = 0; d < kKeyTiles; ++d)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) remembers = remembers || !(fabsf(state[d].x[e]) < kNegligible);
+    remembers = warp_any(remembers);
+    if (lane_index() == 0) s.remembers[warp] = remembers;
+    sync_named(Barrier::kConsumers, Shape::kConsumers);
+    for (bool other : s.remembers) remembers = remembers || other;
+    return !remembers;
+  }
+
  private:
+  /// Starts S^T W^T and then S^T (scale Gamma.Q)^T, both from a copy of the state, which decays meanwhile.
+  KDA_DEVICE void start(Stage const& in) {
+    products.read(state);
+    if constexpr (Shape::kAsync) decay(in);
+    products.start_rows(x, state, in.record.w);
+    if constexpr (kReplay) products.start_rows(o, state, in.record.gamma_q);
+    if constexpr (!Shape::kAsync) decay(in);
+  }
+
+  /// U^T = (T V)^T - S^T W^T
+  KDA_DEVICE void correct_values(Stage const& in) {
+    products.template wait<kReplay ? 1 : 0>();
+#pragma unroll
+    for (int c = 0; c < kTokenTiles; c += 2) {
+      tile::Accumulator v0{}, v1{};
+      if (kReplay || has_values) tile::load_transposed<E>(v0, v1, in.u, c * 8, warp * 16);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        v0.x[e] -= x[c].x[e];
+        v1.x[e] -= x[c + 1].x[e];
+      }
+      left[c / 2] = tile::left_from<E>(v0, v1);
+    }
+  }
+
+  /// S^T += U^T K~ and O^T += U^T A_qk^T.
+  KDA_DEVICE void advance(Stage const& in) {
+    products.start_outer(state, left, in.record.k_tilde);
+    if constexpr (kReplay) products.start_lower(o, left, in.record.a_qk);
+    products.template wait<0>();
+  }
+
   KDA_DEVICE void decay(Stage const& in) {
     int const lane = lane_index();
 #pragma unroll

@@ -126,30 +126,4 @@ KDA_DEVICE void finish_states(tile::Accumulator (&state)[kKeyTiles], ChunkFwdPar
     store_state(state, kind ? checkpoint_at(p, n, length, value_head) : final_state_at(p, n, value_head), p, value);
 }
 
-/// This thread's part of the state that goes on into the next part, as it is in registers. Parts alternate.
-template <int kKeyTiles>
-KDA_DEVICE float4* carry_of(ChunkFwdParams const& p, int part, int value_head, int value0) {
-  int64_t const tile =
-      value_tiles(p.value_dim) * (int64_t(part % 2) * p.value_heads + value_head) + value0 / kValueTile;
-  return reinterpret_cast<float4*>(p.carry) + tile * kKeyTiles * 32 * kConsumerWarps + thread_index();
-}
-template <int kKeyTiles>
-KDA_DEVICE void load_carry(tile::Accumulator (&state)[kKeyTiles], ChunkFwdParams const& p, int part, int value_head,
-                           int value0) {
-  float4 const* const from = carry_of<kKeyTiles>(p, part, value_head, value0);
-#pragma unroll
-  for (int d = 0; d < kKeyTiles; ++d) {
-    float4 const x = from[d * 32 * kConsumerWarps];
-    state[d].x[0] = x.x, state[d].x[1] = x.y, state[d].x[2] = x.z, state[d].x[3] = x.w;
-  }
-}
-template <int kKeyTiles>
-KDA_DEVICE void store_carry(tile::Accumulator (&state)[kKeyTiles], ChunkFwdParams const& p, int part, int value_head,
-                            int value0) {
-  float4* const to = carry_of<kKeyTiles>(p, part, value_head, value0);
-#pragma unroll
-  for (int d = 0; d < kKeyTiles; ++d)
-    to[d * 32 * kConsumerWarps] = {state[d].x[0], state[d].x[1], state[d].x[2], state[d].x[3]};
-}
-
 }  // namespace kda

@@ -5,10 +5,9 @@
 
 namespace kda {
 
-/// With T = (I + Diag(beta) A_kk)^-1 Diag(beta). The same in global and in shared memory, swizzles included, so that a
-/// record moves as one run of bytes.
+/// What a chunk does to the state. With T = (I + Diag(beta) A_kk)^-1 Diag(beta).
 template <class Variant>
-struct ChunkRecord {
+struct ChunkTransition {
   using E = typename Variant::Element;
   using Shape = ChunkShape<Variant>;
   using Wide = tile::SharedTile<E, Shape::kChunk, Shape::kKeyTile>;
@@ -16,10 +15,16 @@ struct ChunkRecord {
   using Values = tile::SharedTile<E, Shape::kChunk, kValueTile>;
 
   Wide w;                          // T (Gamma.K)
-  Wide gamma_q;                    // scale * Gamma.Q
   Wide k_tilde;                    // exp(G_C - G).K
-  Square a_qk;                     // scale * A_qk, zero above the diagonal
   float gamma_c[Shape::kKeyTile];  // decay over the chunk
+};
+
+/// And what its outputs need. The same in global and in shared memory, swizzles included, so that a record, or its
+/// transition, moves as one run of bytes.
+template <class Variant>
+struct ChunkRecord : ChunkTransition<Variant> {
+  typename ChunkTransition<Variant>::Wide gamma_q;  // scale * Gamma.Q
+  typename ChunkTransition<Variant>::Square a_qk;   // scale * A_qk, zero above the diagonal
 };
 
 /// Behind each record: T V, `value_tiles` tiles.

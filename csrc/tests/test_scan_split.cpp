@@ -1,0 +1,184 @@
+// How the scan is divided: every chunk is some block's work once, whatever cu_seqlens holds, the host's bounds hold
+// without reading it, and the choice of segments is the one that the costs say.
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "kda/chunk_fwd/launch.h"
+#include "kda/chunk_fwd/segments.h"
+#include "kda/chunk_fwd/variants.h"
+
+namespace kda {
+namespace {
+
+struct Variant16 {  // small chunks, so that short sequences have many
+  using Element = float;
+  static constexpr char const* name = "test";
+  static constexpr ChunkFwdConfig config{16, 64, 1};
+};
+
+/// As describe_chunk_fwd, as far as sizes go: the kernels are not compiled here.
+template <class V>
+ChunkFwdVariant sizes_of() {
+  ChunkFwdVariant v{};
+  v.name = V::name, v.dtype = Dtype::kBfloat16, v.chunk = V::config.chunk, v.key_tile = V::config.key_tile;
+  v.record_bytes = sizeof(ChunkRecord<V>), v.value_tile_bytes = sizeof(typename ChunkRecord<V>::Values);
+  v.prepare_blocks_per_sm = 1;
+  return v;
+}
+
+/// A device for the time of a test.
+struct Device {
+  emulator::Options const before = emulator::options();
+  Device(int multiprocessors, int64_t small_workspace, int wanted_segments) {
+    emulator::options().multiprocessors = multiprocessors, emulator::options().small_workspace = small_workspace;
+    emulator::options().wanted_segments = wanted_segments;
+  }
+  ~Device() { emulator::options() = before; }
+};
+struct H100 : Device {
+  H100() : Device(132, 16 << 20, 0) {}
+};
+
+/// sequences = 0: one batch row without cu_seqlens.
+ChunkFwdCall call_of(int64_t tokens, int value_heads, int sequences = 0, bool batch_invariant = false) {
+  static int32_t const known = 0;
+  ChunkFwdParams p{};
+  p.plan = {tokens, sequences ? sequences : 1, sequences ? &known : nullptr, false, 64, {}};
+  p.value_heads = value_heads, p.key_dim = p.value_dim = 128, p.batch_invariant = batch_invariant;
+  return ChunkFwdCall(p);
+}
+
+/// Each chunk of the part once, its segments in order and next to each other, none beyond the host's bound.
+void expect_cover(ChunkFwdParams const& p) {
+  ChunkPlan const plan = plan_of<Variant16>(p);
+  int64_t const length = p.segment_tokens / plan.chunk, blocks = part_segments(p.plan, p.part_slots, length);
+  std::vector<int> covered(size_t(p.part_slots), 0), finished(size_t(plan.sequences), 0);
+  ScanWork work, before{};
+  for (int64_t x = 0; x < blocks + 5; ++x) {
+    if (!find_scan_work<Variant16>(work, p, x, 0)) continue;
+    ASSERT_LT(x, blocks);
+    ASSERT_LT(x + (work.following ? 1 : 0), blocks) << "its summary would have no place";
+    for (int64_t i = work.begin; i < work.end; ++i) ++covered[size_t(work.sequence.first_slot + i - p.first_slot)];
+    if (work.chunks == 0) ++finished[size_t(work.n)];
+    EXPECT_LE(work.end - work.begin, length);
+    if (!work.first) {
+      EXPECT_EQ(before.n, work.n);
+      EXPECT_EQ(before.segment + 1, work.segment);
+      EXPECT_EQ(before.end, work.begin);
+      EXPECT_EQ(before.following, work.following + 1);
+    }
+    before = work;
+  }
+  for (int n = 0; n < plan.sequences; ++n) {
+    Sequence const s = plan.sequence(n);
+    int64_t const chunks = plan.chunks_of(s.length), from = p.first_slot - s.first_slot;
+    for (int64_t i = 0; i < chunks; ++i)
+      if (i >= from && i < from + p.part_slots) {
+        EXPECT_EQ(covered[size_t(i - from)], 1) << "chunk " << i << " of sequence " << n;
+        covered[size_t(i - from)] = 0;
+      }
+    if (chunks == 0) {
+      EXPECT_EQ(finished[size_t(n)], from <= 0 && from + p.part_slots > 0) << "sequence " << n;
+    }
+  }
+  for (int rest : covered) EXPECT_EQ(rest, 0);
+}
+
+void expect_cover_of_every_part(ChunkFwdParams& p) {
+  int64_t const slots = p.plan.slots();
+  for (int64_t const length : {int64_t(1), int64_t(2), int64_t(4), p.plan.chunks_of(p.plan.tokens) + 1})
+    for (int64_t const part_slots : {slots, (slots + 1) / 2, int64_t(7), int64_t(1)}) {
+      p.segment_tokens = length * p.plan.chunk;
+      for (p.first_slot = 0; p.first_slot < slots && part_slots; p.first_slot += part_slots) {
+        p.part_slots = int32_t(std::min(part_slots, slots - p.first_slot));
+        expect_cover(p);
+      }
+    }
+}
+
+TEST(ScanSplit, EveryChunkOfRaggedSequencesOnce) {
+  std::mt19937 random(0);
+  for (int turn = 0; turn < 60; ++turn) {
+    std::vector<int32_t> bounds{int32_t(random() % 3 == 0 ? random() % 40 : 0)};
+    for (int n = 1 + int(random() % 9); n > 0; --n)
+      bounds.push_back(bounds.back() + int32_t(random() % 3 ? random() % 200 : 0));
+    ChunkFwdParams p{};
+    p.value_heads = 1;
+    p.plan = {bounds.back() + int32_t(random() % 2 * 50), int32_t(bounds.size()) - 1, bounds.data(), false, 16, {}};
+    expect_cover_of_every_part(p);
+  }
+}
+
+TEST(ScanSplit, EveryChunkOfEqualSequencesOnce) {
+  for (int64_t const tokens : {1, 16, 100, 290})
+    for (int const batch : {1, 3}) {
+      ChunkFwdParams p{};
+      p.value_heads = 1;
+      p.plan = {tokens, batch, nullptr, false, 16, {}};
+      expect_cover_of_every_part(p);
+    }
+}
+
+TEST(ScanSplit, SequencesWithoutTokensAreFinishedOnce) {
+  ChunkFwdParams p{};
+  p.value_heads = 1;
+  p.plan = {0, 3, nullptr, false, 16, {}};
+  p.segment_tokens = 16;
+  ScanWork work;
+  for (int n = 0; n < 3; ++n) {
+    ASSERT_TRUE(find_scan_work<Variant16>(work, p, n, 0));
+    EXPECT_EQ(work.n, n);
+    EXPECT_EQ(work.chunks, 0);
+  }
+  EXPECT_FALSE(find_scan_work<Variant16>(work, p, 3, 0));
+  EXPECT_EQ(part_segments(p.plan, 0, 1), 3);
+}
+
+TEST(ScanSplit, FewHeadsAreSplitAndManyAreNot) {
+  H100 device;
+  ChunkFwdVariant const v = sizes_of<Bf16K128Sm90>();
+  struct Shape {
+    int64_t tokens;
+    int heads, sequences;
+    bool split;
+  };
+  for (Shape const s :
+       {Shape{8192, 16, 0, true}, Shape{4096, 8, 0, true}, Shape{131072, 4, 0, true}, Shape{8192, 64, 0, false},
+        Shape{8192, 96, 0, false}, Shape{64, 4, 0, false}, Shape{8192, 12, 64, false}}) {
+    ChunkFwdCall const call = call_of(s.tokens, s.heads, s.sequences);
+    ScanSplit const split = v.split(call);
+    EXPECT_EQ(split.segment_chunks > 0, s.split) << s.tokens << " tokens, " << s.heads << " heads";
+    std::printf("%lld tokens, %d heads, %d sequences: %.0f us unsplit, %.0f us split; %lld segments of %lld chunks\n",
+                (long long)s.tokens, s.heads, s.sequences, split.unsplit_us, split.split_us, (long long)split.segments,
+                (long long)split.segment_chunks);
+    if (!s.split) continue;
+    EXPECT_LT(split.split_us, ScanCost::kWorthwhile * split.unsplit_us);
+    EXPECT_EQ(v.split(call_of(s.tokens, s.heads, s.sequences, true)).segment_chunks, 0) << "batch_invariant";
+    int64_t const segments = part_segments(call.plan, v.part_slots(call), split.segment_chunks);
+    EXPECT_LE(size_t(segments) * size_t(s.heads) * size_t(segment_floats(128, 128)) * 4, v.segment_bytes(call));
+  }
+}
+
+TEST(ScanSplit, TheWorkspaceNeverShrinks) {
+  ChunkFwdVariant const v = sizes_of<Bf16K128Sm90>();
+  auto const check = [&] {
+    for (int const heads : {1, 4, 16, 64})
+      for (bool const invariant : {false, true}) {
+        std::vector<size_t> last(200, 0);  // by sequences
+        for (int64_t tokens = 0; tokens < 40000; tokens += tokens < 1000 ? 37 : 911)
+          for (size_t n = 1, before = 0; n < last.size(); n += n < 20 ? 1 : 23) {
+            size_t const bytes = v.workspace_bytes(call_of(tokens, heads, int(n), invariant));
+            EXPECT_GE(bytes, before) << tokens << " tokens, " << n << " sequences";
+            EXPECT_GE(bytes, last[n]) << tokens << " tokens, " << n << " sequences";
+            before = last[n] = bytes;
+          }
+      }
+  };
+  check();
+  H100 device;
+  check();
+}
+
+}  // namespace
+}  // namespace kda
