@@ -13,7 +13,7 @@ constexpr int blocks_per_sm(int threads, int registers) {
   int const blocks = 64 * 1024 / registers / threads;
   return blocks ? blocks : 1;
 }
-inline constexpr int kStagedTokens = 8;  // whose inputs are in shared memory at once
+inline constexpr int kStagedTokens = 4;  // whose inputs are on their way, and then in shared memory, at once
 
 /// States [V, K]: a row of K lies across the lanes, a warp holds whole rows.
 template <class StateElement, int kTileOfK, bool kInPieces, int kBlockWarps = 4>
@@ -31,7 +31,7 @@ struct ValueFirstShape {
   static constexpr int kRowsPerWarp = kRows * kRowsAtOnce;
   static constexpr int kWarps = kBlockWarps, kThreads = 32 * kWarps;
   static constexpr int kRegisters =
-      (kVector ? 96 : 128) + (kPieces * kElements > kStateElements ? 32 : 0) + (kKeyTile == 256 ? 40 : 0);
+      (kVector ? 96 : 160) + (kPieces * kElements > kStateElements ? 32 : 0) + (kKeyTile == 256 ? 40 : 0);
   static constexpr int kBlocksPerSM = blocks_per_sm(kThreads, kRegisters);
   static constexpr int kValueTile = kWarps * kRowsPerWarp;
 };

@@ -11,17 +11,23 @@ struct alignas(16) DecodeToken {
   float beta, query_on_key;                         // q . k
 };
 
-/// An element as loaded, so that nothing waits for it before everything else is on its way too.
-struct RawElement {
-  uint32_t bits;
+/// What only the parameters know of a tensor's elements. Bits as loaded become a number late, so that nothing waits for
+/// them before everything else is on its way too; by selection, which is shorter than a branch.
+struct ElementFormat {
+  bool is_fp32, is_bf16;
 
-  KDA_DEVICE RawElement() : bits(0) {}
-  KDA_DEVICE RawElement(void const* from, Dtype dtype, int64_t i)
-      : bits(dtype == Dtype::kFloat32 ? static_cast<uint32_t const*>(from)[i] : static_cast<uint16_t const*>(from)[i]) {
+  KDA_DEVICE ElementFormat(Dtype dtype, bool fp32 = false)
+      : is_fp32(fp32 || dtype == Dtype::kFloat32), is_bf16(dtype == Dtype::kBfloat16) {}
+  KDA_DEVICE float value(uint32_t bits) const {
+    float const half = unpack2<Fp16>(bits).x;
+    uint32_t const narrow = is_bf16 ? bits << 16 : float_to_bits(half);
+    return bits_to_float(is_fp32 ? bits : narrow);
   }
-  KDA_DEVICE float value(Dtype dtype) const {
-    if (dtype == Dtype::kFloat32) return bits_to_float(bits);
-    return dtype == Dtype::kBfloat16 ? unpack2<Bf16>(bits).x : unpack2<Fp16>(bits).x;
+  /// f(from, as an array of words of that size): the one place that branches.
+  template <class F>
+  KDA_DEVICE void with_words(void const* from, F f) const {
+    if (is_fp32) f(static_cast<uint32_t const*>(from));
+    else f(static_cast<uint16_t const*>(from));
   }
 };
 
@@ -64,65 +70,71 @@ KDA_DEVICE void finish_keys(DecodeToken<kKeyTile, kValueTile>& to, float (&q)[kC
 template <int kKeyTile>
 struct RawKeys {
   static constexpr int kChannels = kKeyTile / 32;
-  RawElement q[kChannels], k[kChannels], beta;
+  uint32_t q[kChannels], k[kChannels], beta;
 
   /// Not `present`: nothing is loaded.
   KDA_DEVICE RawKeys(DecodeParams const& p, DecodeWork const& work, int64_t t, bool present) {
     if (!present) return;
-    int64_t const at_q = work.offset(p.q_strides, t, work.head), at_k = work.offset(p.k_strides, t, work.head);
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) {
-      int const c = lane_index() + 32 * i;
-      if (c < p.key_dim) q[i] = RawElement(p.q, p.dtype, at_q + c), k[i] = RawElement(p.k, p.dtype, at_k + c);
-    }
-    if (lane_index() == 0)
-      beta = RawElement(p.beta, p.beta_is_fp32 ? Dtype::kFloat32 : p.dtype,
-                        work.offset(p.beta_strides, t, work.value_head));
+    ElementFormat const streams(p.dtype), betas(p.dtype, p.beta_is_fp32);
+    streams.with_words(p.q, [&](auto const* x) { load(q, x + work.offset(p.q_strides, t, work.head), p.key_dim); });
+    streams.with_words(p.k, [&](auto const* x) { load(k, x + work.offset(p.k_strides, t, work.head), p.key_dim); });
+    betas.with_words(p.beta, [&](auto const* x) { beta = x[work.offset(p.beta_strides, t, work.value_head)]; });
   }
   template <int kValueTile>
   KDA_DEVICE void finish(DecodeToken<kKeyTile, kValueTile>& to, DecodeParams const& p, DecodeWork const& work,
                          int64_t t) const {
+    ElementFormat const streams(p.dtype), betas(p.dtype, p.beta_is_fp32);
     float x[kChannels], y[kChannels];
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) x[i] = q[i].value(p.dtype), y[i] = k[i].value(p.dtype);
-    if (lane_index() == 0) to.beta = write_strength(p, beta.value(p.beta_is_fp32 ? Dtype::kFloat32 : p.dtype));
+    for (int i = 0; i < kChannels; ++i) x[i] = streams.value(q[i]), y[i] = streams.value(k[i]);
+    if (lane_index() == 0) to.beta = write_strength(p, betas.value(beta));
     finish_keys(to, x, y, p, work, t);
+  }
+
+ private:
+  template <class Word>
+  KDA_DEVICE static void load(uint32_t (&bits)[kChannels], Word const* from, int dim) {
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) bits[i] = lane_index() + 32 * i < dim ? from[lane_index() + 32 * i] : 0u;
   }
 };
 
-/// `count` elements of each of up to kStagedTokens tokens, spread over the threads of a block: thread i has element
-/// i % count of tokens i / count, ... (count <= threads), or elements i, i + threads, ... of every token.
+/// kCount elements of each of up to kStagedTokens tokens, spread over the threads of a block: thread i has element
+/// i % kCount of tokens i / kCount, ... (kCount <= threads), or elements i, i + threads, ... of every token.
 template <int kThreads, int kCount>
 struct TokenElements {
   static constexpr int kTokensAtOnce = kThreads > kCount ? kThreads / kCount : 1;
   static constexpr int kElements = kCount > kThreads ? kCount / kThreads : 1;
   static constexpr int kTokens = (kStagedTokens + kTokensAtOnce - 1) / kTokensAtOnce;
   static_assert(kThreads % kCount == 0 || kCount % kThreads == 0);
-  RawElement raw[kTokens][kElements];
+  ElementFormat format;
+  uint32_t bits[kTokens][kElements];
 
   KDA_DEVICE static int element(int e) { return thread_index() % kCount + e * kThreads; }
   KDA_DEVICE static int token(int i) { return i * kTokensAtOnce + thread_index() / kCount; }
 
-  /// Of `tokens` tokens from `first` on, `strides` apart; elements from `dim` on are zero.
-  KDA_DEVICE TokenElements(void const* from, Dtype dtype, int64_t at, int64_t token_stride, int tokens, int dim) {
+  /// Of `tokens` tokens, the first at element `at`, `stride` apart; elements from `dim` on are zero.
+  KDA_DEVICE TokenElements(ElementFormat f, void const* from, int64_t at, int64_t stride, int tokens, int dim)
+      : format(f) {
+    format.with_words(from, [&](auto const* words) {
 #pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      if (i * kTokensAtOnce >= tokens) break;
+      for (int i = 0; i < kTokens; ++i) {
+        if (i * kTokensAtOnce >= tokens) break;
 #pragma unroll
-      for (int e = 0; e < kElements; ++e)
-        if (token(i) < tokens && element(e) < dim)
-          raw[i][e] = RawElement(from, dtype, at + token(i) * token_stride + element(e));
-    }
+        for (int e = 0; e < kElements; ++e)
+          bits[i][e] = token(i) < tokens && element(e) < dim ? words[at + token(i) * stride + element(e)] : 0u;
+      }
+    });
   }
   /// store(token, element, value) for each.
   template <class F>
-  KDA_DEVICE void finish(Dtype dtype, int tokens, F store) const {
+  KDA_DEVICE void finish(int tokens, F store) const {
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       if (i * kTokensAtOnce >= tokens) break;
 #pragma unroll
       for (int e = 0; e < kElements; ++e)
-        if (token(i) < tokens) store(token(i), element(e), raw[i][e].value(dtype));
+        if (token(i) < tokens) store(token(i), element(e), format.value(bits[i][e]));
     }
   }
 };
@@ -134,21 +146,18 @@ KDA_DEVICE void prepare_tokens(DecodeToken<kKeyTile, kValueTile>* to, DecodePara
                                int64_t first, int count) {
   using Channels = TokenElements<Shape::kThreads, kKeyTile>;
   int const warp = thread_index() / 32;
-  Dtype const gate_dtype = p.g_is_fp32 ? Dtype::kFloat32 : p.dtype;
-  Channels const g(p.g, gate_dtype, work.offset(p.g_strides, first, work.value_head), p.g_strides.token, count,
-                   p.key_dim);
+  Channels const g(ElementFormat(p.dtype, p.g_is_fp32), p.g, work.offset(p.g_strides, first, work.value_head),
+                   p.g_strides.token, count, p.key_dim);
   TokenElements<Shape::kThreads, kValueTile> const v(
-      p.v, p.dtype, work.offset(p.v_strides, first, work.value_head) + work.first_value, p.v_strides.token, count,
-      p.value_dim - work.first_value);
-  RawKeys<kKeyTile> keys(p, work, first + warp, warp < count);
-  g.finish(gate_dtype, count, [&](int t, int c, float x) { to[t].decay[c] = x; });
-  v.finish(p.dtype, count, [&](int t, int i, float x) { to[t].v[i] = x; });
-#pragma unroll 1
-  for (int i = warp; i < count; i += Shape::kWarps) {
-    RawKeys<kKeyTile> const next(p, work, first + i + Shape::kWarps, i + Shape::kWarps < count);
-    keys.finish(to[i], p, work, first + i);
-    keys = next;
-  }
+      ElementFormat(p.dtype), p.v, work.offset(p.v_strides, first, work.value_head) + work.first_value,
+      p.v_strides.token, count, p.value_dim - work.first_value);
+  RawKeys<kKeyTile> const keys(p, work, first + warp, warp < count);
+  g.finish(count, [&](int t, int c, float x) { to[t].decay[c] = x; });
+  v.finish(count, [&](int t, int i, float x) { to[t].v[i] = x; });
+  if (warp < count) keys.finish(to[warp], p, work, first + warp);
+  if constexpr (Shape::kWarps < kStagedTokens)
+    for (int i = warp + Shape::kWarps; i < count; i += Shape::kWarps)
+      RawKeys<kKeyTile>(p, work, first + i, true).finish(to[i], p, work, first + i);
   bool const records = p.records.g && work.first_value == 0;
 #pragma unroll
   for (int e = 0; e < Channels::kElements; ++e) {
