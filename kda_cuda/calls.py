@@ -70,17 +70,22 @@ def under_autocast(q, k, v, g, beta) -> tuple:
     return q, k, v, g, beta
 
 
+TRANSFORMS = ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel", "allow_neg_eigval")
+
+
 def common_arguments(
-    c: Checker, q, k, v, g, beta, A_log, dt_bias, scale, initial_state, flags: dict[str, bool], lower_bound,
-    state_v_first: bool, cu_seqlens, cu_seqlens_cpu, padded: bool = False,
+    c: Checker, q, k, v, g, beta, A_log, dt_bias, scale, transforms: tuple, lower_bound, state_v_first, cu_seqlens,
+    cu_seqlens_cpu=None, initial_state=None, padded: bool = False, **booleans,
 ) -> tuple:  # fmt: skip
     """All checks that the functions on sequences share; returns the arguments that their ops share.
 
-    ``padded``: tokens may follow the last sequence."""
+    ``transforms``: the values of ``TRANSFORMS``. ``booleans``: other arguments, which must be bools. ``padded``: tokens
+    may follow the last sequence."""
     q, k, v, g, beta = under_autocast(q, k, v, g, beta)
     check_qkvgb(c, q, k, v, g, beta)
     key_dim, value_heads = q.shape[3], v.shape[2]
-    for name, flag in flags.items():
+    flags = dict(zip(TRANSFORMS, transforms, strict=True))
+    for name, flag in (flags | {"state_v_first": state_v_first} | booleans).items():
         c.boolean(name, flag)
     if flags["allow_neg_eigval"] and not flags["use_beta_sigmoid_in_kernel"]:
         raise c.value_error("allow_neg_eigval is True and use_beta_sigmoid_in_kernel is False, expected both True")
@@ -97,14 +102,18 @@ def common_arguments(
         check_initial_state(c, initial_state, q, v, cu_seqlens, state_v_first)
     scale = key_dim**-0.5 if scale is None else c.number("scale", scale)
     q, k, v, g = (rows_contiguous(x) for x in (q, k, v, g))
-    transforms = (
-        flags["use_qk_l2norm_in_kernel"],
-        flags["use_gate_in_kernel"],
-        flags["use_beta_sigmoid_in_kernel"],
-        flags["allow_neg_eigval"],
-        lower_bound,
-    )
-    return (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, *transforms, state_v_first)
+    return (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, *transforms, lower_bound, state_v_first)
+
+
+def sequences_of(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Of a call with a tensor ``x`` ``[B, T, ...]``."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def state_sizes(k: Tensor, v: Tensor, v_first: bool) -> dict[str, int]:
+    """The dimensions of one state by name, for ``k`` ``[B, T, H, K]`` and ``v`` ``[B, T, HV, V]``."""
+    matrix = {"V": v.shape[3], "K": k.shape[3]} if v_first else {"K": k.shape[3], "V": v.shape[3]}
+    return {"HV": v.shape[2], **matrix}
 
 
 def batch_invariant(c: Checker, deterministic: bool | str) -> bool:

@@ -121,18 +121,11 @@ def decode(
         (torch.Size([3, 1, 2, 64]), False, [True, False, False, False, False, True, False, False])
     """
     c = Checker("decode")
-    flags = {
-        "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
-        "use_gate_in_kernel": use_gate_in_kernel,
-        "use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel,
-        "allow_neg_eigval": allow_neg_eigval,
-        "state_v_first": state_v_first,
-        "state_per_token": state_per_token,
-        "zero_is_null": zero_is_null,
-    }
+    transforms = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     common = calls.common_arguments(
-        c, q, k, v, g, beta, A_log, dt_bias, scale, None, flags, lower_bound, state_v_first, cu_seqlens, None
-    )
+        c, q, k, v, g, beta, A_log, dt_bias, scale, transforms, lower_bound, state_v_first, cu_seqlens,
+        state_per_token=state_per_token, zero_is_null=zero_is_null,
+    )  # fmt: skip
     if calls.needs_grad(*common, state):
         raise c.value_error("an argument requires a gradient, expected none: decode has no gradients (use chunk_kda)")
     return run_decode(
@@ -150,11 +143,7 @@ def run_decode(
     """Checks what :func:`calls.common_arguments` did not, and runs the op. ``common``: its result."""
     q, k, v, g, beta, A_log, dt_bias, _, cu_seqlens, *options, state_v_first = common
     in_place = in_place and state is not None
-    sizes = {"HV": v.shape[2], "V": v.shape[3], "K": q.shape[3]}
-    if not state_v_first:
-        sizes = {"HV": v.shape[2], "K": q.shape[3], "V": v.shape[3]}
-    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    pools = StatePools(c, q, n, sizes)
+    pools = StatePools(c, q, calls.sequences_of(q, cu_seqlens), calls.state_sizes(q, v, state_v_first))
     pools.check(names[0], state, names[1], slot_of)
     pools.check("new_state", new_state, "new_slot_of", new_slot_of)
     if state is not None and new_state is not None:
@@ -229,13 +218,10 @@ def commit(
         c.boolean(name, flag)
     check_records(c, records)
     k, v = records.k, records.u
-    n = k.shape[0]
     if cu_seqlens is not None:
         check_cu_seqlens(c, k, cu_seqlens, None)
-        cu_seqlens, n = cu_seqlens.contiguous(), cu_seqlens.shape[0] - 1
-    names = ("HV", "V", "K") if state_v_first else ("HV", "K", "V")
-    values = {"HV": v.shape[2], "V": v.shape[3], "K": k.shape[3]}
-    pools = StatePools(c, k, n, {name: values[name] for name in names})
+        cu_seqlens = cu_seqlens.contiguous()
+    pools = StatePools(c, k, calls.sequences_of(k, cu_seqlens), calls.state_sizes(k, v, state_v_first))
     if state is None:
         c.tensor("state", state)
     pools.check("state", state, "slot_of", slot_of, ranks=(1,))
@@ -291,8 +277,7 @@ def run_in_pool(c: Checker, common: tuple, initial_state, output_final_state: bo
 def run_recurrent(c: Checker, common: tuple, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
     """A few tokens without gradients, by whatever is fastest; else in chunks."""
     q, initial_state, cu_seqlens = common[0], common[7], common[8]
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    tokens = q.shape[1] if cu_seqlens is None else -(-q.shape[1] // sequences)
+    tokens = q.shape[1] if cu_seqlens is None else -(-q.shape[1] // calls.sequences_of(q, cu_seqlens))
     if calls.needs_grad(*common) or tokens > FEW_TOKENS or variants.prefers_chunks(q):
         return calls.run_chunk(common, output_final_state)[:2]
     final_state = new_states(common, compute_dtype(q.dtype)) if output_final_state else None
@@ -303,6 +288,5 @@ def run_recurrent(c: Checker, common: tuple, output_final_state: bool) -> tuple[
 def new_states(common: tuple, dtype: torch.dtype) -> Tensor:
     """One state per sequence, in the layout of the call. Zero: null slots leave theirs as it is."""
     q, v, cu_seqlens, v_first = common[0], common[2], common[8], common[-1]
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dims = (v.shape[3], q.shape[3]) if v_first else (q.shape[3], v.shape[3])
-    return q.new_zeros((sequences, v.shape[2], *dims), dtype=dtype)
+    sizes = calls.state_sizes(q, v, v_first).values()
+    return q.new_zeros((calls.sequences_of(q, cu_seqlens), *sizes), dtype=dtype)

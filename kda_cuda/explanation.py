@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import decoding, decoding_layer, ops, prefilling, variants
-from .plans import ChunkCall
+from . import calls, decoding, decoding_layer, ops, prefilling, variants
+from .plans import ChunkCall, decode_plan
 
 _BACKWARD = {"chunk": "chunk_bwd", "kda_gate": "kda_gate_bwd"}
 _FUNCTIONS = {
@@ -102,4 +102,28 @@ def _prefill_plan(namespace: str, arguments: tuple) -> dict[str, str]:
     return ChunkCall.of(q, v, arguments[13], prefilling.CHECKPOINT_TOKENS, arguments[24]).plan(namespace)
 
 
-_PLANS = {"chunk_fwd": _chunk_fwd_plan, "prefill": _prefill_plan}  # raw op -> what its library says of a launch
+def _decode_plan(namespace: str, arguments: tuple) -> dict[str, str]:
+    q, _, v = arguments[:3]
+    state, new_state, cu_seqlens, v_first = (arguments[i] for i in (8, 10, 13, 23))
+    sizes = (q.shape[1], calls.sequences_of(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
+    return decode_plan(namespace, sizes, state, new_state, v_first)
+
+
+def _commit_plan(namespace: str, arguments: tuple) -> dict[str, str]:
+    state, _, new_state, _, k, u, _, _, cu_seqlens, v_first, _ = arguments
+    sizes = (k.shape[1], calls.sequences_of(k, cu_seqlens), u.shape[2], k.shape[3], u.shape[3])
+    return decode_plan(namespace, sizes, state, new_state, v_first)
+
+
+def _layer_plan(namespace: str, arguments: tuple) -> dict[str, str]:
+    batch, tokens, heads, dim = arguments[0].shape
+    return decode_plan(namespace, (tokens, batch, heads, dim, dim), arguments[13], None, True, layer=True)
+
+
+_PLANS = {  # raw op -> what its library says of a launch
+    "chunk_fwd": _chunk_fwd_plan,
+    "prefill": _prefill_plan,
+    "decode": _decode_plan,
+    "decode_commit": _commit_plan,
+    "decode_layer": _layer_plan,
+}

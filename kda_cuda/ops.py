@@ -85,19 +85,11 @@ def chunk_kda(
     c = Checker("chunk_kda")
     calls.take_kwargs(c, kwargs, calls.CHUNK_KWARGS)
     state_v_first = calls.state_layout(c, state_v_first, kwargs)
-    flags = {
-        "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
-        "use_gate_in_kernel": use_gate_in_kernel,
-        "use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel,
-        "allow_neg_eigval": allow_neg_eigval,
-        "output_final_state": output_final_state,
-        "safe_gate": safe_gate,
-        "disable_recompute": disable_recompute,
-        "return_intermediate_states": return_intermediate_states,
-    }
+    transforms = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     common = calls.common_arguments(
-        c, q, k, v, g, beta, kwargs.get("A_log"), kwargs.get("dt_bias"), scale, initial_state, flags, lower_bound,
-        state_v_first, cu_seqlens, cu_seqlens_cpu,
+        c, q, k, v, g, beta, kwargs.get("A_log"), kwargs.get("dt_bias"), scale, transforms, lower_bound, state_v_first,
+        cu_seqlens, cu_seqlens_cpu, initial_state, output_final_state=output_final_state, safe_gate=safe_gate,
+        disable_recompute=disable_recompute, return_intermediate_states=return_intermediate_states,
     )  # fmt: skip
     chunk_size = kwargs.get("chunk_size", 64)
     c.choice("chunk_size", chunk_size, calls.CHUNK_SIZES)
@@ -158,17 +150,11 @@ def fused_recurrent_kda(
     c = Checker("fused_recurrent_kda")
     calls.take_kwargs(c, kwargs, calls.RECURRENT_KWARGS)
     state_v_first = calls.state_layout(c, state_v_first, kwargs)
-    flags = {
-        "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
-        "use_gate_in_kernel": use_gate_in_kernel,
-        "use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel,
-        "allow_neg_eigval": allow_neg_eigval,
-        "output_final_state": output_final_state,
-    }
+    transforms = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     in_pool = decoding.takes_pool(c, kwargs)
     common = calls.common_arguments(
-        c, q, k, v, g, beta, A_log, dt_bias, scale, None if in_pool else initial_state, flags, lower_bound,
-        state_v_first, cu_seqlens, None,
+        c, q, k, v, g, beta, A_log, dt_bias, scale, transforms, lower_bound, state_v_first, cu_seqlens,
+        initial_state=None if in_pool else initial_state, output_final_state=output_final_state,
     )  # fmt: skip
     if in_pool:
         return decoding.run_in_pool(c, common, initial_state, output_final_state, kwargs)

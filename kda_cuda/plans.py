@@ -51,7 +51,7 @@ class ChunkCall:
         """Variant, grids, shared memory, workspace, split; or one entry ``plan`` that says why there is none."""
         function = getattr(compiled(namespace), "kda_plan_chunk_fwd", None)
         if function is None:
-            return {"plan": "unknown: the library was built before it could be asked"}
+            return _OLDER
         sizes = (
             self.batch, self.tokens, -1 if self.sequences is None else self.sequences, self.value_heads, self.key_dim,
             self.value_dim, self.state_tokens, self.batch_invariant,
@@ -65,7 +65,33 @@ class ChunkCall:
         if written <= 0:
             why = "none: no variant fits this device" if written == 0 else "unknown: the device cannot be asked"
             return {"plan": why}
-        return dict(line.split("=", 1) for line in text.value.decode().splitlines())
+        return _lines(text)
+
+
+def decode_plan(
+    namespace: str, sizes: tuple[int, ...], state: Tensor | None, new_state: Tensor | None, v_first: bool,
+    layer: bool = False,
+) -> dict[str, str]:  # fmt: skip
+    """Variant, grid, threads, shared memory of a decoding kernel. ``sizes``: tokens, sequences, HV, K, V."""
+    function = getattr(compiled(namespace), "kda_plan_decode", None)
+    if function is None:
+        return _OLDER
+    pools = [(None, 0) if pool is None else (pool.data_ptr(), pool.stride(0)) for pool in (state, new_state)]
+    dtype = next((pool.dtype for pool in (state, new_state) if pool is not None), torch.float32)
+    types = [*[ctypes.c_int] * 3, ctypes.c_longlong, *[ctypes.c_int] * 4, *[ctypes.c_void_p, ctypes.c_longlong] * 2]
+    function.argtypes = [*types, ctypes.c_char_p, ctypes.c_int]
+    text = ctypes.create_string_buffer(1024)
+    arguments = (layer, _DTYPE_CODES[dtype], v_first, *sizes, *pools[0], *pools[1])
+    if function(*arguments, text, len(text)) <= 0:
+        return {"plan": "none: there is nothing to do"}
+    return _lines(text)
+
+
+_OLDER = {"plan": "unknown: the library was built before it could be asked"}
+
+
+def _lines(text: ctypes.Array) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in text.value.decode().splitlines())
 
 
 def workspace_size(

@@ -96,25 +96,15 @@ def prefill(
         (torch.Size([1, 200, 2, 64]), [False, True, True, False, False, True, True, True])
     """
     c = Checker("prefill")
-    flags = {
-        "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
-        "use_gate_in_kernel": use_gate_in_kernel,
-        "use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel,
-        "allow_neg_eigval": allow_neg_eigval,
-        "state_v_first": state_v_first,
-        "zero_is_null": zero_is_null,
-    }
+    transforms = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     common = calls.common_arguments(
-        c, q, k, v, g, beta, A_log, dt_bias, scale, None, flags, lower_bound, state_v_first, cu_seqlens, cu_seqlens_cpu,
-        padded=True,
+        c, q, k, v, g, beta, A_log, dt_bias, scale, transforms, lower_bound, state_v_first, cu_seqlens, cu_seqlens_cpu,
+        padded=True, zero_is_null=zero_is_null,
     )  # fmt: skip
     *streams, _, cu_seqlens = common[:9]
     if calls.needs_grad(*streams, state_pool, checkpoint_pool):
         raise c.value_error("an input requires a gradient, expected none: states in a pool have no gradients")
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    sizes = {"HV": v.shape[2], "K": q.shape[3], "V": v.shape[3]}
-    order = ("HV", "V", "K") if state_v_first else ("HV", "K", "V")
-    pools = StatePools(c, q, sequences, {dim: sizes[dim] for dim in order})
+    pools = StatePools(c, q, calls.sequences_of(q, cu_seqlens), calls.state_sizes(q, v, state_v_first))
     pools.check_pool("state_pool", state_pool, STATE_DTYPES)
     has_initial_state = calls.contiguous(has_initial_state)
     check_slots(pools, state_pool, slot_of, initial_slot_of, has_initial_state, zero_is_null)

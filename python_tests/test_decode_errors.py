@@ -202,10 +202,13 @@ RAW_CALLS = [
     ({"A_log": torch.zeros(3)}, "A_log has shape [3], expected [4]"),
     ({"state": torch.zeros(SLOTS, HEADS, V, K)}, "state has shape [6, 4, 24, 16], expected [6, 4, 16, 24]"),
     ({"state": torch.zeros(SLOTS, HEADS, K, V).half()}, "state is float16, expected float32 or bfloat16"),
-    ({"state": torch.zeros(SLOTS, HEADS, V, K).mT}, "state is not contiguous inside a slot"),
+    ({"state": torch.zeros(SLOTS, HEADS, V, K).mT},
+     "state is strided inside a slot, or its slots overlap: expected only the slots strided"),
+    ({"state": torch.zeros(1, HEADS, K, V).expand(SLOTS, HEADS, K, V)},
+     "state is strided inside a slot, or its slots overlap: expected only the slots strided"),
     ({"slot_of": None}, "state has shape [6, 4, 16, 24], expected [2, 4, 16, 24]"),
-    ({"slot_of": torch.zeros(2)}, "slot_of has a dtype other than int32 and int64"),
-    ({"slot_of": torch.zeros(3).int()}, "slot_of has shape [3], expected 2 rows"),
+    ({"slot_of": torch.zeros(2)}, "slot_of has a dtype that is no index, expected int32 or int64"),
+    ({"slot_of": torch.zeros(3).int()}, "slot_of has shape [3], expected [2] or [2, columns]"),
     ({"new_state": torch.zeros(B, HEADS, K, V)}, "in_place is True, expected state and no new_state with it"),
     ({"in_place": False, "new_state": torch.zeros(B, HEADS, K, V).bfloat16()},
      "new_state has another dtype than state"),
@@ -228,6 +231,27 @@ def test_kernels_name_what_is_wrong(change, message, device):
     with pytest.raises(ValueError) as raised:
         namespace.decode(*raw_call(device, **change))
     assert str(raised.value) == f"kda_cuda::decode: {message}"
+
+
+@pytest.mark.devices("cuda")
+@pytest.mark.parametrize("name", ["k", "g", "out", "state", "slot_of", "cu_seqlens", "record_u"])
+def test_kernels_refuse_pointers_of_the_host(name, device):
+    tensors = {"k": torch.zeros(B, T, H, K), "g": torch.zeros(B, T, HEADS, K), "out": torch.zeros(B, T, HEADS, V),
+               "state": torch.zeros(SLOTS, HEADS, K, V), "slot_of": torch.tensor([4, 2]),
+               "cu_seqlens": torch.tensor([0, 3, T]), "record_u": torch.zeros(B, T, HEADS, V)}  # fmt: skip
+    with pytest.raises(ValueError, match=rf"^kda_cuda::decode: {name} is on another device than q$"):
+        torch.ops.kda_cuda.decode(*raw_call(device, **{name: tensors[name]}))
+
+
+@pytest.mark.devices("cuda")
+def test_commit_refuses_pointers_of_the_host(device):
+    records = [torch.zeros(B, T, H, K), torch.zeros(B, T, HEADS, V), torch.zeros(B, T, HEADS, K)]
+    state, accepted = torch.zeros(B, HEADS, K, V), torch.ones(B, dtype=torch.int32)
+    call = [state, None, None, None, *records, accepted, None]
+    for i, name in {4: "record_k", 5: "record_u", 6: "record_g", 7: "num_accepted_tokens"}.items():
+        given = [x if x is None or j == i else x.to(device) for j, x in enumerate(call)]
+        with pytest.raises(ValueError, match=rf"^kda_cuda::decode_commit: {name} is on another device than state$"):
+            torch.ops.kda_cuda.decode_commit(*given, False, False)
 
 
 @pytest.mark.gpu

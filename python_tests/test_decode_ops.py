@@ -156,6 +156,27 @@ def test_explain_names_the_op(device):
     ]
     assert [e.forward.op for e in explained] == ["decode", "decode", "decode_commit", "decode_layer"]
     assert all(e.forward.kernel == device.runs_kernels and e.backward is None for e in explained)
+    assert all(bool(e.forward.plan) == device.runs_kernels for e in explained)
+
+
+@pytest.mark.devices("emulator", "cuda")
+def test_explain_says_how_a_step_is_launched(device):
+    x = Case("planned", 3, batch=2, key_dim=128, value_dim=128, **MODEL).inputs(device)
+    more = decode_calls.options(x) | decode_calls.streams(x) | {"state_v_first": True}
+    state = torch.zeros(2, 2, 128, 128, dtype=torch.bfloat16, device=device)
+    plan = kda_cuda.explain(op="decode", **more, state=state).forward.plan
+    token = 4 * (3 * 128 + 64 + 2) + 8  # q, k, decay, v, beta and q . k, a multiple of 16
+    assert plan == {
+        "variant": "bf16_k128", "states": "[V, K], 16 bytes at a time", "grid": "8", "threads": "128",
+        "values_per_block": "64", "shared_bytes": str(3 * token + 16),
+    }  # fmt: skip
+    shifted = torch.zeros(state.numel() + 1, dtype=torch.bfloat16, device=device)[1:].view(state.shape)
+    by_element = kda_cuda.explain(op="decode", **more, state=shifted).forward.plan
+    assert by_element["states"] == "[V, K], element by element"
+    layer = kda_cuda.explain(op="decode_layer", **arguments(device, dim=128, heads=3)).forward.plan
+    assert (layer["variant"], layer["grid"], layer["threads"]) == ("fp32_k128", "6", "512")
+    nothing = kda_cuda.explain(op="decode", **{**more, **{n: more[n][:0] for n in ("q", "k", "v", "g", "beta")}})
+    assert nothing.forward.plan == {"plan": "none: there is nothing to do"}
 
 
 @pytest.mark.devices("emulator")

@@ -148,7 +148,7 @@ def test_kernels_name_what_is_wrong(device):
     assert wrong(slot_of=ints(1, 2).float()) == "slot_of has a dtype that is no index, expected int32 or int64"
     assert wrong(initial_slot_of=ints([1, 2])) == "initial_slot_of has shape [1, 2], expected [2]"
     assert wrong(has_initial_state=ints(1, 2)) == "has_initial_state is not a contiguous bool tensor"
-    assert wrong(checkpoint_slots=ints(1, 2)) == "checkpoint_slots has shape [2], expected [2, checkpoints]"
+    assert wrong(checkpoint_slots=ints(1, 2)) == "checkpoint_slots has shape [2], expected [2, columns]"
     assert wrong(checkpoint_slots=ints([1], [2]), interval=32) == (
         "checkpoint_interval is 32, expected a positive multiple of 64"
     )

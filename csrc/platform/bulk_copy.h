@@ -31,6 +31,8 @@ void for_box(TensorMap const& map, int const (&at)[kRank], char* shared, Locatio
     engine.fail("cp.async.bulk.tensor: the shared address is not a multiple of " +
                     std::string(swizzled ? "1024 bytes (128-byte swizzle)" : "128 bytes"),
                 where);
+  if (at[0] * map.element_bytes % 16)
+    engine.fail("cp.async.bulk.tensor: the first coordinate is not a multiple of 16 bytes", where);
   int64_t elements = 1;
   for (int i = 0; i < kRank; ++i) elements *= map.box[i];
   for (int64_t e = 0; e < elements; ++e) {
@@ -89,7 +91,8 @@ KDA_DEVICE void bulk_store(void* to, void const* from, uint32_t bytes KDA_WHERE)
 }
 
 /// The box of `map` whose first element is at the coordinates `at` (dimension 0 first), into shared memory. Address:
-/// a multiple of 128 bytes, of 1024 with the swizzle.
+/// a multiple of 128 bytes, of 1024 with the swizzle. at[0]: a multiple of 16 bytes, else an H100 reports an illegal
+/// instruction; the others are any, and a row of the box may leave the tensor anywhere.
 /// PTX: cp.async.bulk.tensor.{2,3,4}d.shared::cluster.global.mbarrier::complete_tx::bytes
 template <int kRank>
 KDA_DEVICE void tensor_load(void* to, TensorMap const& map, int const (&at)[kRank], Mbarrier& full KDA_WHERE) {

@@ -1,7 +1,7 @@
 // torch.ops.kda_cuda.chunk_fwd and prefill: the same kernels, with states in tensors of their own or in a pool.
 #include "kda/chunk_fwd/dispatch.h"
 #include "platform/device.h"
-#include "torch/common.h"
+#include "torch/states.h"
 
 namespace kda {
 namespace {
@@ -29,7 +29,7 @@ struct Streams {
   Tensor const &q, &k, &v, &g, &beta;
 
   void check() const {
-    require_device_of(op, q, {{"k", &k}, {"v", &v}, {"g", &g}, {"beta", &beta}});
+    require_device_of(op, "q", q, {{"k", &k}, {"v", &v}, {"g", &g}, {"beta", &beta}});
     for (auto const& [name, x, rank] :
          {std::tuple{"q", &q, 4}, {"k", &k, 4}, {"v", &v, 4}, {"g", &g, 4}, {"beta", &beta, 3}})
       require(
@@ -142,25 +142,8 @@ StateType state_type(char const* op, char const* name, Tensor const& x) {
 /// States [slots, HV, K, V] (V, K) with contiguous slots.
 StateRef states_in(char const* op, char const* name, Tensor const& x, ChunkFwdParams const& p, bool value_first) {
   int64_t const rows = value_first ? p.value_dim : p.key_dim, cols = value_first ? p.key_dim : p.value_dim;
-  require_shape(op, name, x, {x.dim() ? x.size(0) : 0, p.value_heads, rows, cols});
-  int64_t dense = 1;
-  bool contiguous = true;
-  for (int64_t d = 3; d > 0; --d) {
-    contiguous = contiguous && (x.size(d) == 1 || x.stride(d) == dense);
-    dense *= x.size(d);
-  }
-  require(contiguous && (x.size(0) <= 1 || x.stride(0) >= dense), op,
-          std::string(name) + " is strided inside a slot, or its slots overlap: expected only the slots strided");
+  require_states(op, name, x, -1, p.value_heads, rows, cols);
   return {x.data_ptr(), {{}, x.size(0), false}, x.stride(0), state_type(op, name, x), value_first};
-}
-
-Indices indices(char const* op, char const* name, Tensor const& x, int64_t rows, int64_t rank) {
-  require(x.dim() == rank && x.size(0) == rows, op,
-          std::string(name) + " has shape " + shape_text(x) + ", expected [" + std::to_string(rows) +
-              (rank == 2 ? ", checkpoints]" : "]"));
-  require(rank == 1 || x.size(1) <= 1 || x.stride(1) == 1, op,
-          std::string(name) + " is strided in its last dimension, expected it contiguous");
-  return {x.data_ptr(), is_int64(op, name, x), x.stride(0), rank == 2 ? int32_t(x.size(1)) : 1};
 }
 
 /// Rows of the kept states. Variable lengths must be known to the host: where the caller does not say how many rows
@@ -183,7 +166,7 @@ void set_pool(char const* op, ChunkFwdParams& p, Tensor const& pool, OptionalTen
   int64_t const sequences = p.plan.sequences;
   p.final_state = states_in(op, "state_pool", pool, p, value_first);
   if (slot_of) {
-    p.final_state.slots.index = indices(op, "slot_of", *slot_of, sequences, 1);
+    p.final_state.slots.index = indices(op, "slot_of", *slot_of, sequences, IndexForm::kRows);
     p.final_state.slots.zero_is_null = zero_is_null;
   } else {
     require(pool.size(0) >= sequences, op,
@@ -192,7 +175,7 @@ void set_pool(char const* op, ChunkFwdParams& p, Tensor const& pool, OptionalTen
   }
   p.initial_state = p.final_state;
   if (initial_slot_of) {
-    p.initial_state.slots.index = indices(op, "initial_slot_of", *initial_slot_of, sequences, 1);
+    p.initial_state.slots.index = indices(op, "initial_slot_of", *initial_slot_of, sequences, IndexForm::kRows);
     p.initial_state.slots.zero_is_null = zero_is_null;
   }
   if (has_initial_state) {
@@ -211,7 +194,7 @@ void set_checkpoints(char const* op, ChunkFwdParams& p, Tensor const& pool, Tens
           "checkpoint_interval is " + std::to_string(interval) + ", expected a positive multiple of " +
               std::to_string(kCheckpointTokens));
   p.checkpoints = states_in(op, "checkpoint_pool", pool, p, value_first);
-  p.checkpoints.slots.index = indices(op, "checkpoint_slots", slots, p.plan.sequences, 2);
+  p.checkpoints.slots.index = indices(op, "checkpoint_slots", slots, p.plan.sequences, IndexForm::kColumns);
   p.checkpoints.slots.zero_is_null = zero_is_null;
   p.checkpoint_tokens = int32_t(interval);
 }
@@ -228,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> chunk_fwd(Tensor q, Tensor k, Tensor v, Tenso
   constexpr char const* kOp = "chunk_fwd";
   Streams const streams{kOp, q, k, v, g, beta};
   streams.check();
-  require_device_of(kOp, q,
+  require_device_of(kOp, "q", q,
                     {{"A_log", if_given(A_log)},
                      {"dt_bias", if_given(dt_bias)},
                      {"initial_state", if_given(initial_state)},
@@ -277,7 +260,7 @@ Tensor prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, OptionalTens
   constexpr char const* kOp = "prefill";
   Streams const streams{kOp, q, k, v, g, beta};
   streams.check();
-  require_device_of(kOp, q,
+  require_device_of(kOp, "q", q,
                     {{"A_log", if_given(A_log)},
                      {"dt_bias", if_given(dt_bias)},
                      {"state_pool", &state_pool},

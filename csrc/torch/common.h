@@ -81,20 +81,21 @@ inline void require_shape(char const* op, char const* name, Tensor const& x, std
   bad_argument(op, std::string(name) + " has shape " + shape_text(x) + ", expected [" + text + "]");
 }
 
-/// Kernels follow pointers of one device only. Null: an absent argument.
-inline void require_device_of(char const* op, Tensor const& q,
+/// Kernels follow pointers of one device only, that of `first`. Null: an absent argument.
+inline void require_device_of(char const* op, char const* first_name, Tensor const& first,
                               std::initializer_list<std::pair<char const*, Tensor const*>> arguments) {
-  bool const cuda = q.is_cuda();
+  bool const cuda = first.is_cuda();
+  int32_t const device = cuda ? first.get_device_index() : 0;
   for (auto const& [name, x] : arguments)
-    if (x && (x->is_cuda() != cuda || (cuda && x->get_device_index() != q.get_device_index())))
-      bad_argument(op, std::string(name) + " is on another device than q");
+    if (x && (x->is_cuda() != cuda || (cuda && x->get_device_index() != device)))
+      bad_argument(op, std::string(name) + " is on another device than " + first_name);
 }
 inline Tensor const* if_given(OptionalTensor const& x) { return x ? &*x : nullptr; }
 
 inline bool is_int64(char const* op, char const* name, Tensor const& x) {
   bool const wide = x.scalar_type() == ScalarType::Long;
-  require(wide || x.scalar_type() == ScalarType::Int, op,
-          std::string(name) + " has a dtype that is no index, expected int32 or int64");
+  if (!wide && x.scalar_type() != ScalarType::Int)
+    bad_argument(op, std::string(name) + " has a dtype that is no index, expected int32 or int64");
   return wide;
 }
 

@@ -16,6 +16,18 @@ void decode_op(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, OptionalTens
   char const* op = "decode";
   DecodeParams p{};
   set_streams(op, p, q, k, v, g, beta, out);
+  require_device_of(op, "q", q,
+                    {{"A_log", if_given(A_log)},
+                     {"dt_bias", if_given(dt_bias)},
+                     {"state", if_given(state)},
+                     {"slot_of", if_given(slot_of)},
+                     {"new_state", if_given(new_state)},
+                     {"new_slot_of", if_given(new_slot_of)},
+                     {"num_accepted_tokens", if_given(num_accepted_tokens)},
+                     {"cu_seqlens", if_given(cu_seqlens)},
+                     {"record_k", if_given(record_k)},
+                     {"record_u", if_given(record_u)},
+                     {"record_g", if_given(record_g)}});
   set_sequences(op, p, q, cu_seqlens);
   p.gate = gate_params(op, p, A_log, dt_bias, use_gate, lower_bound);
   p.scale = float(scale);
@@ -27,7 +39,7 @@ void decode_op(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, OptionalTens
   set_records(op, p, record_k, record_u, record_g, q.size(0));
   if (num_accepted_tokens && !p.state.slot_of.data)
     bad_argument(op, "num_accepted_tokens is given, expected slot_of [N, columns] with it");
-  p.accepted = indices(op, "num_accepted_tokens", num_accepted_tokens, p.sequences, false);
+  p.accepted = indices(op, "num_accepted_tokens", num_accepted_tokens, p.sequences, IndexForm::kRows);
   OnDeviceOf device(q);
   decode(p, device.stream());
 }
@@ -36,6 +48,15 @@ void decode_commit_op(Tensor state, OptionalTensor slot_of, OptionalTensor new_s
                       Tensor record_k, Tensor record_u, Tensor record_g, Tensor num_accepted_tokens,
                       OptionalTensor cu_seqlens, bool state_v_first, bool zero_is_null) {
   char const* op = "decode_commit";
+  require_device_of(op, "state", state,
+                    {{"slot_of", if_given(slot_of)},
+                     {"new_state", if_given(new_state)},
+                     {"new_slot_of", if_given(new_slot_of)},
+                     {"record_k", &record_k},
+                     {"record_u", &record_u},
+                     {"record_g", &record_g},
+                     {"num_accepted_tokens", &num_accepted_tokens},
+                     {"cu_seqlens", if_given(cu_seqlens)}});
   check_rank(op, "record_k", record_k, 4), check_rank(op, "record_u", record_u, 4);
   DecodeCommitParams p{};
   p.heads = int32_t(record_k.size(2)), p.value_heads = int32_t(record_u.size(2));
@@ -47,7 +68,7 @@ void decode_commit_op(Tensor state, OptionalTensor slot_of, OptionalTensor new_s
   set_sequences(op, p, record_k, cu_seqlens);
   set_records(op, p, record_k, record_u, record_g, record_k.size(0));
   set_states(op, p, state, slot_of, new_state, new_slot_of, !new_state);
-  p.accepted = indices(op, "num_accepted_tokens", num_accepted_tokens, p.sequences, false);
+  p.accepted = indices(op, "num_accepted_tokens", num_accepted_tokens, p.sequences, IndexForm::kRows);
   OnDeviceOf device(state);
   decode_commit(p, device.stream());
 }

@@ -1,7 +1,7 @@
 // From tensors to the parameters of the decoding kernels, with every check. Texts are made only for errors.
 #pragma once
 #include "kda/decode/params.h"
-#include "torch/common.h"
+#include "torch/states.h"
 
 namespace kda {
 
@@ -26,35 +26,15 @@ inline bool is_fp32(char const* op, char const* name, Tensor const& x, ScalarTyp
   return false;
 }
 
-/// [rows], or [rows, columns].
-inline Indices indices(char const* op, char const* name, OptionalTensor const& x, int64_t rows, bool may_have_columns) {
-  if (!x) return {};
-  int64_t const rank = x->dim();
-  if (rank != 1 && !(rank == 2 && may_have_columns)) bad_tensor(op, name, *x, "[" + std::to_string(rows) + "]");
-  if (x->size(0) != rows) bad_tensor(op, name, *x, std::to_string(rows) + " rows");
-  bool const is_int64 = x->scalar_type() == ScalarType::Long;
-  if (!is_int64 && x->scalar_type() != ScalarType::Int)
-    bad_argument(op, std::string(name) + " has a dtype other than int32 and int64");
-  if (rank == 2 && x->size(1) > 1 && x->stride(1) != 1)
-    bad_argument(op, std::string(name) + " is strided in its last dimension, expected it contiguous");
-  return {x->data_ptr(), is_int64, x->stride(0), rank == 2 ? int32_t(x->size(1)) : 1};
-}
-
 /// The pool `x`, whose slots the sequences have by `slots`.
 inline StatePool state_pool(char const* op, char const* name, DecodeParams& p, Tensor const& x, char const* slots_name,
                             OptionalTensor const& slots) {
   int64_t const rows = p.value_first ? p.value_dim : p.key_dim, cols = p.value_first ? p.key_dim : p.value_dim;
-  check_rank(op, name, x, 4);
-  if (x.size(1) != p.value_heads || x.size(2) != rows || x.size(3) != cols)
-    require_shape(op, name, x, {x.size(0), p.value_heads, rows, cols});
-  if (!slots && x.size(0) != p.sequences) require_shape(op, name, x, {p.sequences, p.value_heads, rows, cols});
-  Dtype const dtype = dtype_of_tensor(op, name, x);
-  if (dtype == Dtype::kFloat16) bad_argument(op, std::string(name) + " is float16, expected float32 or bfloat16");
-  bool const inner = (cols == 1 || x.stride(3) == 1) && (rows == 1 || x.stride(2) == cols) &&
-                     (p.value_heads == 1 || x.stride(1) == rows * cols);
-  if (!inner) bad_argument(op, std::string(name) + " is not contiguous inside a slot");
-  p.state_dtype = dtype;
-  return {x.data_ptr(), x.size(0), x.stride(0), indices(op, slots_name, slots, p.sequences, true)};
+  require_states(op, name, x, slots ? -1 : p.sequences, p.value_heads, rows, cols);
+  p.state_dtype = dtype_of_tensor(op, name, x);
+  if (p.state_dtype == Dtype::kFloat16)
+    bad_argument(op, std::string(name) + " is float16, expected float32 or bfloat16");
+  return {x.data_ptr(), x.size(0), x.stride(0), indices(op, slots_name, slots, p.sequences, IndexForm::kEither)};
 }
 
 /// Where states come from and go to.
@@ -78,7 +58,7 @@ inline void set_sequences(char const* op, DecodeParams& p, Tensor const& first, 
   if (first.size(0) != 1) bad_tensor(op, "q", first, "B=1 with cu_seqlens");
   if (cu_seqlens->dim() != 1 || cu_seqlens->size(0) < 2) bad_tensor(op, "cu_seqlens", *cu_seqlens, "[N+1]");
   p.sequences = int32_t(cu_seqlens->size(0) - 1);
-  p.cu_seqlens = indices(op, "cu_seqlens", cu_seqlens, cu_seqlens->size(0), false);
+  p.cu_seqlens = indices(op, "cu_seqlens", cu_seqlens, cu_seqlens->size(0), IndexForm::kRows);
 }
 
 inline float* record(char const* op, char const* name, OptionalTensor const& x, std::initializer_list<int64_t> shape) {
@@ -101,6 +81,7 @@ inline void set_records(char const* op, DecodeParams& p, OptionalTensor const& k
 /// q, k, v, g, beta and o, and all sizes.
 inline void set_streams(char const* op, DecodeParams& p, Tensor const& q, Tensor const& k, Tensor const& v,
                         Tensor const& g, Tensor const& beta, Tensor const& out) {
+  require_device_of(op, "q", q, {{"k", &k}, {"v", &v}, {"g", &g}, {"beta", &beta}, {"out", &out}});
   check_rank(op, "q", q, 4), check_rank(op, "v", v, 4);
   int64_t const batch = q.size(0), tokens = q.size(1), heads = q.size(2), key_dim = q.size(3);
   int64_t const value_heads = v.size(2), value_dim = v.size(3);

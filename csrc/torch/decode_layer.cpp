@@ -40,6 +40,17 @@ void decode_layer_op(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor
   DecodeLayerParams p{};
   DecodeParams& step = p.step;
   set_streams(kLayerOp, step, q, k, v, g, beta, out);
+  require_device_of(kLayerOp, "q", q,
+                    {{"output_gate", &output_gate},
+                     {"conv_state", &conv_state},
+                     {"q_conv_weight", &q_conv_weight},
+                     {"k_conv_weight", &k_conv_weight},
+                     {"v_conv_weight", &v_conv_weight},
+                     {"A_log", if_given(A_log)},
+                     {"dt_bias", if_given(dt_bias)},
+                     {"norm_weight", &norm_weight},
+                     {"state", &state},
+                     {"slot_of", if_given(slot_of)}});
   int64_t const heads = step.heads, dim = step.key_dim;
   require_shape(kLayerOp, "q", q, {q.size(0), 1, heads, dim});
   require_shape(kLayerOp, "v", v, {q.size(0), 1, heads, dim});

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "kda/chunk_fwd/dispatch.h"
+#include "kda/decode/dispatch.h"
 #include "platform/device.h"
 
 namespace kda {
@@ -93,4 +94,31 @@ extern "C" __attribute__((visibility("default"))) int kda_chunk_fwd_launches(cha
     line("chunk_fwd_scan_kernel", v.scan_threads, v.scan_shared_bytes);
   }
   return std::snprintf(to, size_t(capacity), "%s", text.c_str());
+}
+
+/// Likewise. `layer`: of decode_layer; else of decode and decode_commit. `state_dtype`: of both pools, whose addresses
+/// and slot strides (elements) decide how they are moved; null: absent. Returns the length of the text, 0 if nothing
+/// would be launched.
+extern "C" __attribute__((visibility("default"))) int kda_plan_decode(int layer, int state_dtype, int value_first,
+                                                                      long long tokens, int sequences, int value_heads,
+                                                                      int key_dim, int value_dim, void* state,
+                                                                      long long slot_stride, void* new_state,
+                                                                      long long new_slot_stride, char* to,
+                                                                      int capacity) {
+  kda::DecodeParams p{};
+  p.state_dtype = kda::Dtype(state_dtype), p.value_first = value_first;
+  p.tokens = tokens, p.sequences = sequences, p.heads = p.value_heads = value_heads;
+  p.key_dim = key_dim, p.value_dim = value_dim;
+  p.state = {state, 0, slot_stride, {}}, p.new_state = {new_state, 0, new_slot_stride, {}};
+  int length = 0;
+  kda::with_decode_variant(p, [&](auto launcher, bool pieces) {
+    kda::DecodePlan const plan = layer ? launcher.layer_plan(p, pieces) : launcher.plan(p, pieces);
+    length =
+        std::snprintf(to, size_t(capacity),
+                      "variant=%s_k%d\nstates=%s, %s\ngrid=%lld\nthreads=%d\nshared_bytes=%zu\nvalues_per_block=%d",
+                      state_dtype == int(kda::Dtype::kFloat32) ? "fp32" : "bf16", kda::decode_key_tile(key_dim),
+                      value_first ? "[V, K]" : "[K, V]", pieces ? "16 bytes at a time" : "element by element",
+                      (long long)plan.blocks, plan.threads, plan.shared_bytes, plan.value_tile);
+  });
+  return length;
 }

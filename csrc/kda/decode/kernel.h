@@ -64,6 +64,23 @@ KDA_DEVICE void zero_outputs(DecodeParams const& p, DecodeWork const& work, int 
       store_float(p.o, p.dtype, work.offset(p.o_strides, t, work.value_head) + work.first_value + i, 0.f);
 }
 
+/// The tokens of a sequence: prepare(first, count) by all threads puts some into storage.tokens, step(i, t) takes
+/// token t, the i-th of them. The state, on its way since before, is in its registers from the first step on.
+template <class Shape, class Prepare, class Step>
+KDA_DEVICE void for_tokens(StateTile<Shape>& tile, DecodeWork const& work, Prepare prepare, Step step) {
+  int64_t first = 0;
+  do {
+    int const count = int(work.tokens - first < kStagedTokens ? work.tokens - first : kStagedTokens);
+    prepare(first, count);
+    sync_block();
+    if (first == 0) tile.finish_fetch();
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) step(i, first + i);
+    first += kStagedTokens;
+    if (first < work.tokens) sync_block();  // before the tokens are overwritten
+  } while (first < work.tokens);
+}
+
 template <class Shape>
 KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM) decode_kernel(DecodeParams const p) {
   using State = typename Shape::State;
@@ -79,22 +96,13 @@ KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM) decode_k
     int64_t const to = work.state_offset(p.new_state, p, column);
     if (to >= 0) tile.store(static_cast<State*>(p.new_state.data) + to);
   };
-
-  int64_t first = 0;
-  do {
-#pragma unroll 1
-    for (int i = thread_index() / 32; i < kStagedTokens && first + i < work.tokens; i += Shape::kWarps)
-      prepare_token(storage->tokens[i], p, work, first + i);
-    sync_block();
-    if (first == 0) tile.finish_fetch();
-#pragma unroll 1
-    for (int i = 0; i < kStagedTokens && first + i < work.tokens; ++i) {
-      DecodeOutput const output(p, work, first + i);
-      decode_step(tile, storage->tokens[i], storage->tokens[i].v, storage->exchange[i % 2], p.scale, output);
-      if (p.every_token) store(first + i);
-    }
-    sync_block();  // before the tokens are overwritten
-  } while ((first += kStagedTokens) < work.tokens);
+  for_tokens<Shape>(
+      tile, work, [&](int64_t first, int count) { prepare_tokens<Shape>(storage->tokens, p, work, first, count); },
+      [&](int i, int64_t t) {
+        auto const& token = storage->tokens[i];
+        decode_step(tile, token, token.v, storage->exchange[i % 2], p.scale, DecodeOutput(p, work, t));
+        if (p.every_token) store(t);
+      });
   if (p.new_state.data && !p.every_token) store(0);
 }
 
@@ -112,23 +120,20 @@ KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM)
 
   StateTile<Shape> tile(p, work.first_value);
   tile.fetch(static_cast<State const*>(p.state.data) + from);
-  int64_t first = 0;
-  do {
+  for_tokens<Shape>(
+      tile, work,
+      [&](int64_t first, int count) {
 #pragma unroll 1
-    for (int i = thread_index() / 32; i < kStagedTokens && first + i < work.tokens; i += Shape::kWarps)
-      load_records(storage->tokens[i], p, work, first + i);
-    sync_block();
-    if (first == 0) tile.finish_fetch();
-#pragma unroll 1
-    for (int i = 0; i < kStagedTokens && first + i < work.tokens; ++i) {
-      auto const& token = storage->tokens[i];
-      float u[StateTile<Shape>::kUpdates];
-      tile.decay(token.decay);
-      tile.read_updates(u, token.v);
-      tile.add(token.k, u);
-    }
-    sync_block();  // before the tokens are overwritten
-  } while ((first += kStagedTokens) < work.tokens);
+        for (int i = thread_index() / 32; i < count; i += Shape::kWarps)
+          load_records(storage->tokens[i], p, work, first + i);
+      },
+      [&](int i, int64_t) {
+        auto const& token = storage->tokens[i];
+        float u[StateTile<Shape>::kUpdates];
+        tile.decay(token.decay);
+        tile.read_updates(u, token.v);
+        tile.add(token.k, u);
+      });
   tile.store(static_cast<State*>(p.new_state.data) + to);
 }
 

@@ -12,12 +12,22 @@ struct DecodeVariant {
   static constexpr int kKeyTile = kTileOfK;
 };
 
+/// How a call is launched.
+struct DecodePlan {
+  int64_t blocks;
+  int32_t threads, value_tile;  // values per block
+  size_t shared_bytes;
+};
+
 /// `in_pieces`: the states can be moved 16 bytes at a time. Instantiated in variants/ alone.
 template <class Variant>
 struct DecodeLauncher {
   static void steps(DecodeParams const& p, bool in_pieces, cudaStream_t stream);
   static void commit(DecodeCommitParams const& p, bool in_pieces, cudaStream_t stream);
   static void layer(DecodeLayerParams const& p, bool in_pieces, cudaStream_t stream);
+  /// Of steps and commit, and of layer.
+  static DecodePlan plan(DecodeParams const& p, bool in_pieces);
+  static DecodePlan layer_plan(DecodeParams const& p, bool in_pieces);
 };
 
 }  // namespace kda

@@ -17,35 +17,64 @@ void with_decode_shape(DecodeParams const& p, bool in_pieces, F f) {
 }
 
 template <class Shape>
-void launch_decode(char const* name, void (*kernel)(DecodeParams), DecodeParams const& p, cudaStream_t stream) {
+DecodePlan decode_plan(DecodeParams const& p) {
   int64_t const tiles = (p.value_dim + Shape::kValueTile - 1) / Shape::kValueTile;
-  launch(name, kernel, dim3(unsigned(p.sequences * p.value_heads * tiles)), dim3(Shape::kThreads),
-         DecodeStorage<Shape>::bytes(p.tokens), stream, p);
+  return {p.sequences * p.value_heads * tiles, Shape::kThreads, Shape::kValueTile,
+          DecodeStorage<Shape>::bytes(p.tokens)};
+}
+template <class Shape>
+DecodePlan decode_layer_plan(DecodeParams const& p) {
+  return {int64_t(p.sequences) * p.heads, Shape::kThreads, p.value_dim, sizeof(DecodeLayerStorage<Shape>)};
+}
+
+template <class Params>
+void launch_decode(char const* name, void (*kernel)(Params), DecodePlan const& plan, Params const& p,
+                   cudaStream_t stream) {
+  launch(name, kernel, dim3(unsigned(plan.blocks)), dim3(unsigned(plan.threads)), plan.shared_bytes, stream, p);
 }
 
 template <class Variant>
 void DecodeLauncher<Variant>::steps(DecodeParams const& p, bool in_pieces, cudaStream_t stream) {
   with_decode_shape<Variant>(p, in_pieces, [&](auto shape) {
-    launch_decode<decltype(shape)>("decode", decode_kernel<decltype(shape)>, p, stream);
+    using Shape = decltype(shape);
+    launch_decode("decode", decode_kernel<Shape>, decode_plan<Shape>(p), p, stream);
   });
 }
 
 template <class Variant>
 void DecodeLauncher<Variant>::commit(DecodeCommitParams const& p, bool in_pieces, cudaStream_t stream) {
   with_decode_shape<Variant>(p, in_pieces, [&](auto shape) {
-    launch_decode<decltype(shape)>("decode_commit", decode_commit_kernel<decltype(shape)>, p, stream);
+    using Shape = decltype(shape);
+    launch_decode("decode_commit", decode_commit_kernel<Shape>, decode_plan<Shape>(p), p, stream);
   });
+}
+
+/// The same for one whole head.
+template <class Variant, class F>
+void with_layer_shape(bool in_pieces, F f) {
+  if (in_pieces) f(LayerShape<typename Variant::State, Variant::kKeyTile, true>{});
+  else f(LayerShape<typename Variant::State, Variant::kKeyTile, false>{});
 }
 
 template <class Variant>
 void DecodeLauncher<Variant>::layer(DecodeLayerParams const& p, bool in_pieces, cudaStream_t stream) {
-  auto const run = [&](auto shape) {
+  with_layer_shape<Variant>(in_pieces, [&](auto shape) {
     using Shape = decltype(shape);
-    launch("decode_layer", decode_layer_kernel<Shape>, dim3(unsigned(p.step.sequences * p.step.heads)),
-           dim3(Shape::kThreads), sizeof(DecodeLayerStorage<Shape>), stream, p);
-  };
-  if (in_pieces) run(LayerShape<typename Variant::State, Variant::kKeyTile, true>{});
-  else run(LayerShape<typename Variant::State, Variant::kKeyTile, false>{});
+    launch_decode("decode_layer", decode_layer_kernel<Shape>, decode_layer_plan<Shape>(p.step), p, stream);
+  });
+}
+
+template <class Variant>
+DecodePlan DecodeLauncher<Variant>::plan(DecodeParams const& p, bool in_pieces) {
+  DecodePlan plan{};
+  with_decode_shape<Variant>(p, in_pieces, [&](auto shape) { plan = decode_plan<decltype(shape)>(p); });
+  return plan;
+}
+template <class Variant>
+DecodePlan DecodeLauncher<Variant>::layer_plan(DecodeParams const& p, bool in_pieces) {
+  DecodePlan plan{};
+  with_layer_shape<Variant>(in_pieces, [&](auto shape) { plan = decode_layer_plan<decltype(shape)>(p); });
+  return plan;
 }
 
 }  // namespace kda

@@ -5,9 +5,12 @@
 
 namespace kda {
 
-/// Enough warps for all values of a head of K = V = 64 or 128 at once; of 256 in four passes.
+/// Enough warps for all values of a head of K = V = 64 or 128 at once; of 256 in passes of 16 warps.
 template <class State, int kKeyTile, bool kVector>
-using LayerShape = ValueFirstShape<State, kKeyTile, kVector, kKeyTile == 64 ? 4 : 16>;
+inline constexpr int kWarpsOfHead = kKeyTile / ValueFirstShape<State, kKeyTile, kVector>::kRowsPerWarp;
+template <class State, int kKeyTile, bool kVector>
+using LayerShape = ValueFirstShape < State,
+      kKeyTile, kVector, kWarpsOfHead<State, kKeyTile, kVector><16 ? kWarpsOfHead<State, kKeyTile, kVector> : 16>;
 
 template <class Shape>
 struct DecodeLayerStorage {
@@ -40,7 +43,7 @@ KDA_DEVICE float convolve(DecodeLayerParams const& p, int64_t slot, int stream, 
   return sum * sigmoid(sum);
 }
 
-/// The token in shared memory: q, k, g and beta by the first warp, v by the others.
+/// The token in shared memory: q, k and beta by the first warp, v and the decays by the others.
 template <int kKeyTile>
 KDA_DEVICE void prepare_layer_token(DecodeToken<kKeyTile, kKeyTile>& to, DecodeLayerParams const& p,
                                     DecodeWork const& work, int64_t slot, int warps) {
@@ -51,25 +54,27 @@ KDA_DEVICE void prepare_layer_token(DecodeToken<kKeyTile, kKeyTile>& to, DecodeL
     return load_as_float(x, false, step.dtype, work.offset(strides, 0, work.head) + c);
   };
   if (thread_index() >= 32) {
-    for (int c = thread_index() - 32; c < kKeyTile; c += 32 * (warps - 1))
-      to.v[c] = c < dim ? convolve(p, slot, 2, first + c, input(step.v, step.v_strides, c)) : 0.f;
+    int64_t const g = work.offset(step.g_strides, 0, work.head);
+    for (int c = thread_index() - 32; c < kKeyTile; c += 32 * (warps - 1)) {
+      bool const present = c < dim;
+      to.v[c] = present ? convolve(p, slot, 2, first + c, input(step.v, step.v_strides, c)) : 0.f;
+      float const raw = present ? load_as_float(step.g, step.g_is_fp32, step.dtype, g + c) : 0.f;
+      to.decay[c] = exp_accurate(ChannelGate(step.gate, work.value_head, c, dim).log_decay(raw));
+    }
     return;
   }
-  TokenChannels<kChannels> x;
+  float q[kChannels], k[kChannels];
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) {
     int const c = lane_index() + 32 * i;
-    bool const present = c < dim;
-    x.q[i] = present ? convolve(p, slot, 0, first + c, input(step.q, step.q_strides, c)) : 0.f;
-    x.k[i] = present ? convolve(p, slot, 1, first + c, input(step.k, step.k_strides, c)) : 0.f;
-    x.g[i] = present ? load_as_float(step.g, step.g_is_fp32, step.dtype, work.offset(step.g_strides, 0, work.head) + c)
-                     : 0.f;
+    q[i] = c < dim ? convolve(p, slot, 0, first + c, input(step.q, step.q_strides, c)) : 0.f;
+    k[i] = c < dim ? convolve(p, slot, 1, first + c, input(step.k, step.k_strides, c)) : 0.f;
   }
   if (lane_index() == 0) {
     int64_t const beta = work.offset(step.beta_strides, 0, work.head);
     to.beta = write_strength(step, load_as_float(step.beta, step.beta_is_fp32, step.dtype, beta));
   }
-  finish_token(to, x, step, work, 0);
+  finish_keys(to, q, k, step, work, 0);
 }
 
 /// out = o / sqrt(mean o^2 + eps) * weight * sigmoid(gate)

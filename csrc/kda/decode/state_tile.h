@@ -101,7 +101,10 @@ struct ValueFirstTile : StatePieces<Shape, ValueFirstTile<Shape>> {
   KDA_DEVICE static int row(int r) {
     return thread_index() / 32 * Shape::kRowsPerWarp + r * Shape::kRowsAtOnce + lane_index() / kLanesPerRow;
   }
-  KDA_DEVICE int offset(int i) const { return (first_value + row(i / kParts)) * key_dim + key(i % kParts); }
+  KDA_DEVICE int offset(int i) const {
+    int const width = Shape::kVector ? Shape::kKeyTile : key_dim;
+    return (first_value + row(i / kParts)) * width + key(i % kParts);
+  }
   KDA_DEVICE int present(int i) const {
     if (first_value + row(i / kParts) >= value_dim) return 0;
     return Shape::kVector ? kElements : key_dim - key(i % kParts);

@@ -10,11 +10,11 @@ struct DecodeWork {
 
   /// Block i of a grid of sequences x heads x tiles, neighbours in memory next to each other.
   KDA_DEVICE DecodeWork(DecodeParams const& p, int heads, int value_tile) {
-    int32_t const tiles = (p.value_dim + value_tile - 1) / value_tile;
-    int32_t const block = int32_t(blockIdx.x), row = block / tiles;
-    first_value = block % tiles * value_tile;
-    sequence = row / heads, value_head = row % heads;
-    head = value_head / (p.value_heads / p.heads);
+    uint32_t const tiles = uint32_t(p.value_dim + value_tile - 1) / uint32_t(value_tile);  // unsigned is quicker
+    uint32_t const block = blockIdx.x, row = block / tiles, group = uint32_t(p.value_heads) / uint32_t(p.heads);
+    first_value = int32_t(block % tiles) * value_tile;
+    sequence = int32_t(row / uint32_t(heads)), value_head = int32_t(row % uint32_t(heads));
+    head = group == 1 ? value_head : int32_t(uint32_t(value_head) / group);
     batch_row = sequence, begin = 0, tokens = p.tokens;
     if (p.cu_seqlens.data) {
       int64_t const end = boundary(p, sequence + 1);

@@ -106,7 +106,8 @@ struct TensorCase {
       if (i) s.strides[i - 1] = stride, stride *= size[i] + 1;
     }
     int const boxes[3][4] = {{kRow, 16, 0, 0}, {kRow, 5, 3, 0}, {kRow, 5, 2, 3}};
-    int const at[kBoxes][4] = {{0, 0, 0, 0}, {-3, -2, -1, -1}, {5, 14, 2, 3}, {7, -4, 3, -2}};
+    int const piece = 16 / int(sizeof(E));  // what the first coordinate must be a multiple of
+    int const at[kBoxes][4] = {{0, 0, 0, 0}, {-piece, -2, -1, -1}, {piece, 14, 2, 3}, {2 * piece, -4, 3, -2}};
     for (int i = 0; i < kRank; ++i) {
       s.box[i] = boxes[kRank - 2][i];
       for (int b = 0; b < kBoxes; ++b) s.at[b][i] = at[b][i];
