@@ -1,4 +1,4 @@
-// Barriers within a block.
+// Barriers within a block, and between kernels of a stream.
 #pragma once
 #include "platform/macros.h"
 
@@ -39,6 +39,22 @@ KDA_DEVICE void sync_warp(uint32_t mask = ~0u KDA_WHERE) {
   emulator::Engine::current().sync_warp(mask, where);
 #else
   __syncwarp(mask);
+#endif
+}
+
+/// Until the kernel ahead of this one in the stream has ended, its writes visible; matters after launch_early. The
+/// calling thread. PTX: griddepcontrol.wait, sm_90
+KDA_DEVICE void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// The kernel behind this one may start once every block has said so or ended, if it was launched early.
+/// PTX: griddepcontrol.launch_dependents, sm_90
+KDA_DEVICE void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

@@ -13,6 +13,7 @@ namespace kda {
 inline size_t shared_memory_limit() { return emulator::options().shared_limit; }
 /// Whether the device has warpgroup products (compute capability 9.0).
 inline bool has_wgmma() { return emulator::options().has_wgmma; }
+inline bool overlaps_kernels() { return emulator::options().has_wgmma; }
 inline int multiprocessors() { return emulator::options().multiprocessors; }
 /// Bytes of workspace that are nothing beside the device's memory.
 inline int64_t small_workspace() { return emulator::options().small_workspace; }
@@ -51,6 +52,8 @@ inline int64_t small_workspace() { return 16 << 20; }
 inline int wanted_segments() { return 0; }
 /// Whether the current device has warpgroup products (compute capability 9.0).
 inline bool has_wgmma() { return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9; }
+/// Whether a kernel can start before the one ahead of it has ended (launch.h, launch_early).
+inline bool overlaps_kernels() { return device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9; }
 inline int multiprocessors() { return device_attribute<cudaDevAttrMultiProcessorCount>(); }
 
 #endif

@@ -16,23 +16,46 @@ void launch(char const* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
   std::tuple<std::decay_t<P>...> by_value(std::forward<A>(arguments)...);
   emulator::run_grid(name, grid, block, shared_bytes, [&] { std::apply(kernel, by_value); });
 }
+template <class... X>
+void launch_early(X&&... x) {
+  launch(std::forward<X>(x)...);
+}
 
 #else
 
-/// Launches on `stream`; throws std::runtime_error with the kernel's name.
 template <class... P, class... A>
-void launch(char const* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-            A&&... arguments) {
+void launch_with(bool early, char const* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                 cudaStream_t stream, A&&... arguments) {
   void const* const function = reinterpret_cast<void const*>(kernel);
   if (shared_bytes > 48 * 1024)
     check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = early && overlaps_kernels() ? 1 : 0;
   std::tuple<std::decay_t<P>...> by_value(std::forward<A>(arguments)...);
   std::apply(
       [&](auto&... x) {
         void* pointers[] = {&x...};
-        check_cuda(cudaLaunchKernel(function, grid, block, pointers, shared_bytes, stream), name);
+        check_cuda(cudaLaunchKernelExC(&config, function, pointers), name);
       },
       by_value);
+}
+
+/// Launches on `stream`; throws std::runtime_error with the kernel's name.
+template <class Kernel, class... X>
+void launch(char const* name, Kernel kernel, X&&... x) {
+  launch_with(false, name, kernel, std::forward<X>(x)...);
+}
+
+/// The same, but the kernel may start before the one ahead of it in the stream has ended, once that one lets it
+/// (barriers.h, let_next_kernel_start): it has to call wait_for_previous_kernel before it touches what the other writes
+/// or reads. Before compute capability 9.0 an ordinary launch; the emulator runs one kernel after the other.
+template <class Kernel, class... X>
+void launch_early(char const* name, Kernel kernel, X&&... x) {
+  launch_with(true, name, kernel, std::forward<X>(x)...);
 }
 
 #endif

@@ -36,7 +36,8 @@ void expect_tile() {
   auto const layout = tile_layout<Tile>();
   for (int r = 0; r < Tile::kRows; ++r)
     for (int c = 0; c < Tile::kCols; ++c)
-      ASSERT_EQ(Tile::offset(r, c), sizeof(typename Tile::Element) * layout(r, cute::make_coord(c % Tile::kPanel, c / Tile::kPanel)))
+      ASSERT_EQ(Tile::offset(r, c),
+                sizeof(typename Tile::Element) * layout(r, cute::make_coord(c % Tile::kPanel, c / Tile::kPanel)))
           << r << ' ' << c;
 }
 TEST(Layouts, SharedTiles) {

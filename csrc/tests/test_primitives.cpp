@@ -28,6 +28,8 @@ TEST(Threads, Indices) {
       ASSERT_EQ(r.y, thread / 32 % 2);
       ASSERT_EQ(r.z, thread / 64);
       ASSERT_EQ(r.thread, r.x);
+      ASSERT_EQ(r.anew, r.x);
+      ASSERT_EQ(r.warp, r.x / 32);
       ASSERT_EQ(r.lane, r.x);
     }
 }
@@ -55,6 +57,16 @@ TEST(Threads, NamedBarriers) {
   for (uint32_t t = 32; t < 96; ++t)
     for (uint32_t i = 0; i < 7; ++i) sum[t] = sum[t] * 3 + i * 100 + (t + t / 32) % 32;
   EXPECT_EQ(named_barrier_pipeline(), sum);
+}
+
+TEST(Threads, OverlappingKernels) {
+  auto const first = [](uint32_t i) {
+    uint32_t x = i % 64;
+    for (int n = 0; n < 2000; ++n) x = x * 1664525u + 1013904223u;
+    return x;
+  };
+  auto const out = overlapping_kernels();
+  for (uint32_t i = 0; i < 256; ++i) ASSERT_EQ(out[i], first(i) ^ first(255 - i));
 }
 
 TEST(Threads, SyncWarp) {

@@ -28,7 +28,7 @@ struct Prepare : PrepareThread<Variant> {
       cp_async_wait<0>();
       sync_block();
       prepare.begin(now.chunk);
-      if (prepare.thread == 0) s.walk[turn ^ 1] = prepare.next_chunk(now, value_head, end);
+      if (prepare.thread == kThreads - 64) s.walk[turn ^ 1] = prepare.next_chunk(now, value_head, end);
       prepare.normalise();
       prepare.scores();
       prepare.solve(now.chunk, next.chunk, next.slot < end);
@@ -45,8 +45,8 @@ struct Prepare : PrepareThread<Variant> {
     }
     sync_block();
     if (s.walk[0].slot >= end) return;
-    load_keys(s.walk[0].chunk);
-    load_gate(s.walk[0].chunk);
+    load_inputs(s.walk[0].chunk);
+    if (gate_is_wide()) load_wide_gate(s.walk[0].chunk);
   }
 
   /// The first slot from `slot` on that has a chunk.
@@ -68,21 +68,28 @@ struct Prepare : PrepareThread<Variant> {
     return x;
   }
 
-  /// A quarter of the warps each for q, k, g and V, so that a thread has one address to compute.
-  KDA_DEVICE void load_keys(ChunkOfHead const& chunk) {
-    if (warp % 4 == 0) load<E>(s.blocks.q, chunk, p.q, p.q_strides, p.q_pieces_aligned, chunk.head);
-    else if (warp % 4 == 1) load<E>(s.blocks.k, chunk, p.k, p.k_strides, p.k_pieces_aligned, chunk.head);
-    cp_async_commit();
-  }
-  KDA_DEVICE void load_gate(ChunkOfHead const& chunk) {
-    if (warp % 4 == 2) {
-      if (p.g_is_fp32)
-        load<float>(s.template gate<float>(), chunk, p.g, p.g_strides, p.g_pieces_aligned, chunk.value_head);
-      else load<E>(s.template gate<E>(), chunk, p.g, p.g_strides, p.g_pieces_aligned, chunk.value_head);
+  /// A quarter of the warps each for q, k, g and V: a thread has one address to compute, and all run the same code.
+  KDA_DEVICE void load_inputs(ChunkOfHead const& chunk) {
+    int const kind = warp % 4;
+    if (kind < (gate_is_wide() ? 2 : 3)) {
+      auto& tile = kind == 0 ? s.blocks.q : kind == 1 ? s.blocks.k : s.template gate<E>();
+      TokenStrides const& strides = kind == 0 ? p.q_strides : kind == 1 ? p.k_strides : p.g_strides;
+      bool const aligned = kind == 0 ? p.q_pieces_aligned : kind == 1 ? p.k_pieces_aligned : p.g_pieces_aligned;
+      load<E>(tile, chunk,
+              kind == 0   ? p.q
+              : kind == 1 ? p.k
+                          : p.g,
+              strides, aligned, kind < 2 ? chunk.head : chunk.value_head);
     }
     cp_async_commit();
   }
-  KDA_DEVICE bool gate_is_wide() const { return p.g_is_fp32 && sizeof(E) < 4; }  // it reaches into gamma_k
+  /// A gate in fp32 beside 16-bit elements, which reaches into gamma_k.
+  KDA_DEVICE bool gate_is_wide() const { return p.g_is_fp32 && sizeof(E) < 4; }
+  KDA_DEVICE void load_wide_gate(ChunkOfHead const& chunk) {
+    if (warp % 4 == 2)
+      load<float>(s.template gate<float>(), chunk, p.g, p.g_strides, p.g_pieces_aligned, chunk.value_head);
+    cp_async_commit();
+  }
 
   /// V, now that the last chunk's has left, and the gate.
   KDA_DEVICE void begin(ChunkOfHead const& chunk) {
@@ -147,10 +154,7 @@ struct Prepare : PrepareThread<Variant> {
     tile::Accumulator x[kBlocks][2];
     load_columns(x, tile(warp), warp % kUnits * 16);
     sync_block();
-    if (has_next) {
-      load_keys(next);
-      if (!gate_is_wide()) load_gate(next);
-    }
+    if (has_next) load_inputs(next);
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       int const unit = turn * kWarps + warp;
@@ -176,7 +180,7 @@ struct Prepare : PrepareThread<Variant> {
     }
     if (has_next && gate_is_wide()) {
       sync_block();
-      load_gate(next);
+      load_wide_gate(next);
     }
   }
 

@@ -7,15 +7,21 @@ namespace kda::tests {
 // ---- launch, shared memory -------------------------------------------------------------------------------------
 
 struct IndexRecord {
-  uint32_t thread, lane, x, y, z, block, grid;
+  uint32_t thread, anew, warp, lane, x, y, z, block, grid;
 };
 KDA_GLOBAL void indices_kernel(IndexRecord* out) {
   unsigned const block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   unsigned const thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
   unsigned const threads = blockDim.x * blockDim.y * blockDim.z;
-  out[block * threads + thread] = {
-      uint32_t(thread_index()),         uint32_t(lane_index()), threadIdx.x, threadIdx.y, threadIdx.z, block,
-      gridDim.x * gridDim.y * gridDim.z};
+  out[block * threads + thread] = {uint32_t(thread_index()),
+                                   uint32_t(thread_index_anew()),
+                                   uint32_t(warp_index()),
+                                   uint32_t(lane_index()),
+                                   threadIdx.x,
+                                   threadIdx.y,
+                                   threadIdx.z,
+                                   block,
+                                   gridDim.x * gridDim.y * gridDim.z};
 }
 inline std::vector<IndexRecord> indices() { return run(indices_kernel, dim3(2, 3, 2), dim3(32, 2, 3), 0, 12 * 192); }
 
@@ -85,6 +91,26 @@ KDA_GLOBAL void named_barrier_kernel(uint32_t* out, int steps) {
   out[t] = sum;
 }
 inline std::vector<uint32_t> named_barrier_pipeline() { return run(named_barrier_kernel, dim3(2), dim3(96), 0, 96, 7); }
+
+/// The second kernel starts while the first one still runs, and reads what that one writes last.
+KDA_GLOBAL void first_kernel(uint32_t* out) {
+  let_next_kernel_start();
+  uint32_t x = thread_index();
+  for (int i = 0; i < 2000; ++i) x = x * 1664525u + 1013904223u;
+  out[blockIdx.x * 64 + thread_index()] = x;
+}
+KDA_GLOBAL void second_kernel(uint32_t* out, uint32_t const* in) {
+  wait_for_previous_kernel();
+  int const i = blockIdx.x * 64 + thread_index();
+  out[i] = in[i] ^ in[255 - i];
+}
+inline std::vector<uint32_t> overlapping_kernels() {
+  Buffer<uint32_t> const in(std::vector<uint32_t>(256, 0)), out(std::vector<uint32_t>(256, 0));
+  launch("program", first_kernel, dim3(4), dim3(64), 0, nullptr, in.data());
+  launch_early("program", second_kernel, dim3(4), dim3(64), 0, nullptr, out.data(),
+               static_cast<uint32_t const*>(in.data()));
+  return out.download();
+}
 
 /// The halves of a warp proceed apart.
 KDA_GLOBAL void sync_warp_kernel(uint32_t* out) {
