@@ -15,20 +15,22 @@ inline constexpr double kSegmentShare = 0.25;   // of the records: states of seg
 inline constexpr int64_t kMostSegmentBytes = 32 << 20;
 inline constexpr size_t kRecordAlignment = 1024;
 
-/// What the scan takes, in microseconds on an H100 at K = V = 128 and C = 64 (bench/NOTES.md). The choice depends on
+/// What a call takes, in microseconds on an H100 at K = V = 128 and C = 64 (bench/NOTES.md). The choice depends on
 /// ratios, which differ less between variants than the times do.
 struct ScanCost {
-  static constexpr double kReplay = 1.1, kSummarise = 0.7;  // a chunk
-  static constexpr double kJoin = 1.2;                      // a segment
+  static constexpr double kPrepare = 56.0 / 1024, kFirstChunk = 8;  // a chunk of a head, on 132 multiprocessors
+  static constexpr double kReplay = 1.1, kSummarise = 0.7;          // a chunk
+  static constexpr double kJoin = 1.2;                              // a segment
   static constexpr double kLaunch = 5;
   static constexpr double kWorthwhile = 0.9;  // of the time without a split
 };
 
 /// Whether sequences are split into segments, and why.
 struct ScanSplit {
-  int64_t segment_chunks = 0;           // 0: not split
-  int64_t segments = 1;                 // of a sequence of mean length, in one part of the work
-  double unsplit_us = 0, split_us = 0;  // predicted; of the best split, 0 if there is none
+  int64_t segment_chunks = 0;  // 0: not split
+  int64_t segments = 1;        // of a sequence of mean length, in one part of the work
+  // Predicted for the call; of the best split, 0 if there is none.
+  double unsplit_us = 0, split_us = 0;
 };
 
 /// The shape of a call.
@@ -73,6 +75,24 @@ struct ChunkFwdVariant {
     return slots ? divide_up(slots, divide_up(slots, most_slots(call))) : 0;
   }
 
+  /// In how many parts the prepare kernel of a part runs beside the scan of the one before, where sequences are not
+  /// split; 0: in none, that would not be faster or the scan leaves no multiprocessors free. The parts then alternate
+  /// between the halves of the records.
+  int64_t overlapping_parts(ChunkFwdCall const& call) const {
+    int64_t const slots = call.plan.slots(), half = most_slots(call) / 2;
+    if (!overlaps_kernels() || half == 0 || 4 * scan_blocks(call) > 3 * multiprocessors()) return 0;
+    int64_t best = 0;
+    double best_us = sequential_us(call);
+    for (int64_t n = std::max<int64_t>(2, divide_up(slots, half)); n <= std::min<int64_t>(slots, 16); ++n)
+      if (double const us = overlapping_us(call, n); us < best_us) best = n, best_us = us;
+    return best;
+  }
+  /// Blocks of an unsplit scan that run together.
+  int64_t scan_blocks(ChunkFwdCall const& call) const {
+    return std::min(call.plan.slots(), int64_t(call.plan.sequences)) * call.value_heads * value_tiles(call.value_dim);
+  }
+  size_t half_offset(ChunkFwdCall const& call) const { return size_t(most_slots(call) / 2) * slot_bytes(call); }
+
   // The workspace: room to align, records of one part, two states per value head where there is more than one part,
   // states of segments. Never less for more tokens or sequences: how equal the parts are, and whether sequences are
   // split, does not show.
@@ -105,12 +125,14 @@ struct ChunkFwdVariant {
     double const parts = double(divide_up(plan.slots(), part));
     auto const waves = [](int64_t blocks) { return double(divide_up(blocks, multiprocessors())); };
     ScanSplit best;
-    best.unsplit_us = parts * (ScanCost::kLaunch + waves(columns) * double(chunks) * ScanCost::kReplay);
+    int64_t const n = overlapping_parts(call);
+    best.unsplit_us = n ? overlapping_us(call, n) : sequential_us(call);
+    double const prepare = prepare_us(call, parts, multiprocessors());
     int64_t best_length = 0;
     for (int64_t l = 1; l < chunks; l *= 2) {
       int64_t const n = divide_up(chunks, l);
       if (part_segments(plan, part, l) > most || (wanted_segments() && n > wanted_segments())) continue;
-      double const us = parts * (3 * ScanCost::kLaunch + double(n - 2) * ScanCost::kJoin +
+      double const us = parts * (prepare + 3 * ScanCost::kLaunch + double(n - 2) * ScanCost::kJoin +
                                  waves((n - 1) * columns + (n - 2) * rows) * double(l) * ScanCost::kSummarise +
                                  waves(n * columns) * double(l) * ScanCost::kReplay);
       if (best_length == 0 || (us < best.split_us && !wanted_segments()))
@@ -124,8 +146,8 @@ struct ChunkFwdVariant {
 
   /// How many chunks a block of the prepare kernel walks over, so that the last wave of blocks is nearly full. A
   /// further chunk hides its loads behind the one before; the first cannot.
-  int32_t slots_per_block(int64_t part_slots, int value_heads) const {
-    int64_t const at_once = int64_t(multiprocessors()) * prepare_blocks_per_sm;
+  int32_t slots_per_block(int64_t part_slots, int value_heads, int64_t multiprocessors) const {
+    int64_t const at_once = multiprocessors * prepare_blocks_per_sm;
     constexpr double kFirstLoad = 0.3;  // of the time of a chunk
     int32_t best = 1;
     double best_time = 0;
@@ -138,6 +160,25 @@ struct ChunkFwdVariant {
   }
 
  private:
+  /// Of one of `parts` parts, on so many multiprocessors; and the scan of one, unsplit.
+  double prepare_us(ChunkFwdCall const& call, double parts, double multiprocessors) const {
+    double const chunks = double(call.plan.slots() * call.value_heads) / parts;
+    return ScanCost::kFirstChunk + chunks * ScanCost::kPrepare * 132 / multiprocessors;
+  }
+  double scan_us(ChunkFwdCall const& call, double parts) const {
+    ChunkPlan const& plan = call.plan;
+    int64_t const length = plan.cu_seqlens ? divide_up(plan.tokens, plan.sequences) : plan.tokens;
+    int64_t const waves = divide_up(scan_blocks(call), multiprocessors());
+    return ScanCost::kLaunch + double(waves * plan.chunks_of(length)) / parts * ScanCost::kReplay;
+  }
+  double sequential_us(ChunkFwdCall const& call) const {
+    double const parts = double(divide_up(call.plan.slots(), part_slots(call)));
+    return parts * (prepare_us(call, parts, multiprocessors()) + scan_us(call, parts));
+  }
+  double overlapping_us(ChunkFwdCall const& call, int64_t parts) const {
+    double const n = double(parts), free = double(multiprocessors() - scan_blocks(call)), scan = scan_us(call, n);
+    return prepare_us(call, n, multiprocessors()) + (n - 1) * std::max(scan, prepare_us(call, n, free)) + scan;
+  }
   size_t slot_bytes(ChunkFwdCall const& call) const {
     return size_t(call.value_heads) * (record_bytes + value_tiles(call.value_dim) * value_tile_bytes);
   }
