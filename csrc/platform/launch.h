@@ -17,7 +17,7 @@ void launch(char const* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
   emulator::run_grid(name, grid, block, shared_bytes, [&] { std::apply(kernel, by_value); });
 }
 template <class... X>
-void launch_early(X&&... x) {
+void launch_early(bool, X&&... x) {
   launch(std::forward<X>(x)...);
 }
 
@@ -50,12 +50,13 @@ void launch(char const* name, Kernel kernel, X&&... x) {
   launch_with(false, name, kernel, std::forward<X>(x)...);
 }
 
-/// The same, but the kernel may start before the one ahead of it in the stream has ended, once that one lets it
-/// (barriers.h, let_next_kernel_start): it has to call wait_for_previous_kernel before it touches what the other writes
-/// or reads. Before compute capability 9.0 an ordinary launch; the emulator runs one kernel after the other.
+/// The same, but where `early` the kernel may start before the one ahead of it in the stream has ended, once that one
+/// lets it (barriers.h, let_next_kernel_start): it has to call wait_for_previous_kernel before it touches what the
+/// other writes or reads. Before compute capability 9.0 an ordinary launch; the emulator runs one kernel after the
+/// other.
 template <class Kernel, class... X>
-void launch_early(char const* name, Kernel kernel, X&&... x) {
-  launch_with(true, name, kernel, std::forward<X>(x)...);
+void launch_early(bool early, char const* name, Kernel kernel, X&&... x) {
+  launch_with(early, name, kernel, std::forward<X>(x)...);
 }
 
 #endif

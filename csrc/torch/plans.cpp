@@ -21,7 +21,7 @@ std::string split_text(ChunkFwdVariant const& v, ChunkFwdCall const& call) {
   if (call.batch_invariant) return value + "no sequence, as batch_invariant asks";
   if (!v.segment_bytes(call)) return value + "no sequence: one chunk, or heads and V fill the device";
   if (split.split_us == 0) return value + "no sequence: too short, or no room for the states of segments";
-  std::string const by = "by cost: scan predicted to take " + microseconds(split.split_us) + " split, " + unsplit;
+  std::string const by = "by cost: predicted to take " + microseconds(split.split_us) + " split, " + unsplit;
   if (!split.segment_chunks) return value + "no sequence, " + by;
   return value + "sequences into segments of " + std::to_string(split.segment_chunks * v.chunk) + " tokens, " +
          std::to_string(split.segments) + " for one of mean length in a part, " +
@@ -30,7 +30,9 @@ std::string split_text(ChunkFwdVariant const& v, ChunkFwdCall const& call) {
 
 /// Lines of "name=value".
 std::string describe(ChunkFwdVariant const& v, ChunkFwdCall const& call) {
-  int64_t const slots = call.plan.slots(), part_slots = v.part_slots(call), split = v.split(call).segment_chunks;
+  int64_t const slots = call.plan.slots(), split = v.split(call).segment_chunks;
+  int64_t const overlapping = split ? 0 : v.overlapping_parts(call);
+  int64_t const part_slots = overlapping ? divide_up(slots, overlapping) : v.part_slots(call);
   int64_t const segment_chunks = split ? split : call.plan.chunks_of(call.plan.tokens) + 1;
   std::string const heads = "x" + std::to_string(call.value_heads);
   char const* const invariant = call.batch_invariant    ? "yes, as asked"
@@ -44,7 +46,8 @@ std::string describe(ChunkFwdVariant const& v, ChunkFwdCall const& call) {
   };
   line("variant", v.name), line("chunk", v.chunk), line("key_tile", v.key_tile);
   line("parts", slots ? divide_up(slots, part_slots) : 1);
-  int64_t const walk = v.slots_per_block(part_slots, call.value_heads);  // slots of the part, one after another
+  line("overlap", overlapping ? "the prepare kernel of a part runs beside the scan of the one before" : "none");
+  int32_t const walk = v.prepare_walk(part_slots, call.value_heads, multiprocessors()).slots;  // one after another
   line("prepare_grid", std::to_string(divide_up(part_slots, walk)) + heads), line("prepare_slots_per_block", walk);
   line("prepare_threads", v.prepare_threads), line("prepare_shared_bytes", v.prepare_shared_bytes);
   line("scan_grid", std::to_string(part_segments(call.plan, part_slots, segment_chunks)) + heads + "x" +

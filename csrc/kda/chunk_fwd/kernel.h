@@ -13,6 +13,8 @@ KDA_GLOBAL void __launch_bounds__(Prepare<Variant>::kThreads, Prepare<Variant>::
   KDA_DYNAMIC_SHARED(PrepareStorage<Variant>, storage);
   int32_t const first = int32_t(blockIdx.x) * p.slots_per_block, end = first + p.slots_per_block;
   Prepare<Variant>::run(p, *storage, blockIdx.y, first, end < p.part_slots ? end : p.part_slots);
+  // The scan before this part may still run beside it. So that nothing behind this kernel starts before that one ends:
+  if (blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous_kernel();
 }
 
 /// The scan's helper warps: at each step they bring one chunk, announce the one before and take away the output of the
@@ -146,6 +148,8 @@ KDA_GLOBAL void __launch_bounds__(ScanShape<Variant, true>::kThreads, 1) chunk_f
   if (!find_scan_work<Variant>(work, p, blockIdx.x, blockIdx.y)) return;
   int const value0 = blockIdx.z * kValueTile;
   init_scan<Variant, true>(*storage);
+  wait_for_previous_kernel();
+  let_next_kernel_start();  // the prepare kernel of the next part, which writes where nobody reads now
   if (is_consumer<Variant, true>()) replay_chunks<Variant>(p, {*storage, thread_index() / 32, true}, work, value0);
   else help_scan<Variant, true>({p, *storage, value0}, work);
 }

@@ -15,21 +15,24 @@ inline constexpr double kSegmentShare = 0.25;   // of the records: states of seg
 inline constexpr int64_t kMostSegmentBytes = 32 << 20;
 inline constexpr size_t kRecordAlignment = 1024;
 
-/// What the scan takes, in microseconds on an H100 at K = V = 128 and C = 64 (bench/NOTES.md). The choice depends on
+/// What a call takes, in microseconds on an H100 at K = V = 128 and C = 64 (bench/NOTES.md). The choice depends on
 /// ratios, which differ less between variants than the times do.
 struct ScanCost {
-  static constexpr double kReplay = 1.1, kSummarise = 0.7;  // a chunk
-  static constexpr double kSummariseShared = 0.45;          // of each block of an SM, where there are several
-  static constexpr double kJoin = 1.2;                      // a segment
+  static constexpr double kTurn = 15, kTurnAlone = 10;      // a chunk of a block of prepare: two per SM, one
+  static constexpr double kReplay = 1.1, kSummarise = 0.7;  // a chunk of a block
+  static constexpr double kJoin = 5;                        // a segment
+  // What a chunk of a head takes to move at 3 TB/s: inputs and record; record and outputs; half a record.
+  static constexpr double kPrepareTraffic = 0.046, kReplayTraffic = 0.030, kSummariseTraffic = 0.017;
   static constexpr double kLaunch = 5;
   static constexpr double kWorthwhile = 0.9;  // of the time without a split
 };
 
 /// Whether sequences are split into segments, and why.
 struct ScanSplit {
-  int64_t segment_chunks = 0;           // 0: not split
-  int64_t segments = 1;                 // of a sequence of mean length, in one part of the work
-  double unsplit_us = 0, split_us = 0;  // predicted; of the best split, 0 if there is none
+  int64_t segment_chunks = 0;  // 0: not split
+  int64_t segments = 1;        // of a sequence of mean length, in one part of the work
+  // Predicted for the call; of the best split, 0 if there is none.
+  double unsplit_us = 0, split_us = 0;
 };
 
 /// The shape of a call.
@@ -74,6 +77,24 @@ struct ChunkFwdVariant {
     return slots ? divide_up(slots, divide_up(slots, most_slots(call))) : 0;
   }
 
+  /// In how many parts the prepare kernel of a part runs beside the scan of the one before, where sequences are not
+  /// split; 0: in none, that would not be faster or the scan leaves no multiprocessors free. The parts then alternate
+  /// between the halves of the records.
+  int64_t overlapping_parts(ChunkFwdCall const& call) const {
+    int64_t const slots = call.plan.slots(), half = most_slots(call) / 2;
+    if (!overlaps_kernels() || half == 0 || 4 * scan_blocks(call) > 3 * multiprocessors()) return 0;
+    int64_t best = 0;
+    double best_us = sequential_us(call);
+    for (int64_t n = std::max<int64_t>(2, divide_up(slots, half)); n <= std::min<int64_t>(slots, 16); ++n)
+      if (double const us = overlapping_us(call, n); us < best_us) best = n, best_us = us;
+    return best;
+  }
+  /// Blocks of an unsplit scan that run together.
+  int64_t scan_blocks(ChunkFwdCall const& call) const {
+    return std::min(call.plan.slots(), int64_t(call.plan.sequences)) * call.value_heads * value_tiles(call.value_dim);
+  }
+  size_t half_offset(ChunkFwdCall const& call) const { return size_t(most_slots(call) / 2) * slot_bytes(call); }
+
   // The workspace: room to align, records of one part, two states per value head where there is more than one part,
   // states of segments. Never less for more tokens or sequences: how equal the parts are, and whether sequences are
   // split, does not show.
@@ -106,15 +127,19 @@ struct ChunkFwdVariant {
     double const parts = double(divide_up(plan.slots(), part));
     auto const waves = [](int64_t blocks) { return double(divide_up(blocks, multiprocessors())); };
     ScanSplit best;
-    best.unsplit_us = parts * (ScanCost::kLaunch + waves(columns) * double(chunks) * ScanCost::kReplay);
+    int64_t const overlapping = overlapping_parts(call);
+    best.unsplit_us = overlapping ? overlapping_us(call, overlapping) : sequential_us(call);
+    double const chunk_heads = part_chunk_heads(call, int64_t(parts));
+    double const prepare = prepare_us(call, int64_t(parts), multiprocessors());
     int64_t best_length = 0;
     for (int64_t l = 1; l < chunks; l *= 2) {
       int64_t const n = divide_up(chunks, l);
       if (part_segments(plan, part, l) > most || (wanted_segments() && n > wanted_segments())) continue;
-      double const us = parts * (3 * ScanCost::kLaunch + double(n - 2) * ScanCost::kJoin +
-                                 double(l) * std::max(ScanCost::kSummarise, waves((n - 1) * columns + (n - 2) * rows) *
-                                                                                ScanCost::kSummariseShared) +
-                                 waves(n * columns) * double(l) * ScanCost::kReplay);
+      double const summaries = waves((n - 1) * columns + (n - 2) * rows) * double(l) * ScanCost::kSummarise,
+                   replays = waves(n * columns) * double(l) * ScanCost::kReplay;
+      double const us = parts * (prepare + 3 * ScanCost::kLaunch + double(n - 2) * ScanCost::kJoin +
+                                 std::max(summaries, chunk_heads * ScanCost::kSummariseTraffic) +
+                                 std::max(replays, chunk_heads * ScanCost::kReplayTraffic));
       if (best_length == 0 || (us < best.split_us && !wanted_segments()))
         best_length = l, best.segments = n, best.split_us = us;
     }
@@ -124,22 +149,50 @@ struct ChunkFwdVariant {
     return best;
   }
 
-  /// How many chunks a block of the prepare kernel walks over, so that the last wave of blocks is nearly full. A
-  /// further chunk hides its loads behind the one before; the first cannot.
-  int32_t slots_per_block(int64_t part_slots, int value_heads) const {
-    int64_t const at_once = int64_t(multiprocessors()) * prepare_blocks_per_sm;
-    constexpr double kFirstLoad = 0.3;  // of the time of a chunk
-    int32_t best = 1;
-    double best_time = 0;
+  /// How many chunks a block of the prepare kernel walks over, so that the last wave of blocks is nearly full, and what
+  /// the kernel then takes. A further chunk hides its loads behind the one before; the first cannot.
+  struct Walk {
+    int32_t slots;
+    double us;
+  };
+  Walk prepare_walk(int64_t part_slots, int value_heads, int64_t multiprocessors) const {
+    constexpr double kFirstLoad = 0.3;  // of a turn
+    Walk best{1, 0};
     for (int32_t n = 1; n <= 16; ++n) {
-      int64_t const blocks = (part_slots + n - 1) / n * value_heads;
-      double const time = double((blocks + at_once - 1) / at_once) * (n + kFirstLoad);
-      if (n == 1 || time < best_time) best = n, best_time = time;
+      int64_t const blocks = divide_up(part_slots, n) * value_heads,
+                    waves = divide_up(blocks, multiprocessors * prepare_blocks_per_sm);
+      double const us =
+          double(waves) * (n + kFirstLoad) * (blocks <= multiprocessors ? ScanCost::kTurnAlone : ScanCost::kTurn);
+      if (n == 1 || us < best.us) best = {n, us};
     }
     return best;
   }
 
  private:
+  static double part_chunk_heads(ChunkFwdCall const& call, int64_t parts) {
+    return double(call.plan.slots() * call.value_heads) / double(parts);
+  }
+  /// Of one of `parts` parts: its prepare kernel on so many multiprocessors; its scan, unsplit.
+  double prepare_us(ChunkFwdCall const& call, int64_t parts, int64_t multiprocessors) const {
+    double const us = prepare_walk(divide_up(call.plan.slots(), parts), call.value_heads, multiprocessors).us;
+    return ScanCost::kLaunch + std::max(us, part_chunk_heads(call, parts) * ScanCost::kPrepareTraffic);
+  }
+  double scan_us(ChunkFwdCall const& call, int64_t parts) const {
+    ChunkPlan const& plan = call.plan;
+    int64_t const length = plan.cu_seqlens ? divide_up(plan.tokens, plan.sequences) : plan.tokens;
+    int64_t const waves = divide_up(scan_blocks(call), multiprocessors());
+    double const us = double(waves * plan.chunks_of(length)) / double(parts) * ScanCost::kReplay;
+    return ScanCost::kLaunch + std::max(us, part_chunk_heads(call, parts) * ScanCost::kReplayTraffic);
+  }
+  double sequential_us(ChunkFwdCall const& call) const {
+    int64_t const parts = divide_up(call.plan.slots(), part_slots(call));
+    return double(parts) * (prepare_us(call, parts, multiprocessors()) + scan_us(call, parts));
+  }
+  double overlapping_us(ChunkFwdCall const& call, int64_t parts) const {
+    double const scan = scan_us(call, parts), beside = prepare_us(call, parts, multiprocessors() - scan_blocks(call)),
+                 traffic = part_chunk_heads(call, parts) * (ScanCost::kPrepareTraffic + ScanCost::kReplayTraffic);
+    return prepare_us(call, parts, multiprocessors()) + double(parts - 1) * std::max({scan, beside, traffic}) + scan;
+  }
   size_t slot_bytes(ChunkFwdCall const& call) const {
     return size_t(call.value_heads) * (record_bytes + value_tiles(call.value_dim) * value_tile_bytes);
   }

@@ -8,7 +8,7 @@
 
 namespace kda {
 
-/// The scan of one part; where sequences are split, in three steps.
+/// The scan of one part; where sequences are split, in three steps. The last one lets the next part start beside it.
 template <class Variant>
 void launch_scan(ChunkFwdParams const& p, cudaStream_t stream) {
   using Join = JoinShape<Variant>;
@@ -21,8 +21,8 @@ void launch_scan(ChunkFwdParams const& p, cudaStream_t stream) {
     launch("chunk_fwd_join", chunk_fwd_join_kernel<Variant>, dim3(segments, heads, tiles * (kValueTile / Join::kRows)),
            dim3(Join::kThreads), sizeof(JoinStorage<Variant>), stream, p);
   }
-  launch("chunk_fwd_scan", chunk_fwd_scan_kernel<Variant>, dim3(segments, heads, tiles),
-         dim3(ScanShape<Variant, true>::kThreads), sizeof(ScanStorage<Variant, true>), stream, p);
+  launch_early(true, "chunk_fwd_scan", chunk_fwd_scan_kernel<Variant>, dim3(segments, heads, tiles),
+               dim3(ScanShape<Variant, true>::kThreads), sizeof(ScanStorage<Variant, true>), stream, p);
 }
 
 template <class Variant>
@@ -41,15 +41,19 @@ void launch_chunk_fwd(ChunkFwdParams p, cudaStream_t stream) {
   p.segments = split ? reinterpret_cast<float*>(workspace + variant.segments_offset(call)) : nullptr;
   p.segment_tokens = (split ? split : p.plan.chunks_of(p.plan.tokens) + 1) * p.plan.chunk;
 
-  int64_t const slots = p.plan.slots(), part_slots = variant.part_slots(call);
+  int64_t const slots = p.plan.slots(), overlapping = split ? 0 : variant.overlapping_parts(call);
+  int64_t const part_slots = overlapping ? divide_up(slots, overlapping) : variant.part_slots(call);
   p.first_slot = 0, p.part = 0;
   do {  // also where there is no slot at all: the scan writes final states
     p.part_slots = int32_t(slots - p.first_slot < part_slots ? slots - p.first_slot : part_slots);
-    p.slots_per_block = variant.slots_per_block(p.part_slots, p.value_heads);
+    p.workspace = workspace + (overlapping && p.part % 2 ? variant.half_offset(call) : 0);
+    bool const early = overlapping && p.part > 0;
+    int64_t const taken = early ? variant.scan_blocks(call) : 0;  // multiprocessors
+    p.slots_per_block = variant.prepare_walk(p.part_slots, p.value_heads, multiprocessors() - taken).slots;
     if (p.part_slots)
-      launch("chunk_fwd_prepare", chunk_fwd_prepare_kernel<Variant>,
-             dim3(unsigned((p.part_slots + p.slots_per_block - 1) / p.slots_per_block), unsigned(p.value_heads)),
-             dim3(Prepare<Variant>::kThreads), sizeof(PrepareStorage<Variant>), stream, p);
+      launch_early(early, "chunk_fwd_prepare", chunk_fwd_prepare_kernel<Variant>,
+                   dim3(unsigned((p.part_slots + p.slots_per_block - 1) / p.slots_per_block), unsigned(p.value_heads)),
+                   dim3(Prepare<Variant>::kThreads), sizeof(PrepareStorage<Variant>), stream, p);
     launch_scan<Variant>(p, stream);
     p.first_slot += part_slots, ++p.part;
   } while (p.first_slot < slots);

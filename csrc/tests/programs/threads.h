@@ -107,7 +107,7 @@ KDA_GLOBAL void second_kernel(uint32_t* out, uint32_t const* in) {
 inline std::vector<uint32_t> overlapping_kernels() {
   Buffer<uint32_t> const in(std::vector<uint32_t>(256, 0)), out(std::vector<uint32_t>(256, 0));
   launch("program", first_kernel, dim3(4), dim3(64), 0, nullptr, in.data());
-  launch_early("program", second_kernel, dim3(4), dim3(64), 0, nullptr, out.data(),
+  launch_early(true, "program", second_kernel, dim3(4), dim3(64), 0, nullptr, out.data(),
                static_cast<uint32_t const*>(in.data()));
   return out.download();
 }
