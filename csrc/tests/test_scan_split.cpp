@@ -23,7 +23,7 @@ ChunkFwdVariant sizes_of() {
   ChunkFwdVariant v{};
   v.name = V::name, v.dtype = Dtype::kBfloat16, v.chunk = V::config.chunk, v.key_tile = V::config.key_tile;
   v.record_bytes = sizeof(ChunkRecord<V>), v.value_tile_bytes = sizeof(typename ChunkRecord<V>::Values);
-  v.prepare_blocks_per_sm = 1;
+  v.prepare_blocks_per_sm = 2;
   return v;
 }
 
@@ -37,7 +37,7 @@ struct Device {
   ~Device() { emulator::options() = before; }
 };
 struct H100 : Device {
-  H100() : Device(132, 16 << 20, 0) {}
+  H100() : Device(132, 16 << 20, 0) { emulator::options().has_wgmma = true; }
 };
 
 /// sequences = 0: one batch row without cu_seqlens.
@@ -144,8 +144,8 @@ TEST(ScanSplit, FewHeadsAreSplitAndManyAreNot) {
     bool split;
   };
   for (Shape const s :
-       {Shape{8192, 16, 0, true}, Shape{4096, 8, 0, true}, Shape{131072, 4, 0, true}, Shape{8192, 64, 0, false},
-        Shape{8192, 96, 0, false}, Shape{64, 4, 0, false}, Shape{8192, 12, 64, false}}) {
+       {Shape{131072, 4, 0, true}, Shape{65536, 8, 0, true}, Shape{32768, 2, 0, true}, Shape{8192, 16, 0, false},
+        Shape{8192, 64, 0, false}, Shape{64, 4, 0, false}, Shape{8192, 12, 64, false}}) {
     ChunkFwdCall const call = call_of(s.tokens, s.heads, s.sequences);
     ScanSplit const split = v.split(call);
     EXPECT_EQ(split.segment_chunks > 0, s.split) << s.tokens << " tokens, " << s.heads << " heads";
@@ -158,6 +158,24 @@ TEST(ScanSplit, FewHeadsAreSplitAndManyAreNot) {
     int64_t const segments = part_segments(call.plan, v.part_slots(call), split.segment_chunks);
     EXPECT_LE(size_t(segments) * size_t(s.heads) * size_t(segment_floats(128, 128)) * 4, v.segment_bytes(call));
   }
+}
+
+TEST(ScanSplit, PartsOverlapWhereTheScanLeavesMultiprocessorsFree) {
+  H100 device;
+  ChunkFwdVariant const v = sizes_of<Bf16K128Sm90>();
+  for (auto const& [tokens, heads, overlap] :
+       {std::tuple{8192, 16, true}, {4096, 8, true}, {8192, 64, false}, {64, 4, false}}) {
+    ChunkFwdCall const call = call_of(tokens, heads);
+    int64_t const parts = v.overlapping_parts(call);
+    EXPECT_EQ(parts > 1, overlap) << tokens << " tokens, " << heads << " heads";
+    if (!overlap) continue;
+    size_t const half =
+        size_t(divide_up(call.plan.slots(), parts)) * size_t(heads) * (v.record_bytes + 2 * v.value_tile_bytes);
+    EXPECT_LE(half, v.half_offset(call));
+    EXPECT_LE(v.half_offset(call) + half, v.carry_offset(call));
+  }
+  emulator::options().has_wgmma = false;  // kernels cannot overlap
+  EXPECT_EQ(v.overlapping_parts(call_of(8192, 16)), 0);
 }
 
 TEST(ScanSplit, TheWorkspaceNeverShrinks) {
