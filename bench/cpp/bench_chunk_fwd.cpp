@@ -284,52 +284,26 @@ double verify(Problem const& x, cudaStream_t stream) {
   return worst;
 }
 
-double median(std::vector<double> x) {
-  std::nth_element(x.begin(), x.begin() + x.size() / 2, x.end());
-  return x[x.size() / 2];
-}
-
-double median_us(bench::Graph const& graph, int times) {
-  std::vector<double> us;
-  graph.seconds();
-  for (int i = 0; i < times; ++i) us.push_back(1e6 * graph.seconds());
-  return median(us);
-}
-
-void chunk_fwd(benchmark::State& run, Config const& config) try {
-  Device const& device = Device::get();
+void chunk_fwd(benchmark::State& run, Config const& config) {
+  cudaStream_t const stream = Device::get().stream;
   kda::ChunkFwdVariant const* const variant =
       kda::select_chunk_fwd(config.dtype, config.dim, 64, {kda::has_wgmma(), kda::shared_memory_limit()});
-  if (!variant) return run.SkipWithError("no variant fits this device");
-  size_t const room = device.properties.totalGlobalMem / 2, rotate = 4 * size_t(device.properties.l2CacheSize);
-  size_t const sets = std::clamp<size_t>(rotate / config.bytes() + 1, 2, 64);
-  if (2 * sets * config.bytes() > room) return run.SkipWithError("does not fit in half of the memory");
-  Problem const problem(config, int(sets), *variant);
-  double const error = verify(problem, device.stream);
+  if (!variant) throw std::runtime_error("no variant fits this device");
+  int const sets = int(bench::sets_of(config.bytes(), 64));
+  Problem const problem(config, sets, *variant);
+  double const error = verify(problem, stream);
 
-  bench::Graph const calls(device.stream, int(sets), [&](int i) { variant->launch(problem.params(i), device.stream); });
-  size_t const half = config.bytes() / 2;  // a copy reads as much as it writes
-  DeviceBuffer const source(sets * half), target(sets * half);
-  bench::Graph const copies(device.stream, int(sets), [&](int i) {
-    check(cudaMemcpyAsync(target.at(i * half), source.at(i * half), half, cudaMemcpyDeviceToDevice, device.stream),
-          "cudaMemcpyAsync");
-  });
-  calls.seconds(), copies.seconds();
-  std::vector<double> call_us, copy_us;
-  for (auto _ : run) {  // by turns, so that both see the same clocks
-    double const seconds = calls.seconds();
-    run.SetIterationTime(seconds);
-    call_us.push_back(1e6 * seconds), copy_us.push_back(1e6 * copies.seconds());
+  bench::Graph const calls(stream, sets, [&](int i) { variant->launch(problem.params(i), stream); });
+  double const us = bench::time_beside_copies(run, calls, config.bytes());
+  run.counters["error"] = error, run.counters["tokens_per_s"] = 1e6 * config.shape.tokens / us;
+  for (std::string const& kernel : calls.kernels()) {
+    bench::Graph const alone = calls.only(kernel);
+    alone.seconds();
+    std::vector<double> alone_us(20);
+    for (double& x : alone_us) x = 1e6 * alone.seconds();
+    run.counters[kernel + "_us"] = bench::median(alone_us);
   }
-  double const us = median(call_us), floor_us = median(copy_us);
-  run.counters["us"] = us, run.counters["copy_us"] = floor_us, run.counters["bytes"] = double(config.bytes());
-  run.counters["percent_of_copy"] = 100 * floor_us / us, run.counters["error"] = error;
-  run.counters["tokens_per_s"] = 1e6 * config.shape.tokens / us;
-  for (std::string const& kernel : calls.kernels())
-    run.counters[kernel + "_us"] = median_us(calls.only(kernel), int(call_us.size()));
   run.SetLabel(variant->name);
-} catch (std::exception const& e) {
-  run.SkipWithError(e.what());
 }
 
 void register_all() {
@@ -340,11 +314,7 @@ void register_all() {
                                    std::pair(Dtype::kBfloat16, 64), std::pair(Dtype::kBfloat16, 256)})
     for (Shape const& shape : {even(8192, 16, 1), even(8192, 64, 8)})
       configs.push_back({shape, Regime::kLong, dtype, dim});
-  for (Config const& config : configs)
-    benchmark::RegisterBenchmark(config.name().c_str(), [config](benchmark::State& run) { chunk_fwd(run, config); })
-        ->UseManualTime()
-        ->Iterations(20)
-        ->Unit(benchmark::kMicrosecond);
+  for (Config const& config : configs) bench::add(config.name(), config, chunk_fwd);
 }
 
 }  // namespace
