@@ -134,7 +134,7 @@ class Problem {
         cu_seqlens((c.shape.sequences() + 1) * sizeof(int32_t)),
         A_log_on_device(c.shape.heads * sizeof(float)),
         dt_bias_on_device(size_t(c.shape.heads) * c.dim * sizeof(float)),
-        workspace(chosen.workspace_bytes(plan(), c.shape.heads, c.dim, c.dim)) {
+        workspace(chosen.workspace_bytes(kda::ChunkFwdCall(sizes()))) {
     std::mt19937 generator(5);
     std::uniform_real_distribution<float> uniform;
     for (int h = 0; h < c.shape.heads; ++h)
@@ -153,20 +153,26 @@ class Problem {
     return {config.shape.tokens, config.shape.sequences(), one ? nullptr : cu_seqlens.at(), false, variant.chunk, {}};
   }
 
+  /// What a call depends on before it has memory.
+  kda::ChunkFwdParams sizes() const {
+    kda::ChunkFwdParams p{};
+    p.plan = plan();
+    p.heads = p.value_heads = config.shape.heads, p.key_dim = p.value_dim = config.dim;
+    return p;
+  }
+
   kda::ChunkFwdParams params(int set) const {
     int const heads = config.shape.heads, dim = config.dim;
     size_t const first = size_t(set) * config.rows();
     auto const at = [&](DeviceBuffer const& x, int width) { return x.at(first * width * config.element()); };
     kda::TokenStrides const strides{int64_t(config.rows()) * dim, int64_t(heads) * dim, dim};
-    kda::ChunkFwdParams p{};
+    kda::ChunkFwdParams p = sizes();
     p.q = at(q.on_device, dim), p.k = at(k.on_device, dim), p.v = at(v.on_device, dim), p.g = at(g.on_device, dim);
     p.beta = at(beta.on_device, 1), p.o = at(o, dim);
     p.q_strides = p.k_strides = p.v_strides = p.g_strides = p.o_strides = strides;
     p.beta_strides = {int64_t(config.rows()), heads, 1};
     p.g_is_fp32 = p.beta_is_fp32 = config.dtype == Dtype::kFloat32;
     p.q_pieces_aligned = p.k_pieces_aligned = p.v_pieces_aligned = p.g_pieces_aligned = p.o_pieces_aligned = true;
-    p.plan = plan();
-    p.heads = p.value_heads = heads, p.key_dim = p.value_dim = dim;
     p.scale = 1 / std::sqrt(float(dim));
     p.l2norm = p.beta_sigmoid = true;
     p.gate = {config.regime == Regime::kFast ? kda::GateKind::kBounded : kda::GateKind::kSoftplus,
