@@ -134,7 +134,7 @@ class Problem {
         cu_seqlens((c.shape.sequences() + 1) * sizeof(int32_t)),
         A_log_on_device(c.shape.heads * sizeof(float)),
         dt_bias_on_device(size_t(c.shape.heads) * c.dim * sizeof(float)),
-        workspace(chosen.workspace_bytes(plan(), c.shape.heads, c.dim, c.dim)) {
+        workspace(chosen.workspace_bytes(kda::ChunkFwdCall(sizes()))) {
     std::mt19937 generator(5);
     std::uniform_real_distribution<float> uniform;
     for (int h = 0; h < c.shape.heads; ++h)
@@ -153,20 +153,26 @@ class Problem {
     return {config.shape.tokens, config.shape.sequences(), one ? nullptr : cu_seqlens.at(), false, variant.chunk, {}};
   }
 
+  /// What a call depends on before it has memory.
+  kda::ChunkFwdParams sizes() const {
+    kda::ChunkFwdParams p{};
+    p.plan = plan();
+    p.heads = p.value_heads = config.shape.heads, p.key_dim = p.value_dim = config.dim;
+    return p;
+  }
+
   kda::ChunkFwdParams params(int set) const {
     int const heads = config.shape.heads, dim = config.dim;
     size_t const first = size_t(set) * config.rows();
     auto const at = [&](DeviceBuffer const& x, int width) { return x.at(first * width * config.element()); };
     kda::TokenStrides const strides{int64_t(config.rows()) * dim, int64_t(heads) * dim, dim};
-    kda::ChunkFwdParams p{};
+    kda::ChunkFwdParams p = sizes();
     p.q = at(q.on_device, dim), p.k = at(k.on_device, dim), p.v = at(v.on_device, dim), p.g = at(g.on_device, dim);
     p.beta = at(beta.on_device, 1), p.o = at(o, dim);
     p.q_strides = p.k_strides = p.v_strides = p.g_strides = p.o_strides = strides;
     p.beta_strides = {int64_t(config.rows()), heads, 1};
     p.g_is_fp32 = p.beta_is_fp32 = config.dtype == Dtype::kFloat32;
     p.q_pieces_aligned = p.k_pieces_aligned = p.v_pieces_aligned = p.g_pieces_aligned = p.o_pieces_aligned = true;
-    p.plan = plan();
-    p.heads = p.value_heads = heads, p.key_dim = p.value_dim = dim;
     p.scale = 1 / std::sqrt(float(dim));
     p.l2norm = p.beta_sigmoid = true;
     p.gate = {config.regime == Regime::kFast ? kda::GateKind::kBounded : kda::GateKind::kSoftplus,
@@ -284,52 +290,26 @@ double verify(Problem const& x, cudaStream_t stream) {
   return worst;
 }
 
-double median(std::vector<double> x) {
-  std::nth_element(x.begin(), x.begin() + x.size() / 2, x.end());
-  return x[x.size() / 2];
-}
-
-double median_us(bench::Graph const& graph, int times) {
-  std::vector<double> us;
-  graph.seconds();
-  for (int i = 0; i < times; ++i) us.push_back(1e6 * graph.seconds());
-  return median(us);
-}
-
-void chunk_fwd(benchmark::State& run, Config const& config) try {
-  Device const& device = Device::get();
+void chunk_fwd(benchmark::State& run, Config const& config) {
+  cudaStream_t const stream = Device::get().stream;
   kda::ChunkFwdVariant const* const variant =
       kda::select_chunk_fwd(config.dtype, config.dim, 64, {kda::has_wgmma(), kda::shared_memory_limit()});
-  if (!variant) return run.SkipWithError("no variant fits this device");
-  size_t const room = device.properties.totalGlobalMem / 2, rotate = 4 * size_t(device.properties.l2CacheSize);
-  size_t const sets = std::clamp<size_t>(rotate / config.bytes() + 1, 2, 64);
-  if (2 * sets * config.bytes() > room) return run.SkipWithError("does not fit in half of the memory");
-  Problem const problem(config, int(sets), *variant);
-  double const error = verify(problem, device.stream);
+  if (!variant) throw std::runtime_error("no variant fits this device");
+  int const sets = int(bench::sets_of(config.bytes(), 64));
+  Problem const problem(config, sets, *variant);
+  double const error = verify(problem, stream);
 
-  bench::Graph const calls(device.stream, int(sets), [&](int i) { variant->launch(problem.params(i), device.stream); });
-  size_t const half = config.bytes() / 2;  // a copy reads as much as it writes
-  DeviceBuffer const source(sets * half), target(sets * half);
-  bench::Graph const copies(device.stream, int(sets), [&](int i) {
-    check(cudaMemcpyAsync(target.at(i * half), source.at(i * half), half, cudaMemcpyDeviceToDevice, device.stream),
-          "cudaMemcpyAsync");
-  });
-  calls.seconds(), copies.seconds();
-  std::vector<double> call_us, copy_us;
-  for (auto _ : run) {  // by turns, so that both see the same clocks
-    double const seconds = calls.seconds();
-    run.SetIterationTime(seconds);
-    call_us.push_back(1e6 * seconds), copy_us.push_back(1e6 * copies.seconds());
+  bench::Graph const calls(stream, sets, [&](int i) { variant->launch(problem.params(i), stream); });
+  double const us = bench::time_beside_copies(run, calls, config.bytes());
+  run.counters["error"] = error, run.counters["tokens_per_s"] = 1e6 * config.shape.tokens / us;
+  for (std::string const& kernel : calls.kernels()) {
+    bench::Graph const alone = calls.only(kernel);
+    alone.seconds();
+    std::vector<double> alone_us(20);
+    for (double& x : alone_us) x = 1e6 * alone.seconds();
+    run.counters[kernel + "_us"] = bench::median(alone_us);
   }
-  double const us = median(call_us), floor_us = median(copy_us);
-  run.counters["us"] = us, run.counters["copy_us"] = floor_us, run.counters["bytes"] = double(config.bytes());
-  run.counters["percent_of_copy"] = 100 * floor_us / us, run.counters["error"] = error;
-  run.counters["tokens_per_s"] = 1e6 * config.shape.tokens / us;
-  for (std::string const& kernel : calls.kernels())
-    run.counters[kernel + "_us"] = median_us(calls.only(kernel), int(call_us.size()));
   run.SetLabel(variant->name);
-} catch (std::exception const& e) {
-  run.SkipWithError(e.what());
 }
 
 void register_all() {
@@ -340,11 +320,7 @@ void register_all() {
                                    std::pair(Dtype::kBfloat16, 64), std::pair(Dtype::kBfloat16, 256)})
     for (Shape const& shape : {even(8192, 16, 1), even(8192, 64, 8)})
       configs.push_back({shape, Regime::kLong, dtype, dim});
-  for (Config const& config : configs)
-    benchmark::RegisterBenchmark(config.name().c_str(), [config](benchmark::State& run) { chunk_fwd(run, config); })
-        ->UseManualTime()
-        ->Iterations(20)
-        ->Unit(benchmark::kMicrosecond);
+  for (Config const& config : configs) bench::add(config.name(), config, chunk_fwd);
 }
 
 }  // namespace

@@ -190,36 +190,17 @@ double verify(Problem const& x, cudaStream_t stream) {
   return worst;
 }
 
-void decode(benchmark::State& run, Config const& config) try {
-  Device const& device = Device::get();
-  size_t const room = device.properties.totalGlobalMem / 2, rotate = 4 * size_t(device.properties.l2CacheSize);
-  size_t const sets = std::clamp<size_t>(rotate / config.bytes() + 1, 2, 512);
-  if (2 * sets * config.bytes() > room) return run.SkipWithError("does not fit in half of the memory");
+void decode(benchmark::State& run, Config const& config) {
+  cudaStream_t const stream = Device::get().stream;
+  size_t const sets = bench::sets_of(config.bytes(), 512);
   Problem const problem(config, int(sets));
-  double const error = verify(problem, device.stream);
+  double const error = verify(problem, stream);
 
   std::vector<kda::DecodeParams> params;
   for (size_t i = 0; i < sets; ++i) params.push_back(problem.params(int(i)));
-  bench::Graph steps(device.stream, int(sets), [&](int i) { kda::decode(params[i], device.stream); });
-  size_t const half = config.bytes() / 2;  // a copy reads as much as it writes
-  DeviceBuffer const source(sets * half), target(sets * half);
-  bench::Graph copies(device.stream, int(sets), [&](int i) {
-    check(cudaMemcpyAsync(target.at(i * half), source.at(i * half), half, cudaMemcpyDeviceToDevice, device.stream),
-          "cudaMemcpyAsync");
-  });
-  steps.seconds(), copies.seconds();
-  double total = 0, copy_total = 0;
-  for (auto _ : run) {  // by turns, so that both see the same clocks
-    double const seconds = steps.seconds();
-    run.SetIterationTime(seconds);
-    total += seconds, copy_total += copies.seconds();
-  }
-  double const us = 1e6 * total / double(run.iterations()), copy_us = 1e6 * copy_total / double(run.iterations());
-  run.counters["us"] = us, run.counters["copy_us"] = copy_us, run.counters["bytes"] = double(config.bytes());
-  run.counters["tb_per_s"] = double(config.bytes()) / us * 1e-6;
-  run.counters["percent_of_copy"] = 100 * copy_us / us, run.counters["error"] = error;
-} catch (std::exception const& e) {
-  run.SkipWithError(e.what());
+  bench::Graph const steps(stream, int(sets), [&](int i) { kda::decode(params[i], stream); });
+  double const us = bench::time_beside_copies(run, steps, config.bytes());
+  run.counters["tb_per_s"] = double(config.bytes()) / us * 1e-6, run.counters["error"] = error;
 }
 
 void register_all() {
@@ -230,11 +211,7 @@ void register_all() {
           std::string const name = std::string("decode/state:") + (dtype == kda::Dtype::kFloat32 ? "fp32" : "bf16") +
                                    "/heads:" + std::to_string(heads) + "/tokens:" + std::to_string(tokens) +
                                    "/batch:" + std::to_string(batch);
-          Config const config{dtype, batch, heads, tokens};
-          benchmark::RegisterBenchmark(name.c_str(), [config](benchmark::State& run) { decode(run, config); })
-              ->UseManualTime()
-              ->Iterations(20)
-              ->Unit(benchmark::kMicrosecond);
+          bench::add(name, Config{dtype, batch, heads, tokens}, decode);
         }
 }
 

@@ -60,6 +60,8 @@ class Graph {
     (void)cudaEventDestroy(begin_), (void)cudaEventDestroy(end_);
   }
 
+  int count() const { return count_; }
+
   /// The kernels in it, each once: `chunk_fwd_scan` for chunk_fwd_scan_kernel<...>.
   std::vector<std::string> kernels() const {
     std::vector<std::string> names;
