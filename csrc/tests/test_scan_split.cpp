@@ -143,9 +143,9 @@ TEST(ScanSplit, FewHeadsAreSplitAndManyAreNot) {
     int heads, sequences;
     bool split;
   };
-  for (Shape const s :
-       {Shape{8192, 16, 0, true}, Shape{4096, 8, 0, true}, Shape{131072, 4, 0, true}, Shape{8192, 64, 0, false},
-        Shape{8192, 96, 0, false}, Shape{64, 4, 0, false}, Shape{8192, 12, 64, false}}) {
+  for (Shape const s : {Shape{8192, 16, 0, true}, Shape{8192, 12, 4, false}, Shape{4096, 8, 0, true},
+                        Shape{2048, 12, 0, false}, Shape{1024, 4, 0, false}, Shape{8192, 64, 0, false},
+                        Shape{131072, 4, 0, true}, Shape{8192, 96, 0, false}, Shape{64, 4, 0, false}}) {
     ChunkFwdCall const call = call_of(s.tokens, s.heads, s.sequences);
     ScanSplit const split = v.split(call);
     EXPECT_EQ(split.segment_chunks > 0, s.split) << s.tokens << " tokens, " << s.heads << " heads";
