@@ -64,7 +64,8 @@ def chunk_kda(
         **kwargs: ``A_log`` fp32 ``[HV]`` and ``dt_bias`` fp32 ``[HV * K]`` of the gate; ``chunk_size`` 64 or 32;
             ``use_graph`` and ``max_num_seqs`` are accepted; ``transpose_state_layout`` is the deprecated name of
             ``state_v_first``; ``deterministic="batch_invariant"``: the bits that the forward gives a sequence do not
-            depend on what it is batched with (from run to run they are always the same).
+            depend on what it is batched with, and no sequence is split into segments that run at once (from run to
+            run they are always the same).
 
     Returns:
         ``(o, final_state)``, or ``(o, final_state, h)``: o ``[B, T, HV, V]`` in the dtype of v, final_state fp32 or

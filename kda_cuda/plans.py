@@ -108,6 +108,10 @@ def workspace_size(
 ) -> int:
     """Bytes of the ``workspace`` of :func:`prefill`, from shapes alone; never less for more tokens or sequences.
 
+    What the chunks need, at most 1.5 times the bytes of q and k of all value heads (or 16 MB), two states per value
+    head, and room for the states of segments, where the device has room for more blocks than there are heads: at most
+    a quarter of that (or 16 MB) and 32 MB. ``explain`` tells the last as ``segment_bytes``.
+
     Args:
         tokens: T, per batch row.
         value_heads, key_dim, value_dim: HV, K, V.
