@@ -177,8 +177,8 @@ def test_tokens_after_the_last_sequence_are_padding(device):
     longer = {n: torch.cat([getattr(x, n), torch.full_like(getattr(x, n)[:, :75], float("nan"))], 1)
               for n in ("q", "k", "v", "g", "beta")}  # fmt: skip
     pool = x.initial_state.clone()
-    o = kda_cuda.prefill(**streams_of(x.replace(**longer)), state_pool=pool)
-    wanted, final = expect(x)
+    o = kda_cuda.prefill(**streams_of(x.replace(**longer)), state_pool=pool, **INVARIANT)
+    wanted, final = expect(x, **INVARIANT)
     assert not o[:, 211:].any() and torch.equal(o[:, :211], wanted) and torch.equal(pool, final)
 
 
