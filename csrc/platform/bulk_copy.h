@@ -127,13 +127,19 @@ KDA_DEVICE void tensor_load(void* to, TensorMap const& map, int const (&at)[kRan
         : "memory");
 #endif
 }
-/// The reverse; elements beyond the tensor are not written.
+/// The reverse; elements beyond the tensor are not written. No coordinate is negative, and where the box leaves the
+/// tensor in dimension 0, the tensor's rows are a multiple of 16 bytes: a box of 32 x 16 bf16 at (8, -2) in rows of 37
+/// elements gave an illegal instruction on an H100 (which of the two it minds is not known).
 /// PTX: cp.async.bulk.tensor.{2,3,4}d.global.shared::cta.bulk_group
 template <int kRank>
 KDA_DEVICE void tensor_store(TensorMap const& map, int const (&at)[kRank], void const* from KDA_WHERE) {
   static_assert(kRank >= 2 && kRank <= 4);
 #if defined(KDA_EMULATE)
   emulator::BulkStore store{{}, {}, false, where};
+  for (int const x : at)
+    if (x < 0) emulator::Engine::current().fail("cp.async.bulk.tensor: a store at a negative coordinate", where);
+  if (at[0] + map.box[0] > map.size[0] && map.size[0] * map.element_bytes % 16)
+    emulator::Engine::current().fail("cp.async.bulk.tensor: a store's row ends inside a piece of 16 bytes", where);
   char* const tile = const_cast<char*>(static_cast<char const*>(from));
   emulator::for_box(map, at, tile, where, [&](char* shared, char* global) {
     if (global) emulator::append(store.pieces, global, shared, uint32_t(map.element_bytes), true);

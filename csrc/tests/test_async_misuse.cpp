@@ -265,7 +265,20 @@ TEST_F(AsyncMisuse, TensorCopyAtAMisalignedCoordinate) {
   expect(
       "the first coordinate is not a multiple of 16 bytes", +[](Words& s, uint32_t* global) {
         TensorMap const map = map_of(global);
-        MARK tensor_store(map, {-3, 0}, s.word);
+        MARK tensor_store(map, {3, 0}, s.word);
+      });
+}
+TEST_F(AsyncMisuse, TensorStoreThatIsCutWhereItMayNot) {
+  expect(
+      "a store at a negative coordinate", +[](Words& s, uint32_t* global) {
+        TensorMap const map = map_of(global);
+        MARK tensor_store(map, {0, -2}, s.word);
+      });
+  expect(
+      "a store's row ends inside a piece of 16 bytes", +[](Words& s, uint32_t* global) {
+        auto const odd =
+            make_tensor_map<Bf16, 2>(reinterpret_cast<Bf16*>(global), {37, 16}, {64}, {32, 8}, TensorSwizzle::kNone);
+        MARK tensor_store(odd, {8, 0}, s.word);
       });
 }
 TEST_F(AsyncMisuse, TensorBytesCountedWithoutThePartBeyondTheBorder) {

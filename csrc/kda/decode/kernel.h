@@ -57,6 +57,13 @@ struct DecodeOutput {
   }
 };
 
+/// First of all in every kernel: they are launched early, and the next one may be, as soon as all blocks have room.
+/// What a launch costs then passes while the kernel ahead still runs.
+KDA_DEVICE void take_over() {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+}
+
 /// The outputs of a sequence in a null slot.
 KDA_DEVICE void zero_outputs(DecodeParams const& p, DecodeWork const& work, int value_tile, int threads) {
   for (int64_t t = 0; t < work.tokens; ++t)
@@ -85,6 +92,7 @@ template <class Shape>
 KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM) decode_kernel(DecodeParams const p) {
   using State = typename Shape::State;
   KDA_DYNAMIC_SHARED(DecodeStorage<Shape>, storage);
+  take_over();
   DecodeWork const work(p, p.value_heads, Shape::kValueTile);
   int64_t const from = work.state_offset(p.state, p, work.first_column(p));
   if (p.state.data && from < 0) return zero_outputs(p, work, Shape::kValueTile, Shape::kThreads);
@@ -112,6 +120,7 @@ KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM)
     decode_commit_kernel(DecodeCommitParams const p) {
   using State = typename Shape::State;
   KDA_DYNAMIC_SHARED(DecodeStorage<Shape>, storage);
+  take_over();
   DecodeWork work(p, p.value_heads, Shape::kValueTile);
   int64_t const accepted = p.accepted.at(work.sequence);
   if (accepted < work.tokens) work.tokens = accepted > 0 ? accepted : 0;

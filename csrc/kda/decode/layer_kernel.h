@@ -96,6 +96,7 @@ template <class Shape>
 KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM) decode_layer_kernel(DecodeLayerParams const p) {
   using State = typename Shape::State;
   KDA_DYNAMIC_SHARED(DecodeLayerStorage<Shape>, storage);
+  take_over();
   DecodeParams const& step = p.step;
   DecodeWork const work(step, step.value_heads, step.value_dim);
   int64_t const at = work.state_offset(step.state, step, 0), slot = work.slot(step.state, step, 0);

@@ -151,6 +151,14 @@ KDA_DEVICE void prepare_tokens(DecodeToken<kKeyTile, kValueTile>* to, DecodePara
   TokenElements<Shape::kThreads, kValueTile> const v(
       ElementFormat(p.dtype), p.v, work.offset(p.v_strides, first, work.value_head) + work.first_value,
       p.v_strides.token, count, p.value_dim - work.first_value);
+  bool const gated = p.gate.kind != GateKind::kLogDecay;
+  float const A_log = gated && p.gate.A_log ? p.gate.A_log[work.value_head] : 0.f;
+  float bias[Channels::kElements];
+#pragma unroll
+  for (int e = 0; e < Channels::kElements; ++e) {
+    bool const has_bias = gated && p.gate.dt_bias && Channels::element(e) < p.key_dim;
+    bias[e] = has_bias ? p.gate.dt_bias[work.value_head * p.key_dim + Channels::element(e)] : 0.f;
+  }
   RawKeys<kKeyTile> const keys(p, work, first + warp, warp < count);
   g.finish(count, [&](int t, int c, float x) { to[t].decay[c] = x; });
   v.finish(count, [&](int t, int i, float x) { to[t].v[i] = x; });
@@ -162,7 +170,7 @@ KDA_DEVICE void prepare_tokens(DecodeToken<kKeyTile, kValueTile>* to, DecodePara
 #pragma unroll
   for (int e = 0; e < Channels::kElements; ++e) {
     int const c = Channels::element(e);
-    ChannelGate const gate(p.gate, work.value_head, c, p.key_dim);
+    ChannelGate const gate(p.gate, exp_accurate(A_log), bias[e]);
 #pragma unroll 1
     for (int t = Channels::token(0); t < count; t += Channels::kTokensAtOnce) {
       float const log_decay = gate.log_decay(to[t].decay[c]);  // of this thread's own making

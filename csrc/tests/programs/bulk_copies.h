@@ -82,7 +82,8 @@ inline std::vector<uint32_t> bulk_stream() {
 
 // ---- tensor maps -----------------------------------------------------------------------------------------------
 
-/// A tensor of kRank dimensions with gaps between its rows, and boxes that reach beyond its borders on every side.
+/// A tensor of kRank dimensions with gaps between its rows, and boxes that reach beyond its borders: on every side for
+/// loads, for stores as bulk_copy.h allows it.
 template <class E, int kTensorRank, TensorSwizzle kTensorSwizzle>
 struct TensorCase {
   using Element = E;
@@ -96,21 +97,22 @@ struct TensorCase {
   };
   static constexpr int kBoxElements = kRow * (kRank == 2 ? 16 : kRank == 3 ? 5 * 3 : 5 * 2 * 3);
   static constexpr int kShared = (kBoxElements * int(sizeof(E)) + 1023) / 1024 * 1024;
+  static constexpr int kPiece = 16 / int(sizeof(E));  // what the first coordinate must be a multiple of
 
-  static Shape shape() {
+  static Shape shape(bool of_store = false) {
     Shape s;
-    int64_t const size[4] = {kRow + 5, 19, 4, 5};
+    int64_t const size[4] = {kRow + (of_store ? kPiece : 5), 19, 4, 5};
     int64_t stride = kRow + 32;  // a multiple of 16 bytes in every format
     for (int i = 0; i < kRank; ++i) {
       s.sizes[i] = size[i];
       if (i) s.strides[i - 1] = stride, stride *= size[i] + 1;
     }
     int const boxes[3][4] = {{kRow, 16, 0, 0}, {kRow, 5, 3, 0}, {kRow, 5, 2, 3}};
-    int const piece = 16 / int(sizeof(E));  // what the first coordinate must be a multiple of
-    int const at[kBoxes][4] = {{0, 0, 0, 0}, {-piece, -2, -1, -1}, {piece, 14, 2, 3}, {2 * piece, -4, 3, -2}};
+    int const loads[kBoxes][4] = {{0, 0, 0, 0}, {-kPiece, -2, -1, -1}, {kPiece, 14, 2, 3}, {2 * kPiece, -4, 3, -2}};
+    int const stores[kBoxes][4] = {{0, 0, 0, 0}, {kPiece, 3, 1, 1}, {2 * kPiece, 14, 2, 3}, {0, 16, 3, 4}};
     for (int i = 0; i < kRank; ++i) {
       s.box[i] = boxes[kRank - 2][i];
-      for (int b = 0; b < kBoxes; ++b) s.at[b][i] = at[b][i];
+      for (int b = 0; b < kBoxes; ++b) s.at[b][i] = (of_store ? stores : loads)[b][i];
     }
     return s;
   }
@@ -177,7 +179,7 @@ KDA_GLOBAL void tensor_store_kernel(typename Case::Element*, __grid_constant__ T
 template <class Case>
 std::vector<typename Case::Element> tensor_store_boxes() {
   using E = typename Case::Element;
-  auto const shape = Case::shape();
+  auto const shape = Case::shape(true);
   std::vector<E> poison(Case::elements());
   std::memset(static_cast<void*>(poison.data()), 0xFF, poison.size() * sizeof(E));
   Buffer<E> const out(poison);
