@@ -30,7 +30,8 @@ DecodePlan decode_layer_plan(DecodeParams const& p) {
 template <class Params>
 void launch_decode(char const* name, void (*kernel)(Params), DecodePlan const& plan, Params const& p,
                    cudaStream_t stream) {
-  launch_early(name, kernel, dim3(unsigned(plan.blocks)), dim3(unsigned(plan.threads)), plan.shared_bytes, stream, p);
+  launch_early(true, name, kernel, dim3(unsigned(plan.blocks)), dim3(unsigned(plan.threads)), plan.shared_bytes, stream,
+               p);
 }
 
 template <class Variant>
