@@ -108,9 +108,9 @@ def workspace_size(
 ) -> int:
     """Bytes of the ``workspace`` of :func:`prefill`, from shapes alone; never less for more tokens or sequences.
 
-    What the chunks need, at most 1.5 times the bytes of q and k of all value heads (or 16 MB), two states per value
-    head, and room for the states of segments, where the device has room for more blocks than there are heads: at most
-    a quarter of that (or 16 MB) and 32 MB. ``explain`` tells the last as ``segment_bytes``.
+    What chunks need (for K >= 64 at most 1.5 times the bytes of q and k of all value heads, or 16 MB), two states per
+    value head, and, where heads are few, room for the states of segments: at most a quarter of the first and 32 MB, or
+    16 MB. ``explain`` tells the last as ``segment_bytes``.
 
     Args:
         tokens: T, per batch row.

@@ -112,7 +112,7 @@ def test_in_place_with_checkpoints(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gate", ["long", "violent", "zero"])
 def test_a_long_sequence_on_a_gpu(dtype, gate):
-    case = Case("long_on_gpu", 16384, heads=2, key_dim=128, value_dim=128, dtype=dtype, initial_state=True, gate=gate)
+    case = Case("long_on_gpu", 65536, heads=2, key_dim=128, value_dim=128, dtype=dtype, initial_state=True, gate=gate)
     x = case.inputs("cuda")
     assert "sequences into segments" in split_of(x)
     split, again, whole = run(x), run(x), run(x, **INVARIANT)
