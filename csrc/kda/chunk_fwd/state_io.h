@@ -30,42 +30,26 @@ KDA_DEVICE StateAt final_state_at(ChunkFwdParams const& p, int n, int value_head
   return state_in_slot(p.final_state, p, p.final_state.data ? p.final_state.slots.of(n) : -1, value_head);
 }
 
-KDA_DEVICE float load_state_element(StateAt const& s, int64_t i) {
-  switch (s.type) {
-    case StateType::kFloat32:
-      return static_cast<float const*>(s.data)[i];
-    case StateType::kBfloat16:
-      return to_float(static_cast<Bf16 const*>(s.data)[i]);
-    default:
-      return to_float(static_cast<Fp16 const*>(s.data)[i]);
-  }
+/// Calls f(accumulator element, its place) for this warp's rows of S^T that exist; `value` is the first.
+template <class T, int kKeyTiles, class F>
+KDA_DEVICE void for_state_of(tile::Accumulator (&state)[kKeyTiles], StateAt const& at, ChunkFwdParams const& p,
+                             int value, F f) {
+  int const v = value + lane_index() / 4, d = lane_index() % 4 * 2;
+  T* pair = static_cast<T*>(at.data) + at.offset + v * at.value_stride + d * at.key_stride;
+  int64_t const next_row = 8 * at.value_stride, next_tile = 8 * at.key_stride;
+#pragma unroll
+  for (int tile = 0; tile < kKeyTiles; ++tile, pair += next_tile)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (v + e / 2 * 8 < p.value_dim && d + e % 2 < p.key_dim - tile * 8)
+        f(state[tile].x[e], pair + (e / 2 ? next_row : 0) + (e % 2 ? at.key_stride : 0));
 }
-
-KDA_DEVICE void store_state_element(StateAt const& s, int64_t i, float x) {
-  switch (s.type) {
-    case StateType::kFloat32:
-      static_cast<float*>(s.data)[i] = x;
-      break;
-    case StateType::kBfloat16:
-      static_cast<Bf16*>(s.data)[i] = from_float<Bf16>(x);
-      break;
-    default:
-      static_cast<Fp16*>(s.data)[i] = from_float<Fp16>(x);
-  }
-}
-
-/// Calls f(accumulator element, offset in the state) for this warp's rows of S^T that exist; `value` is its first.
 template <int kKeyTiles, class F>
 KDA_DEVICE void for_state(tile::Accumulator (&state)[kKeyTiles], StateAt const& at, ChunkFwdParams const& p, int value,
                           F f) {
-  int const lane = lane_index();
-#pragma unroll
-  for (int tile = 0; tile < kKeyTiles; ++tile)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      int const v = value + lane / 4 + e / 2 * 8, d = tile * 8 + lane % 4 * 2 + e % 2;
-      if (v < p.value_dim && d < p.key_dim) f(state[tile].x[e], at.offset + d * at.key_stride + v * at.value_stride);
-    }
+  if (at.type == StateType::kFloat32) for_state_of<float>(state, at, p, value, f);
+  else if (at.type == StateType::kBfloat16) for_state_of<Bf16>(state, at, p, value, f);
+  else for_state_of<Fp16>(state, at, p, value, f);
 }
 
 /// S^T <- the state, or zero where there is none.
@@ -74,13 +58,15 @@ KDA_DEVICE void load_state(tile::Accumulator (&state)[kKeyTiles], StateAt const&
                            int value) {
 #pragma unroll
   for (int tile = 0; tile < kKeyTiles; ++tile) state[tile] = tile::Accumulator{};
-  if (at.data) for_state(state, at, p, value, [&](float& x, int64_t i) { x = load_state_element(at, i); });
+  if (at.data) for_state(state, at, p, value, [](float& x, auto const* from) { x = to_float(*from); });
 }
 
 template <int kKeyTiles>
 KDA_DEVICE void store_state(tile::Accumulator (&state)[kKeyTiles], StateAt const& at, ChunkFwdParams const& p,
                             int value) {
-  if (at.data) for_state(state, at, p, value, [&](float& x, int64_t i) { store_state_element(at, i, x); });
+  if (at.data)
+    for_state(state, at, p, value,
+              [](float x, auto* to) { *to = from_float<std::remove_reference_t<decltype(*to)>>(x); });
 }
 
 /// The first row of `chunk_states` that belongs to sequence n. All lanes of a warp.
