@@ -20,7 +20,8 @@ import torch
 
 import kda_cuda
 
-from .bench_chunk_fwd import copy_bandwidth, git_head, peer_version, relative_error
+from .bench_chunk_fwd import copy_bandwidth, git_head, relative_error
+from .peers import PEERS
 
 DIM = 128
 BATCHES, HEADS, TOKENS = (1, 8, 32, 128, 512), (8, 32, 64), (1, 4, 8)
@@ -145,7 +146,7 @@ def main() -> None:
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
         "commit": os.environ.get("KDA_CUDA_COMMIT") or git_head(), "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3),
         "dtype": "bfloat16", "head_dim": DIM,
-        "peers": {name: peer_version(name) for name in providers if name != "kda_cuda"},
+        "peers": {name: PEERS[name].version() for name in providers if name != "kda_cuda"},
         "columns": "us: replay of a CUDA graph; host_us: of an eager call; floor_us: traffic at copy bandwidth",
         "rows": rows,
     }  # fmt: skip
