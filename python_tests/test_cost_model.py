@@ -29,11 +29,13 @@ def test_the_table_is_the_model_s():
     assert all(f"| {shape} |" in written for shape in shapes.ALL)
 
 
-def test_scan_is_bound_by_its_longest_chain_or_by_the_device():
+def test_scan_is_bound_by_its_longest_chain_the_device_or_the_memory():
     one, step = shapes.even(8192, 16, 1), MODEL.scan_us
     assert MODEL.scan(one, cost_model.H100) == pytest.approx(128 * step)  # 32 blocks on 132 SMs
-    eight = shapes.even(8192, 96, 8)  # 1536 blocks of 16 chunks
-    assert MODEL.scan(eight, cost_model.H100) == pytest.approx(12 * 16 * step)
+    eight, no_wait = shapes.even(8192, 96, 8), cost_model.Gpu(132, 1e3)  # 1536 blocks of 16 chunks
+    assert MODEL.scan(eight, no_wait) == pytest.approx(12 * 16 * step)
+    moved = MODEL.slots(eight) * 96 * (MODEL.record_bytes + 64 * 128 * 2)
+    assert MODEL.scan(eight, cost_model.H100) == pytest.approx(moved / 3.0e6) > 12 * 16 * step
     assert MODEL.parts(shapes.even(1024, 4, 1)) == 1 and MODEL.parts(one) == 2
 
 

@@ -60,8 +60,8 @@ class Constants:
         return waves * max(self.prepare_us, moved / gpu.copy_tb_s * 1e-6)
 
     def scan(self, shape: Shape, gpu: Gpu) -> float:
-        """Blocks start as SMs fall free, in the order of the grid: sequences first, then heads, then columns of V. Or the
-        traffic of records and outputs, if that is slower."""
+        """Blocks start as SMs fall free, in the order of the grid: sequences first, then heads, then columns of V. Or
+        the traffic of records and outputs, if that is slower."""
         free = [0.0] * gpu.multiprocessors
         chains = [math.ceil(length / self.chunk) for length in shape.lengths]
         for _ in range(shape.heads * HEAD_DIM // VALUE_TILE):
