@@ -14,19 +14,23 @@ MODEL = cost_model.VARIANTS["bf16_k128_sm90"]
 
 
 @pytest.mark.devices("emulator")
-def test_records_are_as_large_as_the_library_says(device):
-    call = plans.ChunkCall(torch.device("cpu"), torch.bfloat16, 1, MODEL.chunk, None, 1, 128, 128)
+@pytest.mark.parametrize("variant", cost_model.VARIANTS)
+def test_records_are_as_large_as_the_library_says(variant, device):
+    model, dtype = cost_model.VARIANTS[variant], variant.split("_")[0]
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    call = plans.ChunkCall(torch.device("cpu"), dtypes[dtype], 1, model.chunk, None, 1, model.head_dim, model.head_dim)
     plan = call.plan("kda_cuda_emulated")
-    assert plan["variant"] == "bf16_k128_sm90" and int(plan["chunk"]) == MODEL.chunk
+    assert plan["variant"].removesuffix("_sm90") == variant.removesuffix("_sm90") and int(plan["chunk"]) == model.chunk
+    assert model.element_bytes == dtypes[dtype].itemsize
     alignment = 1024
-    assert int(plan["workspace_bytes"]) - alignment == MODEL.record_bytes
+    assert int(plan["workspace_bytes"]) - alignment == model.record_bytes
 
 
 def test_the_table_is_the_model_s():
-    measured = json.loads((cost_model.RESULTS / "chunk_fwd_h100.json").read_text())
+    results = [json.loads((cost_model.RESULTS / f"chunk_fwd_{name}h100.json").read_text()) for name in ("", "cpp_")]
     written = (cost_model.RESULTS / "chunk_fwd_cost.md").read_text()
-    assert written == cost_model.table("bf16_k128_sm90", measured), "python -m bench.python.cost_model writes it"
-    assert all(f"| {shape} |" in written for shape in shapes.ALL)
+    assert written == cost_model.report(*results), "python -m bench.python.cost_model writes it"
+    assert all(written.count(f"| {shape} |") == 2 for shape in shapes.ALL)
 
 
 def test_scan_is_bound_by_its_longest_chain_the_device_or_the_memory():

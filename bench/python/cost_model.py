@@ -1,8 +1,8 @@
 """The cost model of the chunk forward: what each shape should take, beside what it took, the floor and the peers.
 
-python -m bench.python.cost_model [--measured FILE] [--markdown FILE]
+python -m bench.python.cost_model [--measured FILE] [--variants FILE] [--markdown FILE]
 
-writes ``bench/results/chunk_fwd_cost.md`` from ``bench/results/chunk_fwd_h100.json`` and the constants below, which are
+writes ``bench/results/chunk_fwd_cost.md`` from ``chunk_fwd_h100.json``, ``chunk_fwd_cpp_h100.json`` and the constants, which are
 all that the model knows. A call is, in each of its parts, two launches: prepare (every chunk of every head at once, in
 waves), then scan (chunk after chunk of a sequence; its blocks are a sequence, a head and 64 columns of V).
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from .shapes import ALL, TEN, Shape, traffic_bytes
 
 RESULTS = Path(__file__).parent.parent / "results"
-HEAD_DIM, ELEMENT_BYTES, VALUE_TILE = 128, 2, 64
+VALUE_TILE = 64
 WORKSPACE_SHARE, SMALL_WORKSPACE = 1.5, 16 << 20  # csrc/kda/chunk_fwd/launch.h, csrc/platform/device.h
 
 
@@ -42,9 +42,11 @@ class Constants:
     prepare_us: float  # a wave: one chunk-head in every block that an SM holds
     scan_us: float  # a chunk of the chain
     part_us: float  # the two launches of a part, and their ramps
+    head_dim: int = 128  # K and V
+    element_bytes: int = 2
 
     def parts(self, shape: Shape) -> int:
-        inputs = 2 * shape.tokens * shape.heads * HEAD_DIM * ELEMENT_BYTES
+        inputs = 2 * shape.tokens * shape.heads * self.head_dim * self.element_bytes
         most = max(WORKSPACE_SHARE * inputs, SMALL_WORKSPACE) // (self.record_bytes * shape.heads)
         return math.ceil(self.slots(shape) / most)
 
@@ -56,7 +58,7 @@ class Constants:
         """Instructions, or the traffic of inputs and records, whichever is slower."""
         at_once = gpu.multiprocessors * self.blocks_per_sm
         waves = math.ceil(self.slots(shape) * shape.heads / at_once)
-        moved = at_once * (self.chunk * (4 * HEAD_DIM + 1) * ELEMENT_BYTES + self.record_bytes)
+        moved = at_once * (self.chunk * (4 * self.head_dim + 1) * self.element_bytes + self.record_bytes)
         return waves * max(self.prepare_us, moved / gpu.copy_tb_s * 1e-6)
 
     def scan(self, shape: Shape, gpu: Gpu) -> float:
@@ -64,18 +66,26 @@ class Constants:
         the traffic of records and outputs, if that is slower."""
         free = [0.0] * gpu.multiprocessors
         chains = [math.ceil(length / self.chunk) for length in shape.lengths]
-        for _ in range(shape.heads * HEAD_DIM // VALUE_TILE):
+        for _ in range(shape.heads * self.head_dim // VALUE_TILE):
             for chunks in chains:
                 first = free.index(min(free))
                 free[first] += chunks * self.scan_us
-        moved = self.slots(shape) * shape.heads * (self.record_bytes + self.chunk * HEAD_DIM * ELEMENT_BYTES)
+        moved = self.slots(shape) * shape.heads * (self.record_bytes + self.chunk * self.head_dim * self.element_bytes)
         return max(*free, moved / gpu.copy_tb_s * 1e-6)
 
     def call(self, shape: Shape, gpu: Gpu) -> float:
         return self.parts(shape) * self.part_us + self.prepare(shape, gpu) + self.scan(shape, gpu)
 
 
-VARIANTS = {"bf16_k128_sm90": Constants("fca4c26", 64, 74752, 2, 15.5, 1.1, 8.0)}
+MAIN = "bf16_k128_sm90"
+VARIANTS = {
+    MAIN: Constants("fca4c26", 64, 74752, 2, 15.5, 1.1, 8.0),
+    # from two shapes each (chunk_fwd_cpp_h100.json); in fp16 the gates of both regimes are too steep for block anchors
+    "fp16_k128_sm90": Constants("c49503c", 64, 74752, 2, 39.0, 1.1, 8.0),
+    "fp32_k128": Constants("c49503c", 32, 70656, 2, 64.0, 10.2, 8.0, element_bytes=4),
+    "bf16_k64_sm90": Constants("c49503c", 64, 41984, 3, 16.0, 0.85, 8.0, head_dim=64),
+    "bf16_k256": Constants("c49503c", 16, 34816, 4, 18.5, 1.13, 8.0, head_dim=256),
+}
 
 # peers.md: attributed, each on the GPU its authors had, fast regime.
 PUBLISHED = {
@@ -89,8 +99,8 @@ def geomean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def floor_us(shape: Shape, gpu: Gpu) -> float:
-    return traffic_bytes(shape, HEAD_DIM, ELEMENT_BYTES) / gpu.copy_tb_s * 1e-6
+def floor_us(shape: Shape, gpu: Gpu, model: Constants = VARIANTS[MAIN]) -> float:
+    return traffic_bytes(shape, model.head_dim, model.element_bytes) / gpu.copy_tb_s * 1e-6
 
 
 COLUMNS = {
@@ -151,12 +161,41 @@ def table(variant: str, measured: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def variants_table(measured: dict) -> str:
+    """Every variant on every shape: predicted for an H200, its floor, and what an H100 took where it was measured."""
+    took = {}
+    for row in measured["benchmarks"]:
+        _, cell, shape, regime, *_ = row["name"].split("/")
+        took[cell, shape, regime] = row["us"]
+    lines = [
+        "",
+        "Every variant, K = V as in its name: predicted for an H200, in brackets the floor; where it was measured, also",
+        f"for an H100, in square brackets what one took (long, C++ benchmark at {measured['context']['commit'][:7]}).",
+        "",
+        line(["shape", *VARIANTS]),
+        line(["---", *["---:"] * len(VARIANTS)]),
+    ]
+    for shape in ALL:
+        cells = []
+        for name, model in VARIANTS.items():
+            h100, h200 = (f"{model.call(shape, gpu):.0f}" for gpu in (H100, H200))
+            us = took.get((name.removesuffix("_sm90"), str(shape), "long"))
+            cells.append(f"{h200} ({floor_us(shape, H200, model):.0f})" + (f"; {h100} [{us:.0f}]" if us else ""))
+        lines.append(line([str(shape), *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def report(measured: dict, every_variant: dict) -> str:
+    return table(MAIN, measured) + variants_table(every_variant)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measured", type=Path, default=RESULTS / "chunk_fwd_h100.json")
+    parser.add_argument("--variants", type=Path, default=RESULTS / "chunk_fwd_cpp_h100.json")
     parser.add_argument("--markdown", type=Path, default=RESULTS / "chunk_fwd_cost.md")
     args = parser.parse_args()
-    args.markdown.write_text(table("bf16_k128_sm90", json.loads(args.measured.read_text())))
+    args.markdown.write_text(report(json.loads(args.measured.read_text()), json.loads(args.variants.read_text())))
 
 
 if __name__ == "__main__":
