@@ -3,8 +3,8 @@
 python -m bench.python.cost_model [--measured FILE] [--variants FILE] [--markdown FILE]
 
 writes ``bench/results/chunk_fwd_cost.md`` from ``chunk_fwd_h100.json``, ``chunk_fwd_cpp_h100.json`` and the constants,
-which are all that the model knows. A call is, in each of its parts, two launches: prepare (every chunk of every head at once, in
-waves), then scan (chunk after chunk of a sequence; its blocks are a sequence, a head and 64 columns of V).
+which are all that the model knows. A call is, in each of its parts, two launches: prepare (every chunk of every head
+at once, in waves), then scan (chunk after chunk of a sequence; its blocks are a sequence, a head and 64 columns of V).
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ def variants_table(measured: dict) -> str:
         took[cell, shape, regime] = row["us"]
     lines = [
         "",
-        "Every variant, K = V as in its name: predicted for an H200, in brackets the floor; where it was measured, also",
-        f"for an H100, in square brackets what one took (long, C++ benchmark, {measured['context']['commit'][:7]}).",
+        "Every variant, K = V as in its name: predicted for an H200, in brackets the floor. Where it was measured,",
+        f"also for an H100, in square brackets what one took (long, C++ benchmark, {measured['context']['commit'][:7]}).",
         "",
         line(["shape", *VARIANTS]),
         line(["---", *["---:"] * len(VARIANTS)]),
