@@ -170,7 +170,7 @@ def variants_table(measured: dict) -> str:
     lines = [
         "",
         "Every variant, K = V as in its name: predicted for an H200, in brackets the floor. Where it was measured,",
-        f"also for an H100, in square brackets what one took (long, C++ benchmark, {measured['context']['commit'][:7]}).",
+        f"also for an H100, in square brackets what one took (long, C++, {measured['context']['commit'][:7]}).",
         "",
         line(["shape", *VARIANTS]),
         line(["---", *["---:"] * len(VARIANTS)]),
