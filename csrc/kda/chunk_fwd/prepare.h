@@ -18,6 +18,8 @@ struct Prepare : PrepareThread<Variant> {
   static constexpr int kThreads = Base::kThreads, kWarps = Base::kWarps;
   static constexpr int kBlocksPerSm = (sizeof(E) == 4 ? 512 : 1024) / kThreads;  // 128 or 64 registers a thread
 
+  static constexpr int kNextFinder = kThreads - 64;  // a thread whose warp has neither beta nor V to load
+
   /// All chunks of this block: slots [first, end) of the part.
   KDA_DEVICE static void run(ChunkFwdParams const& p, typename Base::Storage& s, int value_head, int32_t first,
                              int32_t end) {
@@ -28,7 +30,7 @@ struct Prepare : PrepareThread<Variant> {
       cp_async_wait<0>();
       sync_block();
       prepare.begin(now.chunk);
-      if (prepare.thread == kThreads - 64) s.walk[turn ^ 1] = prepare.next_chunk(now, value_head, end);
+      if (prepare.thread == kNextFinder) s.walk[turn ^ 1] = prepare.next_chunk(now, value_head, end);
       prepare.normalise();
       prepare.scores();
       prepare.solve(now.chunk, next.chunk, next.slot < end);
