@@ -12,9 +12,9 @@ import kda_cuda
 from kda_cuda import variants
 
 from .cases import CASES, Case, Inputs
+from .test_chunk_fwd import INVARIANT
 from .test_prefill import BATCH, MODEL, RAGGED, SEQUENCES, streams_of
 
-INVARIANT = {"deterministic": "batch_invariant"}
 LONG = Case("long", 200, heads=2, value_heads=4, key_dim=128, value_dim=128, initial_state=True, dtype=torch.bfloat16,
             **MODEL)  # fmt: skip
 
