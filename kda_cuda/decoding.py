@@ -123,9 +123,22 @@ def decode(
     c = Checker("decode")
     transforms = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     common = calls.common_arguments(
-        c, q, k, v, g, beta, A_log, dt_bias, scale, transforms, lower_bound, state_v_first, cu_seqlens,
-        state_per_token=state_per_token, zero_is_null=zero_is_null,
-    )  # fmt: skip
+        c,
+        q,
+        k,
+        v,
+        g,
+        beta,
+        A_log,
+        dt_bias,
+        scale,
+        transforms,
+        lower_bound,
+        state_v_first,
+        cu_seqlens,
+        state_per_token=state_per_token,
+        zero_is_null=zero_is_null,
+    )
     if calls.needs_grad(*common, state):
         raise c.value_error("an argument requires a gradient, expected none: decode has no gradients (use chunk_kda)")
     return run_decode(

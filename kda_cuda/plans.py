@@ -69,9 +69,13 @@ class ChunkCall:
 
 
 def decode_plan(
-    namespace: str, sizes: tuple[int, ...], state: Tensor | None, new_state: Tensor | None, v_first: bool,
+    namespace: str,
+    sizes: tuple[int, ...],
+    state: Tensor | None,
+    new_state: Tensor | None,
+    v_first: bool,
     layer: bool = False,
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, str]:
     """Variant, grid, threads, shared memory of a decoding kernel. ``sizes``: tokens, sequences, HV, K, V."""
     function = getattr(compiled(namespace), "kda_plan_decode", None)
     if function is None:

@@ -18,7 +18,9 @@ from .cases import CASES, Case, Inputs
 
 WHOLE = ["chunk_fwd_prepare", "chunk_fwd_scan"]  # the launches of a part, and where sequences are split
 SPLIT = ["chunk_fwd_prepare", "chunk_fwd_summarise", "chunk_fwd_join", "chunk_fwd_scan"]
-INVARIANT = {"deterministic": "batch_invariant"}  # then no sequence is split
+# Tests that compare a whole with a part of it bit by bit ask for this: whether a sequence is split depends on its
+# length and batch, so only then are the bits promised. Split calls are held to the recurrence: test_sequence_split.
+INVARIANT = {"deterministic": "batch_invariant"}
 MODEL = {"gate": "long", "beta_sigmoid": True}
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

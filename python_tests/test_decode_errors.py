@@ -242,9 +242,15 @@ def test_kernels_name_what_is_wrong(change, message, device):
 @pytest.mark.devices("cuda")
 @pytest.mark.parametrize("name", ["k", "g", "out", "state", "slot_of", "cu_seqlens", "record_u"])
 def test_kernels_refuse_pointers_of_the_host(name, device):
-    tensors = {"k": torch.zeros(B, T, H, K), "g": torch.zeros(B, T, HEADS, K), "out": torch.zeros(B, T, HEADS, V),
-               "state": torch.zeros(SLOTS, HEADS, K, V), "slot_of": torch.tensor([4, 2]),
-               "cu_seqlens": torch.tensor([0, 3, T]), "record_u": torch.zeros(B, T, HEADS, V)}  # fmt: skip
+    tensors = {
+        "k": torch.zeros(B, T, H, K),
+        "g": torch.zeros(B, T, HEADS, K),
+        "out": torch.zeros(B, T, HEADS, V),
+        "state": torch.zeros(SLOTS, HEADS, K, V),
+        "slot_of": torch.tensor([4, 2]),
+        "cu_seqlens": torch.tensor([0, 3, T]),
+        "record_u": torch.zeros(B, T, HEADS, V),
+    }
     with pytest.raises(ValueError, match=rf"^kda_cuda::decode: {name} is on another device than q$"):
         torch.ops.kda_cuda.decode(*raw_call(device, **{name: tensors[name]}))
 

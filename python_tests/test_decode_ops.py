@@ -167,9 +167,13 @@ def test_explain_says_how_a_step_is_launched(device):
     plan = kda_cuda.explain(op="decode", **more, state=state).forward.plan
     token = 4 * (3 * 128 + 64 + 2) + 8  # q, k, decay, v, beta and q . k, a multiple of 16
     assert plan == {
-        "variant": "bf16_k128", "states": "[V, K], 16 bytes at a time", "grid": "8", "threads": "128",
-        "values_per_block": "64", "shared_bytes": str(3 * token + 16),
-    }  # fmt: skip
+        "variant": "bf16_k128",
+        "states": "[V, K], 16 bytes at a time",
+        "grid": "8",
+        "threads": "128",
+        "values_per_block": "64",
+        "shared_bytes": str(3 * token + 16),
+    }
     shifted = torch.zeros(state.numel() + 1, dtype=torch.bfloat16, device=device)[1:].view(state.shape)
     by_element = kda_cuda.explain(op="decode", **more, state=shifted).forward.plan
     assert by_element["states"] == "[V, K], element by element"

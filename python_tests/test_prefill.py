@@ -105,8 +105,9 @@ def test_narrow_states_are_rounded_once(dtype, v_first, device):
         x = x.replace(state_v_first=True)  # K = V: the same shapes
     pool.copy_(initial)
     slots = tensor(x, [[-1]] * 3 + [[0]] + [[-1]] * 2)
-    o = kda_cuda.prefill(**streams_of(x), state_pool=pool, checkpoint_slots=slots, checkpoint_pool=checkpoints,
-                         **INVARIANT)  # fmt: skip
+    o = kda_cuda.prefill(
+        **streams_of(x), state_pool=pool, checkpoint_slots=slots, checkpoint_pool=checkpoints, **INVARIANT
+    )
     wanted, final = expect(x, **INVARIANT, initial_state=initial.float())
     assert torch.equal(o, wanted) and torch.equal(pool, final.to(dtype))
     first = expect(prefix(x, 3, 64), **INVARIANT, initial_state=initial[3:4].float())[1]
@@ -232,8 +233,14 @@ def test_checkpoints_are_the_final_states_of_prefixes(interval, count, device):
     x = SEQUENCES.inputs(device)
     slots = [[6 * j + n for j in range(4)] for n in range(6)]
     pool, checkpoints = x.initial_state.clone(), make_pool(x, 30, pad=8)
-    o = kda_cuda.prefill(**streams_of(x), state_pool=pool, checkpoint_pool=checkpoints, checkpoint_interval=interval,
-                         checkpoint_slots=tensor(x, slots), **INVARIANT)  # fmt: skip
+    o = kda_cuda.prefill(
+        **streams_of(x),
+        state_pool=pool,
+        checkpoint_pool=checkpoints,
+        checkpoint_interval=interval,
+        checkpoint_slots=tensor(x, slots),
+        **INVARIANT,
+    )
     wanted, final = expect(x, **INVARIANT)
     assert torch.equal(o, wanted) and torch.equal(pool, final)
     assert assert_checkpoints(x, checkpoints, slots, interval, device.runs_kernels) == count
@@ -265,8 +272,9 @@ def test_130_tokens_have_checkpoints_at_64_and_128(device):
     x = prefix(SEQUENCES.inputs(device), 0, 130)
     pool = make_pool(x, 4)
     pool[0] = x.initial_state[0]
-    kda_cuda.prefill(**streams_of(x), state_pool=pool, slot_of=tensor(x, [0]), checkpoint_slots=tensor(x, [[3, 2, 1]]),
-                     **INVARIANT)  # fmt: skip
+    kda_cuda.prefill(
+        **streams_of(x), state_pool=pool, slot_of=tensor(x, [0]), checkpoint_slots=tensor(x, [[3, 2, 1]]), **INVARIANT
+    )
     for slot, tokens in ((3, 64), (2, 128)):
         assert_same(pool[slot], expect(prefix(x, 0, tokens), **INVARIANT)[1][0], device.runs_kernels)
     assert bool(pool[1].isnan().all())
@@ -276,8 +284,9 @@ def test_checkpoints_of_a_batch_some_not_wanted(device):
     x = BATCH.inputs(device)
     slots = [[-1, 2], [5, -3], [0, 7]]
     pool, checkpoints = x.initial_state.clone(), make_pool(x, 9, torch.bfloat16)
-    kda_cuda.prefill(**streams_of(x), state_pool=pool, checkpoint_pool=checkpoints, checkpoint_slots=tensor(x, slots),
-                     **INVARIANT)  # fmt: skip
+    kda_cuda.prefill(
+        **streams_of(x), state_pool=pool, checkpoint_pool=checkpoints, checkpoint_slots=tensor(x, slots), **INVARIANT
+    )
     assert assert_checkpoints(x, checkpoints, slots, 64, device.runs_kernels) == 4
 
 
@@ -291,8 +300,13 @@ def test_checkpoints_of_every_kind_of_variant(variant, device):
     x = Case("checkpoints", 193, key_dim=key_dim, dtype=dtype, heads=1, value_dim=72, initial_state=True,
              **MODEL).inputs()  # fmt: skip
     pool, checkpoints = x.initial_state.clone(), make_pool(x, 4)
-    call = {**streams_of(x), "state_pool": pool, "checkpoint_pool": checkpoints,
-            "checkpoint_slots": tensor(x, [[2, 1, 0]]), **INVARIANT}  # fmt: skip
+    call = {
+        **streams_of(x),
+        "state_pool": pool,
+        "checkpoint_pool": checkpoints,
+        "checkpoint_slots": tensor(x, [[2, 1, 0]]),
+        **INVARIANT,
+    }
     with testing.emulated(arch=arch):
         assert kda_cuda.explain(op="prefill", **call).forward.plan["variant"] == variant
         assert bool(checkpoints.isnan().all()), "explain runs nothing"
@@ -305,16 +319,23 @@ def test_restart_from_a_checkpoint(device):
     """A prefix cache: the second request shares 128 tokens with the first, and the cached state stays."""
     x = prefix(SEQUENCES.inputs(device), 3, 193)
     pool = make_pool(x, 8)
-    first = kda_cuda.prefill(**streams_of(x), state_pool=pool, slot_of=tensor(x, [1]),
-                             has_initial_state=torch.tensor([False], device=x.q.device),
-                             checkpoint_slots=tensor(x, [[-1, 5]]), **INVARIANT)  # fmt: skip
+    first = kda_cuda.prefill(
+        **streams_of(x),
+        state_pool=pool,
+        slot_of=tensor(x, [1]),
+        has_initial_state=torch.tensor([False], device=x.q.device),
+        checkpoint_slots=tensor(x, [[-1, 5]]),
+        **INVARIANT,
+    )
     cached = pool[5].clone()
     rest = x.replace(**{name: getattr(x, name)[:, 128:] for name in ("q", "k", "v", "g", "beta")})
-    second = kda_cuda.prefill(**streams_of(rest), state_pool=pool, slot_of=tensor(x, [2]),
-                              initial_slot_of=tensor(x, [5]), **INVARIANT)  # fmt: skip
+    second = kda_cuda.prefill(
+        **streams_of(rest), state_pool=pool, slot_of=tensor(x, [2]), initial_slot_of=tensor(x, [5]), **INVARIANT
+    )
     assert_same(second, first[:, 128:], device.runs_kernels)
     assert_same(pool[2], pool[1], device.runs_kernels)
     assert torch.equal(pool[5], cached)
-    third = kda_cuda.prefill(**streams_of(x), state_pool=pool, slot_of=tensor(x, [3]), initial_slot_of=tensor(x, [-1]),
-                             **INVARIANT)  # fmt: skip
+    third = kda_cuda.prefill(
+        **streams_of(x), state_pool=pool, slot_of=tensor(x, [3]), initial_slot_of=tensor(x, [-1]), **INVARIANT
+    )
     assert torch.equal(third, first) and torch.equal(pool[3], pool[1]), "a null initial slot starts from zero"

@@ -23,8 +23,13 @@ ARCHS = {"bf16_k64_sm90": ("90", 768), "bf16_k64": ("80", 768), "bf16_k64_c32": 
 def long_case(variant: str, **changes) -> tuple[Case, str]:
     arch, tokens = ARCHS[variant]
     dtype = torch.float32 if variant.startswith("fp32") else torch.bfloat16
-    options = {"heads": 1, "value_dim": 40, "initial_state": True, "dtype": dtype,
-               "chunk_size": 32 if variant.endswith("c32") else 64}  # fmt: skip
+    options = {
+        "heads": 1,
+        "value_dim": 40,
+        "initial_state": True,
+        "dtype": dtype,
+        "chunk_size": 32 if variant.endswith("c32") else 64,
+    }
     return Case(variant, tokens, **options | changes), arch
 
 
@@ -36,7 +41,7 @@ def split_of(x: Inputs, **options) -> str:
 @pytest.mark.parametrize("variant", ARCHS)
 @pytest.mark.parametrize("gate", ["long", "violent", "steep", "zero"])
 def test_long_segments_match_the_recurrence(variant, gate, device):
-    case, arch = long_case(variant, gate=gate, forward_allowance=1 + 4 * (gate == "zero"))
+    case, arch = long_case(variant, gate=gate)
     with testing.emulated(arch=arch):
         x = case.inputs()
         assert f"segments of {4 * int(kda_cuda.explain(**x.public()).forward.plan['chunk'])} tokens, 3" in split_of(x)
@@ -77,8 +82,16 @@ def test_what_a_segment_forgot_is_neither_written_nor_read(variant, device):
         assert abs(unwritten["one remembers"] - unwritten["none forgets"]) < 0.1 * size
 
 
-RAGGED = Case("ragged_segments", 722, lengths=(384, 0, 5, 100, 33, 200), heads=1, value_dim=40,
-              initial_state=True, gate="long", beta_sigmoid=True)  # fmt: skip
+RAGGED = Case(
+    "ragged_segments",
+    722,
+    lengths=(384, 0, 5, 100, 33, 200),
+    heads=1,
+    value_dim=40,
+    initial_state=True,
+    gate="long",
+    beta_sigmoid=True,
+)
 
 
 def pooled(x: Inputs, in_place: bool, **options) -> tuple[torch.Tensor, ...]:
@@ -87,10 +100,15 @@ def pooled(x: Inputs, in_place: bool, **options) -> tuple[torch.Tensor, ...]:
     pool[:6] = x.initial_state
     final = range(6) if in_place else range(6, 12)
     o = kda_cuda.prefill(
-        **streams_of(x), state_pool=pool, slot_of=tensor(x, final), initial_slot_of=tensor(x, range(6)),
-        checkpoint_pool=checkpoints, checkpoint_slots=tensor(x, [[3 * n, 3 * n + 1, 3 * n + 2] for n in range(6)]),
-        checkpoint_interval=128, **options,
-    )  # fmt: skip
+        **streams_of(x),
+        state_pool=pool,
+        slot_of=tensor(x, final),
+        initial_slot_of=tensor(x, range(6)),
+        checkpoint_pool=checkpoints,
+        checkpoint_slots=tensor(x, [[3 * n, 3 * n + 1, 3 * n + 2] for n in range(6)]),
+        checkpoint_interval=128,
+        **options,
+    )
     return o, pool[list(final)], checkpoints
 
 

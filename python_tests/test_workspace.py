@@ -68,8 +68,15 @@ def test_workspace_against_the_inputs(variant, device):
     key_dim = 64 if key_dim <= 64 else 128 if key_dim <= 128 else 256
     with testing.emulated(arch=arch):
         for tokens, heads, batch in itertools.product((256, 8192, 1 << 20), (1, 96), (1, 3)):
-            shape = {"batch": batch, "tokens": tokens, "value_heads": heads, "key_dim": key_dim, "value_dim": 128,
-                     "dtype": dtype, "device": "cpu"}  # fmt: skip
+            shape = {
+                "batch": batch,
+                "tokens": tokens,
+                "value_heads": heads,
+                "key_dim": key_dim,
+                "value_dim": 128,
+                "dtype": dtype,
+                "device": "cpu",
+            }
             promised = PROMISE * 2 * batch * tokens * heads * key_dim * dtype.itemsize
             carried = 2 * heads * key_dim * 128 * 4  # states between parts
             unsplit = kda_cuda.workspace_size(**shape, deterministic="batch_invariant")

@@ -104,10 +104,20 @@ def floor_us(shape: Shape, gpu: Gpu, model: Constants = VARIANTS[MAIN]) -> float
 
 
 COLUMNS = {
-    "shape": "---", "parts": "---:", "prepare": "---:", "scan": "---:", "H100": "---:", "measured, fast": "---:",
-    "long": "---:", "measured / predicted": "---:", "H200": "---:", "floor, H200": "---:", "x floor": "---:",
-    "sequences split": "---", "published": "---",
-}  # fmt: skip
+    "shape": "---",
+    "parts": "---:",
+    "prepare": "---:",
+    "scan": "---:",
+    "H100": "---:",
+    "measured, fast": "---:",
+    "long": "---:",
+    "measured / predicted": "---:",
+    "H200": "---:",
+    "floor, H200": "---:",
+    "x floor": "---:",
+    "sequences split": "---",
+    "published": "---",
+}
 
 
 def line(cells) -> str:

@@ -76,9 +76,19 @@ def load_flash_kda() -> Callable[[dict], Call]:
             out = torch.empty_like(a["v"])
             state = torch.empty(sequences, heads, dim, dim, dtype=torch.float32, device=q.device)
             flash_kda.fwd(
-                q, a["k"], a["v"], a["g"], a["beta"], dim**-0.5, out, a["A_log"], dt_bias, a["lower_bound"],
-                final_state=state, cu_seqlens=a["cu_seqlens"],
-            )  # fmt: skip
+                q,
+                a["k"],
+                a["v"],
+                a["g"],
+                a["beta"],
+                dim**-0.5,
+                out,
+                a["A_log"],
+                dt_bias,
+                a["lower_bound"],
+                final_state=state,
+                cu_seqlens=a["cu_seqlens"],
+            )
             return out
 
         return call
