@@ -36,21 +36,22 @@ def load_emulator() -> ctypes.CDLL:
     torch.ops.load_library(str(path))
     variants.find_kernels(library.NAMESPACE_EMULATED)
     handle = ctypes.CDLL(str(path))
-    handle.kda_emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    handle.kda_emulator_configure.argtypes = [ctypes.c_uint64, *[ctypes.c_int] * 4]
     return handle
 
 
 @contextlib.contextmanager
-def emulated(seed: int = 0, threads: int = 2, arch: str = "90") -> Iterator[None]:
+def emulated(seed: int = 0, threads: int = 2, arch: str = "90", multiprocessors: int = 1) -> Iterator[None]:
     """Inside, the public functions serve CPU tensors with the emulated kernels, and raise where there is none.
 
     Args:
         seed: 0 runs the threads of a block in order; any other number is a random schedule of its own.
         threads: OS threads that share the blocks of a grid.
         arch: which device to be: "80" (A100), "86" (99 KB of shared memory), "90" (Hopper: wgmma).
+        multiprocessors: of that device; how work is divided depends on them.
     """
     handle = load_emulator()
-    handle.kda_emulator_configure(seed, threads, *_ARCHS[arch])
+    handle.kda_emulator_configure(seed, threads, *_ARCHS[arch], multiprocessors)
     take_record()
     before = variants.set_emulating(True)
     try:

@@ -126,6 +126,27 @@ def test_in_place_with_checkpoints(device):
     assert int((~whole[2].isnan()).all((1, 2, 3)).sum()) == 4, "three of the first sequence, one of the last"
 
 
+@pytest.mark.devices("emulator")
+def test_parts_beside_each_other(device):
+    """Where the scan leaves multiprocessors free, parts alternate between the halves of the records (on a GPU the next
+    one is prepared meanwhile; the emulator runs one kernel after the other). Parts change no bit."""
+    case = Case("parts", 4096 + 7, heads=1, value_dim=8, initial_state=True, dtype=torch.bfloat16, gate="long")
+    x = case.inputs()
+    results = {}
+    for multiprocessors, parts, overlap in (
+        (1, 2, "none"),
+        (132, 3, "the prepare kernel of a part runs beside the scan"),
+    ):
+        with testing.emulated(multiprocessors=multiprocessors):
+            plan = kda_cuda.explain(**x.public(), **INVARIANT).forward.plan
+            assert plan["overlap"].startswith(overlap)
+            results[multiprocessors], kernels = device.run(lambda: run(x, **INVARIANT))
+            assert int(plan["parts"]) >= parts and kernels == WHOLE * int(plan["parts"])
+    check(case, results[132])
+    for name, y in results[132].items():
+        assert torch.equal(y, results[1][name]), name
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gate", ["long", "violent", "zero"])

@@ -63,9 +63,10 @@ void run_grid(char const* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, s
 // For kda_cuda.testing, through ctypes.
 extern "C" {
 __attribute__((visibility("default"))) void kda_emulator_configure(uint64_t seed, int os_threads, int shared_kilobytes,
-                                                                   int has_wgmma) {
+                                                                   int has_wgmma, int multiprocessors) {
   kda::emulator::Options& o = kda::emulator::options();
   o.seed = seed, o.os_threads = os_threads, o.shared_limit = size_t(shared_kilobytes) * 1024, o.has_wgmma = has_wgmma;
+  o.multiprocessors = multiprocessors;
 }
 __attribute__((visibility("default"))) void kda_emulator_skip_launches(int skip) {
   kda::emulator::options().skip_launches = skip;
