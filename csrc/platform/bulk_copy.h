@@ -15,6 +15,14 @@ KDA_DEVICE void fence_proxy_async() {
 #endif
 }
 
+/// Global memory written by ordinary stores, as a flag says that this thread waited for (flags.h), is seen by the bulk
+/// loads that it starts after this. PTX: fence.proxy.async.global
+KDA_DEVICE void fence_proxy_async_global() {
+#if !defined(KDA_EMULATE)
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+#endif
+}
+
 #if defined(KDA_EMULATE)
 namespace emulator {
 inline void check_bulk(void const* shared, void const* global, uint32_t bytes, Location where) {

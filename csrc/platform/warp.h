@@ -55,6 +55,17 @@ KDA_DEVICE bool warp_any(bool x KDA_WHERE) {
 #endif
 }
 
+/// How many lanes from the first on say so. All lanes. PTX: vote.sync.ballot.b32
+KDA_DEVICE int warp_count_leading(bool x KDA_WHERE) {
+#if defined(KDA_EMULATE)
+  uint32_t said = uint32_t(x) << lane_index();
+  for (int bits = 16; bits; bits /= 2) said |= shuffle_xor(said, bits, where);
+  return ~said ? __builtin_ctz(~said) : 32;
+#else
+  return __clz(__brev(~__ballot_sync(~0u, x)));
+#endif
+}
+
 /// The sum over all lanes, the same bits in every lane.
 template <class T>
 KDA_DEVICE T warp_sum(T x KDA_WHERE) {

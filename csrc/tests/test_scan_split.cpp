@@ -23,7 +23,7 @@ ChunkFwdVariant sizes_of() {
   ChunkFwdVariant v{};
   v.name = V::name, v.dtype = Dtype::kBfloat16, v.chunk = V::config.chunk, v.key_tile = V::config.key_tile;
   v.record_bytes = sizeof(ChunkRecord<V>), v.value_tile_bytes = sizeof(typename ChunkRecord<V>::Values);
-  v.prepare_blocks_per_sm = 2;
+  v.prepare_teams = 2, v.prepare_shared_bytes = 108 << 10;
   return v;
 }
 
@@ -160,42 +160,23 @@ TEST(ScanSplit, FewHeadsAreSplitAndManyAreNot) {
   }
 }
 
-TEST(ScanSplit, PartsOverlapWhereTheScanLeavesMultiprocessorsFree) {
+TEST(ScanSplit, ScanRunsBesidePrepareWhereItLeavesMultiprocessorsFree) {
   H100 device;
   ChunkFwdVariant const v = sizes_of<Bf16K128Sm90>();
-  for (auto const& [tokens, heads, overlap] :
-       {std::tuple{8192, 16, true}, {4096, 8, true}, {8192, 64, false}, {64, 4, false}}) {
+  for (auto const& [tokens, heads, beside] :
+       {std::tuple{8192, 16, true}, {4096, 8, true}, {8192, 24, true}, {8192, 64, false}, {64, 4, false}}) {
     ChunkFwdCall const call = call_of(tokens, heads);
-    int64_t const parts = v.overlapping_parts(call);
-    EXPECT_EQ(parts > 1, overlap) << tokens << " tokens, " << heads << " heads";
-    if (!overlap) continue;
-    size_t const half =
-        size_t(divide_up(call.plan.slots(), parts)) * size_t(heads) * (v.record_bytes + 2 * v.value_tile_bytes);
-    EXPECT_LE(half, v.half_offset(call));
-    EXPECT_LE(v.half_offset(call) + half, v.carry_offset(call));
+    ChunkFwdVariant::Schedule const s = v.schedule(call);
+    std::printf("%d tokens, %d heads: %.0f us, parts of %lld slots, %lld multiprocessors for the scan, %d walkers\n",
+                tokens, heads, s.us, (long long)s.part_slots, (long long)s.reserved, s.walkers);
+    EXPECT_EQ(s.reserved > 0, beside) << tokens << " tokens, " << heads << " heads";
+    EXPECT_LE(size_t(s.part_slots) * size_t(heads) * (v.record_bytes + 2 * v.value_tile_bytes), v.carry_offset(call));
+    if (!beside) continue;
+    EXPECT_EQ(s.reserved, 2 * heads) << "a block for 64 columns of V";
+    EXPECT_LE(divide_up(int64_t(s.walkers) * heads, s.teams) + s.reserved, multiprocessors()) << "all at once";
   }
   emulator::options().has_wgmma = false;  // kernels cannot overlap
-  EXPECT_EQ(v.overlapping_parts(call_of(8192, 16)), 0);
-}
-
-TEST(ScanSplit, TheWorkspaceNeverShrinks) {
-  ChunkFwdVariant const v = sizes_of<Bf16K128Sm90>();
-  auto const check = [&] {
-    for (int const heads : {1, 4, 16, 64})
-      for (bool const invariant : {false, true}) {
-        std::vector<size_t> last(200, 0);  // by sequences
-        for (int64_t tokens = 0; tokens < 40000; tokens += tokens < 1000 ? 37 : 911)
-          for (size_t n = 1, before = 0; n < last.size(); n += n < 20 ? 1 : 23) {
-            size_t const bytes = v.workspace_bytes(call_of(tokens, heads, int(n), invariant));
-            EXPECT_GE(bytes, before) << tokens << " tokens, " << n << " sequences";
-            EXPECT_GE(bytes, last[n]) << tokens << " tokens, " << n << " sequences";
-            before = last[n] = bytes;
-          }
-      }
-  };
-  check();
-  H100 device;
-  check();
+  EXPECT_EQ(v.schedule(call_of(8192, 16)).reserved, 0);
 }
 
 }  // namespace

@@ -31,8 +31,8 @@ std::string split_text(ChunkFwdVariant const& v, ChunkFwdCall const& call) {
 /// Lines of "name=value".
 std::string describe(ChunkFwdVariant const& v, ChunkFwdCall const& call) {
   int64_t const slots = call.plan.slots(), split = v.split(call).segment_chunks;
-  int64_t const overlapping = split ? 0 : v.overlapping_parts(call);
-  int64_t const part_slots = overlapping ? divide_up(slots, overlapping) : v.part_slots(call);
+  ChunkFwdVariant::Schedule const schedule = v.schedule(call);
+  int64_t const part_slots = split ? v.part_slots(call) : schedule.part_slots, reserved = split ? 0 : schedule.reserved;
   int64_t const segment_chunks = split ? split : call.plan.chunks_of(call.plan.tokens) + 1;
   std::string const heads = "x" + std::to_string(call.value_heads);
   char const* const invariant = call.batch_invariant    ? "yes, as asked"
@@ -46,10 +46,14 @@ std::string describe(ChunkFwdVariant const& v, ChunkFwdCall const& call) {
   };
   line("variant", v.name), line("chunk", v.chunk), line("key_tile", v.key_tile);
   line("parts", slots ? divide_up(slots, part_slots) : 1);
-  line("overlap", overlapping ? "the prepare kernel of a part runs beside the scan of the one before" : "none");
-  int32_t const walk = v.prepare_walk(part_slots, call.value_heads, multiprocessors()).slots;  // one after another
-  line("prepare_grid", std::to_string(divide_up(part_slots, walk)) + heads), line("prepare_slots_per_block", walk);
-  line("prepare_threads", v.prepare_threads), line("prepare_shared_bytes", v.prepare_shared_bytes);
+  line("overlap", reserved ? "the scan runs beside the prepare kernel, on " + std::to_string(reserved) +
+                                 " multiprocessors that it leaves free"
+                  : overlaps_kernels() && !split ? "the scan follows the prepare kernel as that one ends"
+                                                 : "none");
+  int const teams = reserved ? schedule.teams : 1;
+  int64_t const walkers = reserved ? schedule.walkers : v.prepare_walk(part_slots, call.value_heads).walkers;
+  line("prepare_grid", divide_up(walkers * call.value_heads, teams)), line("prepare_walkers", walkers);
+  line("prepare_threads", v.prepare_threads * teams), line("prepare_shared_bytes", v.prepare_shared_bytes * teams);
   line("scan_grid", std::to_string(part_segments(call.plan, part_slots, segment_chunks)) + heads + "x" +
                         std::to_string(value_tiles(call.value_dim)));
   line("scan_threads", v.scan_threads), line("scan_shared_bytes", v.scan_shared_bytes);

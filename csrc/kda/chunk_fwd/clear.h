@@ -1,5 +1,6 @@
-// Zero output for tokens that no sequence computes: those of sequences with a null slot, and those outside of
-// cu_seqlens, as a captured graph has them when it is replayed with fewer tokens.
+// What is set to zero before the work: counters of the workspace, and the output for tokens that no sequence computes:
+// those of sequences with a null slot, and those outside of cu_seqlens, as a captured graph has them when it is
+// replayed with fewer tokens.
 #pragma once
 #include "kda/chunk_fwd/params.h"
 
@@ -19,6 +20,13 @@ KDA_DEVICE Sequence unowned(ChunkPlan const& plan, int32_t x) {
   if (x > plan.sequences) return {0, 0, plan.boundary(0), 0};
   int64_t const begin = plan.boundary(plan.sequences);
   return {0, begin, plan.tokens - begin, 0};
+}
+
+/// One block.
+template <class Variant>
+KDA_GLOBAL void __launch_bounds__(kClearThreads) chunk_fwd_reset_kernel(uint32_t* counters, int64_t count) {
+  let_next_kernel_start();
+  for (int64_t i = thread_index(); i < count; i += kClearThreads) counters[i] = 0;
 }
 
 /// `o` is contiguous here.

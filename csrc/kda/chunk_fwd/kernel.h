@@ -7,14 +7,25 @@
 
 namespace kda {
 
-template <class Variant>
-KDA_GLOBAL void __launch_bounds__(Prepare<Variant>::kThreads, Prepare<Variant>::kBlocksPerSm)
-    chunk_fwd_prepare_kernel(ChunkFwdParams const p) {
+template <class Variant, int kTeams>
+KDA_DEVICE void prepare_chunks(ChunkFwdParams const& p) {
+  using Team = Prepare<Variant, kTeams>;
   KDA_DYNAMIC_SHARED(PrepareStorage<Variant>, storage);
-  int32_t const first = int32_t(blockIdx.x) * p.slots_per_block, end = first + p.slots_per_block;
-  Prepare<Variant>::run(p, *storage, blockIdx.y, first, end < p.part_slots ? end : p.part_slots);
-  // The scan before this part may still run beside it. So that nothing behind this kernel starts before that one ends:
-  if (blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous_kernel();
+  int32_t const team = Team::team(), walker = blockIdx.x * kTeams + team, first = walker / p.value_heads;
+  if (first < p.walkers) Team::run(p, storage[team], walker % p.value_heads, first);
+  // The scan of the part before may still run. So that nothing behind this kernel starts before that one ends:
+  if (p.progress && blockIdx.x == 0) wait_for_previous_kernel();
+}
+template <class Variant>
+KDA_GLOBAL void __launch_bounds__(Prepare<Variant, 1>::kThreads, Prepare<Variant, 1>::kBlocksPerSm)
+    chunk_fwd_prepare_kernel(ChunkFwdParams const p) {
+  prepare_chunks<Variant, 1>(p);
+}
+/// Blocks that fill an SM, so that they leave others to the scan.
+template <class Variant>
+KDA_GLOBAL void __launch_bounds__(Prepare<Variant, 1>::kThreads* prepare_teams<Variant>(), 1)
+    chunk_fwd_prepare_teams_kernel(ChunkFwdParams const p) {
+  prepare_chunks<Variant, prepare_teams<Variant>()>(p);
 }
 
 /// The scan's helper warps: at each step they bring one chunk, announce the one before and take away the output of the
@@ -33,13 +44,34 @@ KDA_DEVICE void help_scan(ScanHelper<Variant, kReplay> helper, ScanWork const& w
         Barrier::wait(Barrier::empty(stage));
         if (helper.is_done(i - kStages)) return;
       }
-      helper.load({p.workspace, first_record + i, p.value_heads, work.value_head, p.value_dim}, stage);
+      helper.load(first_record + i, work.value_head, stage, count - i);
+      if (kReplay && i >= kStages) helper.free_records(first_record, i - kStages + 1, count, work.value_head);
     }
     if constexpr (kReplay)
       if (i >= 2)
         helper.store_output(chunk_of_head<Variant>(p, work.sequence, work.begin + i - 2, work.value_head), int(i % 2),
                             i < count);
   }
+  if constexpr (kReplay) helper.free_records(first_record, count, count, work.value_head);
+}
+
+/// The state of the sequence that comes from the part before, or goes on into the next one. Consumer warps.
+template <class Variant, int kKeyTiles>
+KDA_DEVICE void load_carry(tile::Accumulator (&state)[kKeyTiles], ChunkFwdParams const& p, int value_head, int value) {
+  if (p.progress) {
+    if (lane_index() == 0) wait_flag(carry_ready(p, value_head, value / kValueTile), p.part);
+    sync_warp();
+  }
+  load_rows(state, carry_at<Variant>(p, p.part + 1, value_head), value);
+}
+template <class Variant, int kKeyTiles>
+KDA_DEVICE void store_carry(tile::Accumulator const (&state)[kKeyTiles], ChunkFwdParams const& p, int value_head,
+                            int value) {
+  if (p.progress) wait_for_previous_kernel();  // and for those before: nobody reads these rows any more
+  store_rows(state, carry_at<Variant>(p, p.part, value_head), value);
+  if (!p.progress) return;
+  sync_named(ScanBarrier<Variant, true>::kConsumers, ScanShape<Variant, true>::kConsumers);
+  if (thread_index() == 0) set_flag(carry_ready(p, value_head, value / kValueTile), p.part + 1);
 }
 
 /// The scan's consumer warps: the recurrence, with outputs.
@@ -51,7 +83,7 @@ KDA_DEVICE void replay_chunks(ChunkFwdParams const& p, ScanConsumer<Variant, tru
   int const n = work.n, value_head = work.value_head, value = value0 + consumer.warp * 16;
   if (p.segments) load_rows(consumer.state, segment_at<Variant>(p, work.segment, value_head).state, value);
   else if (work.begin == 0) load_state(consumer.state, initial_state_at(p, n, value_head), p, value);
-  else load_rows(consumer.state, carry_at<Variant>(p, p.part + 1, value_head), value);
+  else load_carry<Variant>(consumer.state, p, value_head, value);
 
   bool const keeps = p.chunk_states.data || p.checkpoints.data;
   int64_t const first_kept = first_chunk_state(p, n), count = work.end - work.begin;
@@ -67,7 +99,7 @@ KDA_DEVICE void replay_chunks(ChunkFwdParams const& p, ScanConsumer<Variant, tru
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
   if (work.end == work.chunks) finish_states(consumer.state, p, n, work.sequence.length, value_head, value);
-  else if (work.following == 0) store_rows(consumer.state, carry_at<Variant>(p, p.part, value_head), value);
+  else if (work.following == 0) store_carry<Variant>(consumer.state, p, value_head, value);
 }
 
 /// The same without outputs. `may_forget`: stops once all rows are negligible, and returns false then.
@@ -144,14 +176,16 @@ template <class Variant>
 KDA_GLOBAL void __launch_bounds__(ScanShape<Variant, true>::kThreads, 1) chunk_fwd_scan_kernel(ChunkFwdParams const p) {
   using Storage = ScanStorage<Variant, true>;
   KDA_DYNAMIC_SHARED(Storage, storage);
-  ScanWork work;
-  if (!find_scan_work<Variant>(work, p, blockIdx.x, blockIdx.y)) return;
-  int const value0 = blockIdx.z * kValueTile;
-  init_scan<Variant, true>(*storage);
-  wait_for_previous_kernel();
-  let_next_kernel_start();  // the prepare kernel of the next part, which writes where nobody reads now
-  if (is_consumer<Variant, true>()) replay_chunks<Variant>(p, {*storage, thread_index() / 32, true}, work, value0);
-  else help_scan<Variant, true>({p, *storage, value0}, work);
+  if (p.progress) let_next_kernel_start();  // the prepare kernel of the next part
+  else wait_for_previous_kernel();
+  if (ScanWork work; find_scan_work<Variant>(work, p, blockIdx.x, blockIdx.y)) {
+    int const value0 = blockIdx.z * kValueTile;
+    init_scan<Variant, true>(*storage);
+    if (is_consumer<Variant, true>()) replay_chunks<Variant>(p, {*storage, thread_index() / 32, true}, work, value0);
+    else help_scan<Variant, true>({p, *storage, value0}, work);
+  }
+  // So that nothing behind this kernel starts before those that it ran beside end:
+  if (p.progress && blockIdx.x == gridDim.x - 1 && blockIdx.y == 0 && blockIdx.z == 0) wait_for_previous_kernel();
 }
 
 /// Block z: 64 columns of V, then 64 rows of M. Only what the join needs: no M of a first segment, nothing of a last

@@ -5,6 +5,7 @@
 
 #include "kda/chunk_fwd/config.h"
 #include "kda/chunk_fwd/params.h"
+#include "kda/chunk_fwd/workspace.h"
 #include "kda/dtype.h"
 #include "platform/device.h"
 
@@ -67,7 +68,8 @@ struct ChunkFwdVariant {
   bool wgmma;                             // needs compute capability 9.0
   size_t record_bytes, value_tile_bytes;  // workspace per slot and value head, and per tile of V there
   size_t prepare_shared_bytes, scan_shared_bytes;
-  int prepare_threads, prepare_blocks_per_sm, scan_threads;
+  int prepare_threads, prepare_teams,
+      scan_threads;  // of a team; that an SM of compute capability 9.0 holds; of a block
   void (*launch)(ChunkFwdParams, cudaStream_t);
 
   size_t shared_bytes() const { return std::max(prepare_shared_bytes, scan_shared_bytes); }
@@ -78,34 +80,48 @@ struct ChunkFwdVariant {
     return slots ? divide_up(slots, divide_up(slots, most_slots(call))) : 0;
   }
 
-  /// In how many parts the prepare kernel of a part runs beside the scan of the one before, where sequences are not
-  /// split; 0: in none, that would not be faster or the scan leaves no multiprocessors free. The parts then alternate
-  /// between the halves of the records.
-  int64_t overlapping_parts(ChunkFwdCall const& call) const {
-    int64_t const slots = call.plan.slots(), half = most_slots(call) / 2;
-    if (!overlaps_kernels() || half == 0 || 4 * scan_blocks(call) > 3 * multiprocessors()) return 0;
-    int64_t best = 0;
-    double best_us = sequential_us(call);
-    for (int64_t n = std::max<int64_t>(2, divide_up(slots, half)); n <= std::min<int64_t>(slots, 16); ++n)
-      if (double const us = overlapping_us(call, n); us < best_us) best = n, best_us = us;
-    return best;
+  /// How the kernels of a call share the device, where sequences are not split. Where kernels can run beside each
+  /// other, the scan follows the prepare kernel record by record; it gets multiprocessors of its own if that pays.
+  struct Schedule {
+    int64_t part_slots;
+    int64_t reserved;     // multiprocessors left to the scan; 0: it gets them as the prepare kernel ends
+    int32_t walkers = 0;  // of the prepare kernel for each value head; 0: prepare_walk
+    int teams = 1;        // in each of its blocks; all that fit, so that no other fits beside them
+    double us;            // predicted
+  };
+  Schedule schedule(ChunkFwdCall const& call) const {
+    Schedule best{part_slots(call), 0, 0, 1, sequential_us(call)};
+    int64_t const scan = scan_blocks(call), left = multiprocessors() - scan, slots = call.plan.slots();
+    if (!overlaps_kernels() || slots == 0 || 4 * scan > 3 * multiprocessors()) return best;
+    int const teams = slots * call.value_heads > left ? prepare_teams : 1;
+    if (teams > 1 && !wgmma) return best;  // for these no kernel with blocks of several teams is compiled
+    int64_t const most = most_slots(call),
+                  walkers = std::min(std::max<int64_t>(left * teams / call.value_heads, 1), most);
+    int64_t const parts = divide_up(slots, most / walkers * walkers),
+                  part = std::min(most, divide_up(divide_up(slots, parts), walkers) * walkers);
+    int64_t const turns = (parts - 1) * (part / walkers) + divide_up(slots - (parts - 1) * part, walkers);
+    double const us = beside_us(call, turns, teams);
+    return us < best.us ? Schedule{part, scan, int32_t(walkers), teams, us} : best;
   }
   /// Blocks of an unsplit scan that run together.
   int64_t scan_blocks(ChunkFwdCall const& call) const {
     return std::min(call.plan.slots(), int64_t(call.plan.sequences)) * call.value_heads * value_tiles(call.value_dim);
   }
-  size_t half_offset(ChunkFwdCall const& call) const { return size_t(most_slots(call) / 2) * slot_bytes(call); }
 
   // The workspace: room to align, records of one part, two states per value head where there is more than one part,
-  // states of segments. Never less for more tokens or sequences: how equal the parts are, and whether sequences are
-  // split, does not show.
+  // counters of progress, states of segments. Never less for more tokens or sequences: how equal the parts are, and
+  // whether sequences are split, does not show.
   size_t workspace_bytes(ChunkFwdCall const& call) const {
     return kRecordAlignment + segments_offset(call) + segment_bytes(call);
   }
   size_t carry_offset(ChunkFwdCall const& call) const { return size_t(most_slots(call)) * slot_bytes(call); }
-  size_t segments_offset(ChunkFwdCall const& call) const {
+  size_t progress_offset(ChunkFwdCall const& call) const {
     size_t const states = most_slots(call) < call.plan.slots() ? 2 * size_t(call.value_heads) : 0;
     return carry_offset(call) + states * size_t(state_floats(call.value_dim, key_tile)) * sizeof(float);
+  }
+  int64_t progress_counters(ChunkFwdCall const& call) const { return progress_counters(call, most_slots(call)); }
+  size_t segments_offset(ChunkFwdCall const& call) const {
+    return progress_offset(call) + size_t(progress_counters(call)) * sizeof(uint32_t);
   }
   /// None where the heads of one sequence fill half of the device: a split costs more than twice the arithmetic.
   size_t segment_bytes(ChunkFwdCall const& call) const {
@@ -120,18 +136,16 @@ struct ChunkFwdVariant {
   ScanSplit split(ChunkFwdCall const& call) const {
     int64_t const part = part_slots(call), most = int64_t(segment_bytes(call) / bytes_per_segment(call));
     ChunkPlan const& plan = call.plan;
-    int64_t const length = plan.cu_seqlens ? divide_up(plan.tokens, plan.sequences) : plan.tokens;
-    int64_t const chunks = std::min(plan.chunks_of(length), part);
+    int64_t const chunks = std::min(mean_chunks(plan), part);
     if (chunks == 0) return {};
     int64_t const together = std::max<int64_t>(1, std::min<int64_t>(plan.sequences, part / chunks)) * call.value_heads;
     int64_t const columns = together * value_tiles(call.value_dim), rows = together * (key_tile / kValueTile);
     double const parts = double(divide_up(plan.slots(), part));
     auto const waves = [](int64_t blocks) { return double(divide_up(blocks, multiprocessors())); };
     ScanSplit best;
-    int64_t const overlapping = overlapping_parts(call);
-    best.unsplit_us = overlapping ? overlapping_us(call, overlapping) : sequential_us(call);
+    best.unsplit_us = schedule(call).us;
     double const chunk_heads = part_chunk_heads(call, int64_t(parts));
-    double const prepare = prepare_us(call, int64_t(parts), multiprocessors());
+    double const prepare = prepare_us(call, int64_t(parts));
     int64_t best_length = 0;
     for (int64_t l = 1; l < chunks; l *= 2) {
       int64_t const n = divide_up(chunks, l);
@@ -150,49 +164,55 @@ struct ChunkFwdVariant {
     return best;
   }
 
-  /// How many chunks a block of the prepare kernel walks over, so that the last wave of blocks is nearly full, and what
-  /// the kernel then takes. A further chunk hides its loads behind the one before; the first cannot.
+  /// How many walkers the prepare kernel has for each value head, so that the last wave of them is nearly full, and
+  /// what it then takes. A further chunk of a walker hides its loads behind the one before; the first cannot.
   struct Walk {
-    int32_t slots;
+    int32_t walkers;
     double us;
   };
-  Walk prepare_walk(int64_t part_slots, int value_heads, int64_t multiprocessors) const {
-    constexpr double kFirstLoad = 0.3;  // of a turn
+  Walk prepare_walk(int64_t part_slots, int value_heads) const {
     Walk best{1, 0};
-    for (int32_t n = 1; n <= 16; ++n) {
-      int64_t const blocks = divide_up(part_slots, n) * value_heads,
-                    waves = divide_up(blocks, multiprocessors * prepare_blocks_per_sm);
+    for (int32_t turns = 1; turns <= 16; ++turns) {
+      int64_t const walkers = std::max<int64_t>(divide_up(part_slots, turns), 1), all = walkers * value_heads,
+                    waves = divide_up(all, int64_t(multiprocessors()) * prepare_teams);
       double const us =
-          double(waves) * (n + kFirstLoad) * (blocks <= multiprocessors ? ScanCost::kTurnAlone : ScanCost::kTurn);
-      if (n == 1 || us < best.us) best = {n, us};
+          double(waves) * (turns + kFirstLoad) * (all <= multiprocessors() ? ScanCost::kTurnAlone : ScanCost::kTurn);
+      if (turns == 1 || us < best.us) best = {int32_t(walkers), us};
     }
     return best;
   }
 
  private:
+  static constexpr double kFirstLoad = 0.3;  // of a turn
+
   static double part_chunk_heads(ChunkFwdCall const& call, int64_t parts) {
     return double(call.plan.slots() * call.value_heads) / double(parts);
   }
-  /// Of one of `parts` parts: its prepare kernel on so many multiprocessors; its scan, unsplit.
-  double prepare_us(ChunkFwdCall const& call, int64_t parts, int64_t multiprocessors) const {
-    double const us = prepare_walk(divide_up(call.plan.slots(), parts), call.value_heads, multiprocessors).us;
+  /// Of one of `parts` parts: its prepare kernel; its scan, unsplit.
+  double prepare_us(ChunkFwdCall const& call, int64_t parts) const {
+    double const us = prepare_walk(divide_up(call.plan.slots(), parts), call.value_heads).us;
     return ScanCost::kLaunch + std::max(us, part_chunk_heads(call, parts) * ScanCost::kPrepareTraffic);
   }
+  /// Chunks of a sequence of mean length.
+  static int64_t mean_chunks(ChunkPlan const& plan) {
+    return plan.chunks_of(plan.cu_seqlens ? divide_up(plan.tokens, plan.sequences) : plan.tokens);
+  }
   double scan_us(ChunkFwdCall const& call, int64_t parts) const {
-    ChunkPlan const& plan = call.plan;
-    int64_t const length = plan.cu_seqlens ? divide_up(plan.tokens, plan.sequences) : plan.tokens;
     int64_t const waves = divide_up(scan_blocks(call), multiprocessors());
-    double const us = double(waves * plan.chunks_of(length)) / double(parts) * ScanCost::kReplay;
+    double const us = double(waves * mean_chunks(call.plan)) / double(parts) * ScanCost::kReplay;
     return ScanCost::kLaunch + std::max(us, part_chunk_heads(call, parts) * ScanCost::kReplayTraffic);
   }
   double sequential_us(ChunkFwdCall const& call) const {
     int64_t const parts = divide_up(call.plan.slots(), part_slots(call));
-    return double(parts) * (prepare_us(call, parts, multiprocessors()) + scan_us(call, parts));
+    return double(parts) * (prepare_us(call, parts) + scan_us(call, parts));
   }
-  double overlapping_us(ChunkFwdCall const& call, int64_t parts) const {
-    double const scan = scan_us(call, parts), beside = prepare_us(call, parts, multiprocessors() - scan_blocks(call)),
-                 traffic = part_chunk_heads(call, parts) * (ScanCost::kPrepareTraffic + ScanCost::kReplayTraffic);
-    return prepare_us(call, parts, multiprocessors()) + double(parts - 1) * std::max({scan, beside, traffic}) + scan;
+  /// The scan beside the prepare kernel, which takes so many turns. Sequences are prepared one after another.
+  double beside_us(ChunkFwdCall const& call, int64_t turns, int teams) const {
+    double const turn = teams == 1 ? ScanCost::kTurnAlone : ScanCost::kTurn, prepare = (turns + kFirstLoad) * turn,
+                 others = 1 - 1 / double(std::max(1, call.plan.sequences));
+    double const last = prepare * others + (1 + kFirstLoad) * turn + mean_chunks(call.plan) * ScanCost::kReplay,
+                 traffic = part_chunk_heads(call, 1) * (ScanCost::kPrepareTraffic + ScanCost::kReplayTraffic);
+    return 2 * ScanCost::kLaunch + std::max({prepare, last, traffic});
   }
   size_t slot_bytes(ChunkFwdCall const& call) const {
     return size_t(call.value_heads) * (record_bytes + value_tiles(call.value_dim) * value_tile_bytes);
@@ -200,13 +220,19 @@ struct ChunkFwdVariant {
   size_t bytes_per_segment(ChunkFwdCall const& call) const {
     return size_t(call.value_heads) * size_t(segment_floats(call.value_dim, key_tile)) * sizeof(float);
   }
+  int64_t progress_counters(ChunkFwdCall const& call, int64_t slots) const {
+    int64_t const all = kda::progress_counters(slots * call.value_heads, call.value_heads, call.value_dim);
+    return divide_up(all, 4) * 4;  // segments begin at 16 bytes
+  }
   /// Slots of a part, at most.
   int64_t most_slots(ChunkFwdCall const& call) const {
     ChunkPlan const& plan = call.plan;
     int64_t const rows = plan.cu_seqlens ? 1 : plan.sequences, element = dtype == Dtype::kFloat32 ? 4 : 2;
     int64_t const inputs = 2 * rows * plan.tokens * call.value_heads * call.key_dim * element;  // q, k of value heads
     int64_t const allowed = std::max(int64_t(kWorkspaceShare * double(inputs)), small_workspace());
-    return std::min(std::max<int64_t>(allowed / int64_t(slot_bytes(call)), 1), plan.slots());
+    int64_t const counters = 4 * progress_counters(call, 0) + 16,  // bytes, and room to round
+        per_slot = int64_t(slot_bytes(call)) + 4 * kCountersPerRecord * call.value_heads;
+    return std::min(std::max<int64_t>((allowed - counters) / per_slot, 1), plan.slots());
   }
 };
 

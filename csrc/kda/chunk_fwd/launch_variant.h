@@ -8,7 +8,25 @@
 
 namespace kda {
 
-/// The scan of one part; where sequences are split, in three steps. The last one lets the next part start beside it.
+/// Everything of one part that no state is needed for.
+template <class Variant>
+void launch_prepare(ChunkFwdParams& p, ChunkFwdVariant const& variant, ChunkFwdVariant::Schedule const& schedule,
+                    cudaStream_t stream) {
+  bool const own = p.progress && schedule.reserved;
+  int const teams = own ? schedule.teams : 1;
+  p.walkers =
+      own ? std::min(schedule.walkers, p.part_slots) : variant.prepare_walk(p.part_slots, p.value_heads).walkers;
+  auto const launch = [&](auto kernel) {
+    launch_early(
+        p.progress, "chunk_fwd_prepare", kernel, dim3(unsigned(divide_up(int64_t(p.walkers) * p.value_heads, teams))),
+        dim3(unsigned(Prepare<Variant, 1>::kThreads * teams)), sizeof(PrepareStorage<Variant>) * teams, stream, p);
+  };
+  if constexpr (Variant::config.wgmma)
+    if (teams > 1) return launch(chunk_fwd_prepare_teams_kernel<Variant>);
+  launch(chunk_fwd_prepare_kernel<Variant>);
+}
+
+/// The scan of one part; where sequences are split, in three steps.
 template <class Variant>
 void launch_scan(ChunkFwdParams const& p, cudaStream_t stream) {
   using Join = JoinShape<Variant>;
@@ -41,19 +59,20 @@ void launch_chunk_fwd(ChunkFwdParams p, cudaStream_t stream) {
   p.segments = split ? reinterpret_cast<float*>(workspace + variant.segments_offset(call)) : nullptr;
   p.segment_tokens = (split ? split : p.plan.chunks_of(p.plan.tokens) + 1) * p.plan.chunk;
 
-  int64_t const slots = p.plan.slots(), overlapping = split ? 0 : variant.overlapping_parts(call);
-  int64_t const part_slots = overlapping ? divide_up(slots, overlapping) : variant.part_slots(call);
+  int64_t const slots = p.plan.slots();
+  ChunkFwdVariant::Schedule const schedule = variant.schedule(call);
+  int64_t const part_slots = split ? variant.part_slots(call) : schedule.part_slots;
+  p.progress = nullptr;
+  if (overlaps_kernels() && !split && slots) {
+    p.progress = reinterpret_cast<uint32_t*>(workspace + variant.progress_offset(call));
+    launch("chunk_fwd_reset", chunk_fwd_reset_kernel<Variant>, dim3(1), dim3(kClearThreads), 0, stream, p.progress,
+           variant.progress_counters(call));
+  }
   p.first_slot = 0, p.part = 0;
   do {  // also where there is no slot at all: the scan writes final states
     p.part_slots = int32_t(slots - p.first_slot < part_slots ? slots - p.first_slot : part_slots);
-    p.workspace = workspace + (overlapping && p.part % 2 ? variant.half_offset(call) : 0);
-    bool const early = overlapping && p.part > 0;
-    int64_t const taken = early ? variant.scan_blocks(call) : 0;  // multiprocessors
-    p.slots_per_block = variant.prepare_walk(p.part_slots, p.value_heads, multiprocessors() - taken).slots;
-    if (p.part_slots)
-      launch_early(early, "chunk_fwd_prepare", chunk_fwd_prepare_kernel<Variant>,
-                   dim3(unsigned((p.part_slots + p.slots_per_block - 1) / p.slots_per_block), unsigned(p.value_heads)),
-                   dim3(Prepare<Variant>::kThreads), sizeof(PrepareStorage<Variant>), stream, p);
+    p.more_parts = p.first_slot + part_slots < slots;
+    if (p.part_slots) launch_prepare<Variant>(p, variant, schedule, stream);
     launch_scan<Variant>(p, stream);
     p.first_slot += part_slots, ++p.part;
   } while (p.first_slot < slots);
@@ -70,8 +89,8 @@ ChunkFwdVariant describe_chunk_fwd() {
           sizeof(typename ChunkRecord<Variant>::Values),
           sizeof(PrepareStorage<Variant>),
           sizeof(ScanStorage<Variant, true>),
-          Prepare<Variant>::kThreads,
-          Prepare<Variant>::kBlocksPerSm,
+          Prepare<Variant, 1>::kThreads,
+          prepare_teams<Variant>(),
           ScanShape<Variant, true>::kThreads,
           &launch_chunk_fwd<Variant>};
 }

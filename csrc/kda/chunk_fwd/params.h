@@ -56,7 +56,10 @@ struct ChunkFwdParams {
   // plan.
   int64_t first_slot;
   int32_t part_slots, part;
-  int32_t slots_per_block;  // of the prepare kernel, for one value head
+  int32_t walkers;     // of the prepare kernel, for each value head: teams of threads, each of which takes every
+                       // walkers-th slot
+  bool more_parts;     // another one follows, in the same records
+  uint32_t* progress;  // workspace.h: what kernels that run beside each other wait for; null: they do not
   float* carry;  // [2, value_heads, ...]: the state of the sequence that goes on into the next part (segments.h, rows)
   int64_t segment_tokens;  // of the scan, a multiple of plan.chunk; not split: more than any sequence has
   float* segments;         // [segments of the part, value_heads, ...], segments.h; null: not split

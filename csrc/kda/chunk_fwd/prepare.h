@@ -1,5 +1,5 @@
-// Everything of a chunk that does not depend on the state. A block walks over some chunks of one value head; while it
-// solves one, q, k and g of the next are on their way.
+// Everything of a chunk that does not depend on the state. A team of threads walks over some chunks of one value head;
+// while it solves one, q, k and g of the next are on their way.
 //
 //     T = (I + Diag(beta) A_kk)^-1 Diag(beta)      W = T (Gamma.K)      T V
 #pragma once
@@ -7,66 +7,92 @@
 
 namespace kda {
 
-template <class Variant>
-struct Prepare : PrepareThread<Variant> {
-  using Base = PrepareThread<Variant>;
+template <class Variant, int kTeams>
+struct Prepare : PrepareThread<Variant, kTeams> {
+  using Base = PrepareThread<Variant, kTeams>;
   using E = typename Base::E;
   using Shape = typename Base::Shape;
   using Base::columns, Base::group, Base::lane, Base::out, Base::p, Base::pair, Base::s, Base::thread, Base::warp;
   using typename Base::DiagonalElement;
   static constexpr int kChunk = Base::kChunk, kBlocks = Base::kBlocks, kKeyTile = Shape::kKeyTile;
   static constexpr int kThreads = Base::kThreads, kWarps = Base::kWarps;
-  static constexpr int kBlocksPerSm = (sizeof(E) == 4 ? 512 : 1024) / kThreads;  // 128 or 64 registers a thread
+  static constexpr int kBlocksPerSm = kTeams > 1 ? 1 : prepare_teams<Variant>();
 
   static constexpr int kNextFinder = kThreads - 64;  // a thread whose warp has neither beta nor V to load
 
-  /// All chunks of this block: slots [first, end) of the part.
-  KDA_DEVICE static void run(ChunkFwdParams const& p, typename Base::Storage& s, int value_head, int32_t first,
-                             int32_t end) {
-    Prepare{{p, s}}.start(value_head, first, end);
-    for (int turn = 0; s.walk[turn].slot < end; turn ^= 1) {
+  /// All chunks of one walker: of one value head, every p.walkers-th slot of the part from `first` on.
+  KDA_DEVICE static void run(ChunkFwdParams const& p, typename Base::Storage& s, int value_head, int32_t first) {
+    Prepare{{p, s}}.start(value_head, first);
+    int turn = 0;
+    for (; s.walk[turn].slot < p.part_slots; turn ^= 1) {
       WalkedChunk const &now = s.walk[turn], &next = s.walk[turn ^ 1];
       Prepare prepare{{p, s, {p.workspace, now.slot, p.value_heads, value_head, p.value_dim}}};
       cp_async_wait<0>();
-      sync_block();
+      Base::sync_team();
       prepare.begin(now.chunk);
-      if (prepare.thread == kNextFinder) s.walk[turn ^ 1] = prepare.next_chunk(now, value_head, end);
+      bool const finder = prepare.thread == kNextFinder;
+      if (finder && p.part > 0 && p.progress) prepare.wait_until_free(now, value_head);
       prepare.normalise();
+      if (finder) prepare.look_ahead(now, s.walk[turn ^ 1], value_head);
       prepare.scores();
-      prepare.solve(now.chunk, next.chunk, next.slot < end);
+      prepare.solve(now.chunk, next.chunk, next.slot < p.part_slots);
     }
+    if (!p.progress) return;
+    Base::sync_team();
+    if (Base::index_in_team() == kNextFinder) hand_over(p, s.walk[turn ^ 1], value_head);
   }
 
  private:
-  KDA_DEVICE void start(int value_head, int32_t first, int32_t end) {
-    if (thread == 0) s.walk[0] = find_chunk(value_head, first, end);
+  KDA_DEVICE void start(int value_head, int32_t first) {
+    if (thread == 0) {
+      if (p.progress) {
+        if (p.part == 0) wait_for_previous_kernel();  // its counters are zero now
+        let_next_kernel_start();
+      }
+      s.walk[0] = find_chunk(value_head, first), s.walk[1].slot = -1;
+    }
     for (int channel = thread; channel < kKeyTile; channel += kThreads) {
       ChannelGate const gate(p.gate, value_head, channel, p.key_dim);
       s.gate_bias[channel] = gate.bias;
       if (channel == 0) s.gate_amplitude = gate.amplitude;
     }
-    sync_block();
-    if (s.walk[0].slot >= end) return;
+    Base::sync_team();
+    if (s.walk[0].slot >= p.part_slots) return;
     load_inputs(s.walk[0].chunk);
     if (gate_is_wide()) load_wide_gate(s.walk[0].chunk);
   }
 
-  /// The first slot from `slot` on that has a chunk.
-  KDA_DEVICE WalkedChunk find_chunk(int value_head, int32_t slot, int32_t end) const {
+  KDA_DEVICE void wait_until_free(WalkedChunk const& now, int value_head) const {
+    wait_flag(progress_of_record(p, now.slot, value_head).freed, p.part * value_tiles(p.value_dim));
+  }
+  /// One thread, some time after the chunk before has been written by all, so that little of it is still on its way:
+  /// hands that one to the scan, and finds the chunk after this one.
+  KDA_DEVICE void look_ahead(WalkedChunk const& now, WalkedChunk& other, int value_head) const {
+    if (p.progress) hand_over(p, other, value_head);
+    other = next_chunk(now, value_head);
+  }
+  KDA_DEVICE static void hand_over(ChunkFwdParams const& p, WalkedChunk const& written, int value_head) {
+    if (written.slot >= 0) set_flag(progress_of_record(p, written.slot, value_head).ready, p.part + 1);
+  }
+
+  /// The first slot of the walk, from `slot` on, that has a chunk.
+  KDA_DEVICE WalkedChunk find_chunk(int value_head, int32_t slot) const {
     ChunkPlan const plan = plan_of<Variant>(p);
-    for (; slot < end; ++slot) {
+    for (; slot < p.part_slots; slot += p.walkers) {
       Sequence const sequence = plan.sequence(plan.sequence_of_slot(p.first_slot + slot));
       int64_t const i = p.first_slot + slot - sequence.first_slot;
       if (i >= 0 && i < plan.chunks_of(sequence.length))
         return {chunk_of_head<Variant>(p, sequence, i, value_head), slot, sequence.length - (i + 1) * kChunk};
+      if (p.progress) raise_flag(progress_of_record(p, slot, value_head).freed, value_tiles(p.value_dim));
     }
-    return {{}, end, 0};
+    return {{}, slot, 0};
   }
-  KDA_DEVICE WalkedChunk next_chunk(WalkedChunk x, int value_head, int32_t end) const {
-    if (x.after <= 0 || x.slot + 1 >= end) return find_chunk(value_head, x.slot + 1, end);
-    x.chunk.begin += kChunk;
+  KDA_DEVICE WalkedChunk next_chunk(WalkedChunk x, int value_head) const {
+    int64_t const skipped = (p.walkers - 1) * kChunk;
+    if (x.after <= skipped || x.slot + p.walkers >= p.part_slots) return find_chunk(value_head, x.slot + p.walkers);
+    x.chunk.begin += skipped + kChunk, x.after -= skipped;
     if (x.after < kChunk) x.chunk.rows = int32_t(x.after);
-    ++x.slot, x.after -= kChunk;
+    x.slot += p.walkers, x.after -= kChunk;
     return x;
   }
 
@@ -136,15 +162,15 @@ struct Prepare : PrepareThread<Variant> {
     }
     bool const any = warp_any(steep);
     if (lane == 0) s.steep[warp] = any;
-    sync_block();
+    this->sync_team();
   }
 
   KDA_DEVICE void scores() {
     bool steep = false;
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) steep = steep || s.steep[i];
-    if (steep) scores_by(SplitScores<Variant>{*this});
-    else scores_by(BlockScores<Variant>{*this});
+    if (steep) scores_by(SplitScores<Base>{*this});
+    else scores_by(BlockScores<Base>{*this});
   }
 
   /// W over Gamma.K and T V over V; then everything leaves. Each warp has its own columns, the first of them in
@@ -155,7 +181,7 @@ struct Prepare : PrepareThread<Variant> {
     auto const tile = [&](int unit) -> auto& { return unit < kUnits ? s.gamma_k : s.v; };
     tile::Accumulator x[kBlocks][2];
     load_columns(x, tile(warp), warp % kUnits * 16);
-    sync_block();
+    this->sync_team();
     if (has_next) load_inputs(next);
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
@@ -163,25 +189,25 @@ struct Prepare : PrepareThread<Variant> {
       if (turn) load_columns(x, tile(unit), unit % kUnits * 16);
       solve_columns(x, tile(unit), unit % kUnits * 16);
     }
-    sync_block();
+    this->sync_team();
     copy(out.record().w.data, s.gamma_k.data);
     copy(out.record().a_qk.data, s.a_qk.data);
     store_values(0);
     for (int first = kKeyTile; first < p.value_dim; first += kKeyTile) {
-      sync_block();
+      this->sync_team();
       load_values(chunk, first, thread, kThreads);
       cp_async_commit();
       cp_async_wait<0>();
-      sync_block();
+      this->sync_team();
       for (int unit = warp; unit < kUnits; unit += kWarps) {
         load_columns(x, s.v, unit * 16);
         solve_columns(x, s.v, unit * 16);
       }
-      sync_block();
+      this->sync_team();
       store_values(first);
     }
     if (has_next && gate_is_wide()) {
-      sync_block();
+      this->sync_team();
       load_wide_gate(next);
     }
   }
@@ -206,7 +232,7 @@ struct Prepare : PrepareThread<Variant> {
   KDA_DEVICE void scores_by(Scores scores) {
     scores.write();
     cp_async_wait<0>();  // V
-    sync_block();
+    this->sync_team();
     scores.multiply();
   }
   static constexpr int kLoaders = kThreads / 4;  // of one input

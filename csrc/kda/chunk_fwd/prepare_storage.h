@@ -1,4 +1,4 @@
-// One block of the prepare kernel: its shared memory, and what each of its threads knows.
+// One team of the prepare kernel: its shared memory, and what each of its threads knows.
 #pragma once
 #include "kda/chunk_fwd/columns.h"
 #include "kda/chunk_fwd/tile_rows.h"
@@ -52,7 +52,16 @@ struct PrepareStorage {
   }
 };
 
+/// Of the prepare kernel, that an SM has registers and shared memory for: 64 registers a thread, in fp32 128.
 template <class Variant>
+constexpr int prepare_teams() {
+  int const by_registers = (sizeof(typename Variant::Element) == 4 ? 512 : 1024) / ChunkShape<Variant>::kColumnThreads,
+            by_memory = int(size_t(227 << 10) / sizeof(PrepareStorage<Variant>));
+  return by_registers < by_memory ? by_registers : by_memory;
+}
+
+/// kTeams: of a block.
+template <class Variant, int kTeams>
 struct PrepareThread {
   using E = typename Variant::Element;
   using Shape = ChunkShape<Variant>;
@@ -66,8 +75,13 @@ struct PrepareThread {
   Storage& s;
   ChunkRecordAt<Variant> out;
   Columns<E> columns;
-  int const thread = thread_index_anew(), warp = thread / 32, lane = thread % 32;
+  int const thread = index_in_team(), warp = thread / 32, lane = thread % 32;
   int const group = unsigned(thread) / Shape::kPairs, pair = unsigned(thread) % Shape::kPairs;
+
+  /// The threads that work on one chunk; a block may have several such teams.
+  KDA_DEVICE static void sync_team() { sync_named(1 + team(), kThreads); }
+  KDA_DEVICE static int team() { return kTeams == 1 ? 0 : thread_index_anew() / kThreads; }
+  KDA_DEVICE static int index_in_team() { return thread_index_anew() % (kTeams == 1 ? 1024 : kThreads); }
 
   /// Token j of this thread's eight, as given (until the scores write over it).
   KDA_DEVICE tile::Pair<E> raw_q(int j) const { return tile::load_pair<E>(&s.blocks.q.at(row(j), 2 * pair)); }

@@ -82,9 +82,12 @@ struct ScanHelper {
   ScanStorage<Variant, kReplay>& s;
   int const value0;  // negative: rows of M, no T V
   int const thread = thread_index() - Shape::kConsumers;
+  int64_t seen = 0;  // records before this one are there
 
-  /// Starts the copy of chunk i, whose stage is free.
-  KDA_DEVICE void load(ChunkRecordAt<Variant> from, int stage) {
+  /// Starts the copy of a chunk, once its record is there, to a stage that is free. `left`: chunks from it on.
+  KDA_DEVICE void load(int64_t slot, int value_head, int stage, int64_t left) {
+    ChunkRecordAt<Variant> const from(p.workspace, slot, p.value_heads, value_head, p.value_dim);
+    if (kReplay && p.progress && slot >= seen) wait_for_record(slot, value_head, left);
     auto& to = s.stage[stage];
     bool const has_values = kReplay || value0 >= 0;
     if constexpr (!Shape::kAsync) {
@@ -115,6 +118,15 @@ struct ScanHelper {
       Barrier::arrive(Barrier::full(stage));
     }
   }
+  /// The first `consumed` of the records from `first` on may be written over by the next part. Not told one by one:
+  /// each time one warp waits until its outputs have been written.
+  KDA_DEVICE void free_records(int64_t first, int64_t consumed, int64_t count, int value_head) {
+    constexpr int kAtOnce = 8;
+    if (!p.progress || !p.more_parts || thread < Shape::kHelpers - 32) return;
+    if (consumed % kAtOnce && consumed < count) return;
+    int64_t const i = (consumed - 1) / kAtOnce * kAtOnce + lane_index();
+    if (i < consumed) raise_flag(progress_of_record(p, first + i, value_head).freed, 1);
+  }
   KDA_DEVICE void store_output(ChunkOfHead const& chunk, int buffer, bool again) {
     Barrier::wait(Barrier::output_full(buffer));
     tile_rows<E>(p.o, p.o_strides, p.o_pieces_aligned, chunk, chunk.value_head, value0, p.value_dim - value0)
@@ -123,6 +135,16 @@ struct ScanHelper {
   }
 
  private:
+  /// Every warp that copies, for itself. Fences would hold up the copies on their way: one for all that is there.
+  KDA_DEVICE void wait_for_record(int64_t slot, int value_head, int64_t left) {
+    if (Shape::kAsync && thread >= 32) return;
+    int const lane = lane_index();
+    if (lane == 0) wait_flag(progress_of_record(p, slot, value_head).ready, p.part + 1);
+    sync_warp();
+    bool const ready = lane < left && flag_reached(progress_of_record(p, slot + lane, value_head).ready, p.part + 1);
+    seen = slot + warp_count_leading(ready);
+    if constexpr (Shape::kAsync) fence_proxy_async_global();
+  }
   KDA_DEVICE void copy(void* to, void const* from, int bytes) {
     for (int i = thread * 16; i < bytes; i += Shape::kHelpers * 16)
       cp_async_16(static_cast<char*>(to) + i, static_cast<char const*>(from) + i);

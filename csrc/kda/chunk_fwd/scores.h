@@ -21,9 +21,8 @@ inline constexpr float kGentle = std::is_same_v<E, Bf16>   ? 64.f
 template <class E>
 inline constexpr float kLargestKey = std::is_same_v<E, Fp16> ? 512.f : 1e12f;
 
-template <class Variant>
+template <class Thread>
 struct BlockScores {
-  using Thread = PrepareThread<Variant>;
   using E = typename Thread::E;
   static constexpr int kBlocks = Thread::kBlocks, kKeyTile = Thread::Shape::kKeyTile;
   Thread& c;
@@ -141,9 +140,8 @@ struct BlockScores {
 /// Splits of the chunk, halves first, down to single tokens; at the split [lo, m, hi) every row r >= m and column i < m
 /// meet at the anchor m, with two running products of exp(g) <= 1: no overflow, and underflow only where the truth is
 /// that small. The diagonal has no decay and is a plain dot product.
-template <class Variant>
+template <class Thread>
 struct SplitScores {
-  using Thread = PrepareThread<Variant>;
   using E = typename Thread::E;
   using Split = typename Thread::Storage::Split;
   static constexpr int kChunk = Thread::kChunk, kBlocks = Thread::kBlocks, kGroups = Thread::kGroups;
@@ -189,7 +187,7 @@ struct SplitScores {
       c.s.a_qk.at(c.thread, c.thread) = from_float<E>(c.p.scale * dot);
     }
     level<kChunk / 2>();
-    sync_block();
+    c.sync_team();
     if (c.thread < kChunk)
       tile::invert_diagonal_block<typename Thread::DiagonalElement>(
           c.s.diagonal[c.thread / kTokensPerBlock], c.thread % kTokensPerBlock, kChunk == 16 ? 0xffffu : ~0u);
@@ -204,7 +202,7 @@ struct SplitScores {
     if constexpr (kHalf >= 1) {
       auto& split = c.s.split[kHalf == 32 || kHalf == 8 || kHalf == 2];
       write_split<kHalf>(split);
-      sync_block();
+      c.sync_team();
       multiply_split<kHalf>(split);
       level<kHalf / 2>();
     }

@@ -1,6 +1,6 @@
 // What the prepare kernel hands to the scan: one record per workspace slot and value head.
 #pragma once
-#include "kda/chunk_fwd/config.h"
+#include "kda/chunk_fwd/params.h"
 #include "tile/shared_tile.h"
 
 namespace kda {
@@ -31,6 +31,26 @@ struct ChunkRecord : ChunkTransition<Variant> {
 template <class Variant>
 KDA_HOST_DEVICE size_t chunk_record_bytes(int value_dim) {
   return sizeof(ChunkRecord<Variant>) + value_tiles(value_dim) * sizeof(typename ChunkRecord<Variant>::Values);
+}
+
+/// How far the records and the carried states have come, where the kernels of all parts run beside each other: counters
+/// (flags.h), zero at first. Every kernel waits only for kernels launched before it.
+struct Progress {
+  uint32_t* ready;  // of a record: the last part that it was written in, plus one
+  uint32_t* freed;  // of the same: by how many blocks of scans it was read, of all parts; slots without a chunk count
+                    // as read
+};
+inline constexpr int kCountersPerRecord = 2;
+KDA_HOST_DEVICE int64_t progress_counters(int64_t records, int value_heads, int value_dim) {
+  return int64_t(value_heads) * value_tiles(value_dim) + kCountersPerRecord * records;
+}
+KDA_DEVICE Progress progress_of_record(ChunkFwdParams const& p, int64_t slot, int value_head) {
+  uint32_t* const at = p.progress + progress_counters(slot * p.value_heads + value_head, p.value_heads, p.value_dim);
+  return {at, at + 1};
+}
+/// Of the state that goes on into the next part, 64 columns of V: the last part that left it, plus one.
+KDA_DEVICE uint32_t* carry_ready(ChunkFwdParams const& p, int value_head, int value_tile) {
+  return p.progress + value_head * value_tiles(p.value_dim) + value_tile;
 }
 
 template <class Variant>

@@ -1,0 +1,49 @@
+// Counters in global memory by which blocks wait for blocks, also of kernels that were launched before theirs and run
+// beside it (launch.h, launch_early). Never for kernels launched after: those may not start before this one ends.
+#pragma once
+#include "platform/macros.h"
+
+namespace kda {
+
+/// `count` more, after everything that this thread, and others at a barrier before, have read and written.
+/// PTX: red.release.gpu.global.add.u32
+KDA_DEVICE void raise_flag(uint32_t* flag, uint32_t count) {
+#if defined(KDA_EMULATE)
+  __atomic_fetch_add(flag, count, __ATOMIC_RELEASE);
+#else
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(count) : "memory");
+#endif
+}
+
+/// One writer at a time. PTX: st.release.gpu.global.u32
+KDA_DEVICE void set_flag(uint32_t* flag, uint32_t value) {
+#if defined(KDA_EMULATE)
+  __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+#else
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+#endif
+}
+
+/// Whether the flag is at `count` or beyond; if so, this thread then sees what was written before it was raised.
+/// PTX: ld.acquire.gpu.global.u32
+KDA_DEVICE bool flag_reached(uint32_t const* flag, uint32_t count) {
+#if defined(KDA_EMULATE)
+  return __atomic_load_n(flag, __ATOMIC_ACQUIRE) >= count;
+#else
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value >= count;
+#endif
+}
+
+/// Until flag_reached.
+KDA_DEVICE void wait_flag(uint32_t const* flag, uint32_t count KDA_WHERE) {
+#if defined(KDA_EMULATE)
+  if (!flag_reached(flag, count)) emulator::Engine::current().fail("a flag that nobody raised", where);
+#else
+  while (!flag_reached(flag, count)) {
+  }
+#endif
+}
+
+}  // namespace kda
