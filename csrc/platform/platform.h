@@ -19,6 +19,7 @@
 #if defined(KDA_DEVICE_CODE)
 #include "platform/barriers.h"
 #include "platform/bulk_copy.h"
+#include "platform/flags.h"
 #include "platform/mbarrier.h"
 #include "platform/memory.h"
 #include "platform/mma.h"
