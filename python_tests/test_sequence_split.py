@@ -128,8 +128,8 @@ def test_in_place_with_checkpoints(device):
 
 @pytest.mark.devices("emulator")
 def test_parts_beside_each_other(device):
-    """Where the scan leaves multiprocessors free, parts alternate between the halves of the records (on a GPU the next
-    one is prepared meanwhile; the emulator runs one kernel after the other). Parts change no bit."""
+    """Where the scan leaves multiprocessors free, parts alternate between the halves of the records, and the next is
+    prepared meanwhile. Parts change no bit."""
     case = Case("parts", 4096 + 7, heads=1, value_dim=8, initial_state=True, dtype=torch.bfloat16, gate="long")
     x = case.inputs()
     results = {}

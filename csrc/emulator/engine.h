@@ -241,7 +241,8 @@ class Engine {
 
   void let_next_kernel_start();
   void wait_for_previous_kernel(Location location);
-  void raise_flag(uint32_t* flag);
+  void raise_flag(uint32_t* flag, uint32_t count);
+  void set_flag(uint32_t* flag, uint32_t value);
   void wait_flag(uint32_t const* flag, uint32_t count, Location location);
 
  private:

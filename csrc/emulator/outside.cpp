@@ -68,8 +68,14 @@ void Engine::wait_for_previous_kernel(Location location) {
   acquire(&previous->done);
 }
 
-void Engine::raise_flag(uint32_t* flag) {
-  __atomic_fetch_add(flag, 1, __ATOMIC_RELEASE);
+void Engine::raise_flag(uint32_t* flag, uint32_t count) {
+  __atomic_fetch_add(flag, count, __ATOMIC_RELEASE);
+  EngineOnly scope;
+  pause();
+}
+
+void Engine::set_flag(uint32_t* flag, uint32_t value) {
+  __atomic_store_n(flag, value, __ATOMIC_RELEASE);
   EngineOnly scope;
   pause();
 }

@@ -1,29 +1,48 @@
-// Counters in global memory by which blocks wait for others, of their own kernel and of kernels launched before.
+// Counters in global memory by which blocks wait for blocks, also of kernels that were launched before theirs and run
+// beside it (launch.h, launch_early). Never for kernels launched after: those may not start before this one ends.
 #pragma once
 #include "platform/macros.h"
 
 namespace kda {
 
-/// One more at a global counter, after everything this block wrote before its last barrier.
+/// `count` more, after everything that this thread, and others at a barrier before, have read and written.
 /// PTX: red.release.gpu.global.add.u32
-KDA_DEVICE void raise_flag(uint32_t* flag) {
+KDA_DEVICE void raise_flag(uint32_t* flag, uint32_t count) {
 #if defined(KDA_EMULATE)
-  emulator::Engine::current().raise_flag(flag);
+  emulator::Engine::current().raise_flag(flag, count);
 #else
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(flag)) : "memory");
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(count) : "memory");
 #endif
 }
 
-/// Until the counter has reached `count`; what was written before is then visible.
-/// PTX: ld.acquire.gpu.global.u32 in a loop
+/// One writer at a time. PTX: st.release.gpu.global.u32
+KDA_DEVICE void set_flag(uint32_t* flag, uint32_t value) {
+#if defined(KDA_EMULATE)
+  emulator::Engine::current().set_flag(flag, value);
+#else
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+#endif
+}
+
+/// Whether the flag is at `count` or beyond; if so, this thread then sees what was written before it was raised. Not to
+/// be called until it says so: that is wait_flag. PTX: ld.acquire.gpu.global.u32
+KDA_DEVICE bool flag_reached(uint32_t const* flag, uint32_t count) {
+#if defined(KDA_EMULATE)
+  return __atomic_load_n(flag, __ATOMIC_ACQUIRE) >= count;
+#else
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value >= count;
+#endif
+}
+
+/// Until flag_reached.
 KDA_DEVICE void wait_flag(uint32_t const* flag, uint32_t count KDA_WHERE) {
 #if defined(KDA_EMULATE)
   emulator::Engine::current().wait_flag(flag, count, where);
 #else
-  uint32_t raised;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(__cvta_generic_to_global(flag)) : "memory");
-  } while (raised < count);
+  while (!flag_reached(flag, count)) {
+  }
 #endif
 }
 

@@ -163,12 +163,12 @@ void overwritten_while_read(uint32_t* global) {
 void raise_without_barrier(uint32_t* global) {
   let_next_kernel_start();
   global[thread_index()] = 1;
-  if (thread_index() == 0) raise_flag(&global[1000]);
+  if (thread_index() == 0) raise_flag(&global[1000], 1);
 }
 void raise_and_write(uint32_t* global) {
   let_next_kernel_start();
   sync_block();
-  if (thread_index() == 0) raise_flag(&global[1000]);
+  if (thread_index() == 0) raise_flag(&global[1000], 1);
   global[thread_index()] = 1;
 }
 void flag_without_barrier(uint32_t* global) {
@@ -191,7 +191,7 @@ void write_and_raise(uint32_t* global) {
   let_next_kernel_start();
   global[thread_index()] = 1;
   sync_block();
-  if (thread_index() == 0) raise_flag(&global[1000]);
+  if (thread_index() == 0) raise_flag(&global[1000], 1);
 }
 
 // ---- overruns --------------------------------------------------------------------------------------------------

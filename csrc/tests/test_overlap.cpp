@@ -1,5 +1,6 @@
 // Kernels that run beside each other: what they must wait for, and what is said or read where they do not.
 #include "tests/misuse.h"
+#include "tests/programs/all.h"
 
 namespace kda::tests {
 namespace {
@@ -153,7 +154,7 @@ void producer(uint32_t* global) {
   for (uint32_t record = 0; record < 4; ++record) {
     global[(blockIdx.x * 4 + record) * kThreads % 512 + thread_index()] = record;
     sync_block();
-    if (thread_index() == 0) raise_flag(&global[512 + blockIdx.x * 4 + record]);
+    if (thread_index() == 0) raise_flag(&global[512 + blockIdx.x * 4 + record], 1);
   }
 }
 /// Block b reads what producer b wrote; `kForgotten`: the record for which it does not wait.
@@ -187,7 +188,7 @@ void chain(uint32_t* global) {
     global[512 + blockIdx.x] = blockIdx.x + 1 < gridDim.x ? global[512 + blockIdx.x + 1] + 1 : 0;
   }
   sync_block();
-  if (thread_index() == 0) raise_flag(&global[blockIdx.x]);
+  if (thread_index() == 0) raise_flag(&global[blockIdx.x], 1);
 }
 TEST_F(Overlap, FlagsAcrossBlocks) {
   for (int os_threads : {1, 2}) {
@@ -238,9 +239,32 @@ TEST_F(OverlapMisuse, FlagThatIsNeverRaisedNamesTheBlock) {
 TEST_F(OverlapMisuse, FlagOfAKernelBehind) {
   expect_said(said([&] {
                 enqueue(false, +[](uint32_t* global) { wait_flag(&global[1000], kOld + 1); });
-                enqueue(false, +[](uint32_t* global) { raise_flag(&global[1000]); }, "behind");
+                enqueue(false, +[](uint32_t* global) { raise_flag(&global[1000], 1); }, "behind");
               }),
               "deadlock: nobody raises the flag");
+}
+
+// ---- the programs that also run on a GPU --------------------------------------------------------------------------
+
+uint32_t after_steps(uint32_t x, int steps) {
+  for (int n = 0; n < steps; ++n) x = x * 1664525u + 1013904223u;
+  return x;
+}
+
+TEST_F(Overlap, ProgramOfTwoKernels) {
+  auto const out = overlapping_kernels();
+  for (uint32_t i = 0; i < 256; ++i)
+    ASSERT_EQ(out[i], after_steps(i % 64, 2000) ^ after_steps((255 - i) % 64, 2000)) << i;
+}
+
+TEST_F(Overlap, ProgramOfFlags) {
+  auto const out = flags();
+  for (uint32_t i = 0; i < 256; ++i) {
+    uint32_t const t = i % 64, from = (i / 64 + 1) % 4;
+    uint32_t sum = 0;
+    for (int row = 0; row < 5; ++row) sum = sum * 3 + after_steps(from * 64 + (t ^ 33), 500 * (row + 1));
+    ASSERT_EQ(out[i], sum + after_steps(3 * 64 + t, 2500)) << i;
+  }
 }
 
 // ---- misuse that shows late ------------------------------------------------------------------------------------

@@ -59,34 +59,6 @@ TEST(Threads, NamedBarriers) {
   EXPECT_EQ(named_barrier_pipeline(), sum);
 }
 
-/// Of compute capability 9.0, for the time of a test.
-struct Hopper {
-  bool const before = std::exchange(emulator::options().has_wgmma, true);
-  ~Hopper() { emulator::options().has_wgmma = before; }
-};
-uint32_t after_steps(uint32_t x, int steps) {
-  for (int n = 0; n < steps; ++n) x = x * 1664525u + 1013904223u;
-  return x;
-}
-
-TEST(Threads, OverlappingKernels) {
-  Hopper const device;
-  auto const out = overlapping_kernels();
-  for (uint32_t i = 0; i < 256; ++i)
-    ASSERT_EQ(out[i], after_steps(i % 64, 2000) ^ after_steps((255 - i) % 64, 2000)) << i;
-}
-
-TEST(Threads, Flags) {
-  Hopper const device;
-  auto const out = flags();
-  for (uint32_t i = 0; i < 256; ++i) {
-    uint32_t const t = i % 64, from = (i / 64 + 1) % 4;
-    uint32_t sum = 0;
-    for (int row = 0; row < 5; ++row) sum = sum * 3 + after_steps(from * 64 + (t ^ 33), 500 * (row + 1));
-    ASSERT_EQ(out[i], sum + after_steps(3 * 64 + t, 2500)) << i;
-  }
-}
-
 TEST(Threads, SyncWarp) {
   std::vector<uint32_t> x(32), reversed(32);
   for (uint32_t l = 0; l < 32; ++l) x[l] = l;

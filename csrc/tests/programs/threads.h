@@ -123,20 +123,23 @@ KDA_GLOBAL void flag_raising_kernel(uint32_t* rows, uint32_t* flags) {
     for (int i = 0; i < 500; ++i) x = x * 1664525u + 1013904223u;
     rows[(blockIdx.x * 5 + row) * 64 + thread_index()] = x;
     sync_block();
-    if (thread_index() == 0) raise_flag(&flags[blockIdx.x * 5 + row]);
-    if (thread_index() == 0) raise_flag(&flags[20]);
+    if (thread_index() == 0) {
+      set_flag(&flags[blockIdx.x * 5 + row], 3);
+      raise_flag(&flags[20], 2);
+    }
   }
 }
 KDA_GLOBAL void flag_waiting_kernel(uint32_t* out, uint32_t const* rows, uint32_t const* flags) {
   int const t = thread_index(), from = int(blockIdx.x + 1) % 4 * 5;
   uint32_t sum = 0;
   for (int row = 0; row < 5; ++row) {
-    if (t == 0) wait_flag(&flags[from + row], 1);
+    if (t == 0) wait_flag(&flags[from + row], 3);
     sync_block();
     sum = sum * 3 + rows[(from + row) * 64 + (t ^ 33)];
   }
-  wait_flag(&flags[20], 20);
-  out[blockIdx.x * 64 + t] = sum + rows[(4 * 5 - 1) * 64 + t];
+  wait_flag(&flags[20], 40);
+  bool const reached = flag_reached(&flags[20], 40) && !flag_reached(&flags[20], 41);
+  out[blockIdx.x * 64 + t] = reached ? sum + rows[(4 * 5 - 1) * 64 + t] : 0;
   wait_for_previous_kernel();
 }
 inline std::vector<uint32_t> flags() {
