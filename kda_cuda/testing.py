@@ -47,7 +47,8 @@ def emulated(seed: int = 0, threads: int = 2, arch: str = "90", multiprocessors:
     Args:
         seed: 0 runs the threads of a block in order; any other number is a random schedule of its own.
         threads: OS threads that share the blocks of a grid.
-        arch: which device to be: "80" (A100), "86" (99 KB of shared memory), "90" (Hopper: wgmma).
+        arch: which device to be: "80" (A100), "86" (99 KB of shared memory), "90" (Hopper: wgmma, and kernels of one
+            op that are launched early run beside each other).
         multiprocessors: of that device; how work is divided depends on them.
     """
     handle = load_emulator()

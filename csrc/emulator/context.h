@@ -1,5 +1,6 @@
 // Fibers: one stack per CUDA thread, and what the sanitizers must know when a stack is left for another.
 #pragma once
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <cstddef>
@@ -137,20 +138,33 @@ struct Context {
     *--top = reinterpret_cast<void*>(entry);
     stack_pointer = top;
   }
+  /// The OS thread that calls: another one each time, maybe.
   void adopt_os_thread() {
 #if defined(__SANITIZE_THREAD__)
     tsan_fiber = __tsan_get_current_fiber();
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+    static thread_local struct Bounds {
+      void* bottom;
+      size_t bytes;
+      Bounds() {
+        pthread_attr_t attributes;
+        pthread_getattr_np(pthread_self(), &attributes);
+        pthread_attr_getstack(&attributes, &bottom, &bytes);
+        pthread_attr_destroy(&attributes);
+      }
+    } const own;
+    os_stack = own.bottom, stack_bytes = own.bytes;
 #endif
   }
 };
 
 /// Called first on a fresh fiber: tells AddressSanitizer that the switch is complete.
-inline KDA_NO_TSAN void finish_first_switch([[maybe_unused]] Context& os_thread) {
+inline KDA_NO_TSAN void finish_first_switch() {
 #if defined(__SANITIZE_ADDRESS__)
   void const* bottom;
   size_t size;
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
-  if (!os_thread.os_stack) os_thread.os_stack = bottom, os_thread.stack_bytes = size;
 #endif
 }
 

@@ -1,30 +1,28 @@
-#include "emulator/engine.h"
-
 #include <algorithm>
+
+#include "emulator/stream.h"
 
 namespace kda::emulator {
 
-Engine::Engine(dim3 g, dim3 b, size_t dynamic_bytes, Options const& o)
-    : grid(g),
-      block(b),
-      options_(o),
-      threads_(int(b.x * b.y * b.z)),
-      warps_((threads_ + 31) / 32),
-      dynamic_bytes_(dynamic_bytes) {
-  if (threads_ < 1 || threads_ > 1024) throw Error("a block has 1 to 1024 threads, not " + std::to_string(threads_));
-  if (dynamic_bytes > o.shared_limit) throw Error("dynamic shared memory over the limit");
+static thread_local Engine* engine_of_os_thread = nullptr;
+Engine& Engine::current() { return *engine_of_os_thread; }
+
+Engine::Engine(int threads, size_t stack_bytes) : threads_(threads), warps_((threads_ + 31) / 32) {
+  EngineOnly scope;
   window_ = static_cast<char*>(std::aligned_alloc(1024, kSharedWindow));
-  fibers_.resize(threads_);
-  for (Fiber& f : fibers_) f.context.allocate(o.stack_bytes);
-  launcher_.adopt_os_thread();
+  fibers_.resize(size_t(threads_));
+  for (Fiber& f : fibers_) f.context.allocate(stack_bytes);
+  fibers += fibers_.size();
 }
 
 Engine::~Engine() {
+  EngineOnly scope;
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(window_, kSharedWindow);
 #endif
   for (Fiber& f : fibers_) f.context.free();
   std::free(window_);
+  fibers -= fibers_.size();
 }
 
 // ---- scheduling ------------------------------------------------------------------------------------------------
@@ -69,15 +67,22 @@ KDA_NO_TSAN void Engine::jump(Fiber* to) {
 KDA_NO_TSAN void Engine::block_on(char const* operation, int id, Location location) {
   running->operation = operation, running->operation_id = id, running->location = location;
   Fiber* next = pick();
-  if (!next) fail("deadlock: every live thread waits" + who_waits_where());
-  if (next != running) jump(next);
+  if (!next) stop_or_fail();
+  else if (next != running) jump(next);
+}
+
+/// No thread can run: the block stops if another block can change that.
+KDA_NO_TSAN void Engine::stop_or_fail() {
+  if (outside_.empty()) fail("deadlock: every live thread waits" + who_waits_where());
+  jump(nullptr);
 }
 
 KDA_NO_TSAN void Engine::thread_entry() {
   Engine& engine = current();
-  finish_first_switch(engine.launcher_);
+  finish_first_switch();
   acquire(engine.running);
-  (*engine.body_)();
+  acquire(&engine);  // the block before, in the same memory
+  engine.grid_->body();
   engine.finish_thread();
 }
 
@@ -89,19 +94,28 @@ KDA_NO_TSAN void Engine::finish_thread() {
   }
   running->done = true;
   --live_;
-  release(running);
+  release(this);
+  release(&grid_->done);
   Fiber* next = pick();
-  if (!next && live_) fail("deadlock: every live thread waits" + who_waits_where());
+  if (!next && live_) stop_or_fail();
   jump(next);
   std::abort();
 }
 
-/// Abandons the block; run_block throws.
+KDA_NO_TSAN std::string Engine::place() const {
+  char text[128];
+  uint3 const thread = running ? running->thread : outside_.empty() ? uint3{} : outside_.front()->thread;
+  std::snprintf(text, sizeof text, " [block %u,%u,%u thread %u,%u,%u]", block_index.x, block_index.y, block_index.z,
+                thread.x, thread.y, thread.z);
+  return text;
+}
+
+/// Abandons the block; go_on throws.
 KDA_NO_TSAN void Engine::fail(std::string const& what) {
-  char where[128];
-  std::snprintf(where, sizeof where, " [block %u,%u,%u thread %u,%u,%u]", block_index.x, block_index.y, block_index.z,
-                running ? running->thread.x : 0, running ? running->thread.y : 0, running ? running->thread.z : 0);
-  error_ = what + where;
+  {
+    EngineOnly scope;
+    error_ = what + place();
+  }
   jump(nullptr);
   std::abort();
 }
@@ -123,32 +137,31 @@ std::string Engine::who_waits_where() const {
   return text;
 }
 
-void Engine::reset_block(uint3 index) {
-  current_slot() = this;
-  block_index = index;
+void Engine::start(Grid& g, uint3 index) {
+  EngineOnly scope;
+  grid_ = &g, options_ = g.options, dynamic_bytes_ = g.dynamic_bytes;
+  grid = g.size, block = g.block, block_index = index;
+  uint64_t const hash = index.x * 0x85EBCA6Bull + index.y * 0xC2B2AE35ull + index.z + 1;
+  random_ = (options_.seed * 0x9E3779B97F4A7C15ull) ^ hash;
+  random(), random();
+  schedule_ = int(random() % 3);
+  reset_block();
+  reset_shared();
+}
+
+void Engine::reset_block() {
   error_.clear();
   live_ = threads_;
   running = nullptr;
-  statics_.clear();
+  paused_ = lets_next_start_ = false;
+  outside_.clear();
   mbarriers_.clear();
   loads_.clear();
   for (Warpgroup& g : warpgroups_) g = Warpgroup{};
   entry_registers_ = std::min(256, 65536 / (warps_ * 32) / 8 * 8);  // of a kernel with one block per multiprocessor
-  random_ = (options_.seed * 0x9E3779B97F4A7C15ull) ^ (index.x * 0x85EBCA6Bull + index.y * 0xC2B2AE35ull + index.z + 1);
-  random(), random();
-  schedule_ = int(random() % 3);
   for (NamedBarrier& b : barriers_) b = NamedBarrier{};
   for (auto& warp : meetings_)
     for (WarpMeeting& m : warp) m.arrived = 0;
-  window_top_ = kDynamicOffset + (dynamic_bytes_ + 1023) / 1024 * 1024 + 1024;
-#if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(window_, kSharedWindow);
-#endif
-  std::memset(dynamic_shared(), 0xFF, dynamic_bytes_);
-#if defined(__SANITIZE_ADDRESS__)
-  __asan_poison_memory_region(window_, kSharedWindow);
-  __asan_unpoison_memory_region(dynamic_shared(), dynamic_bytes_);
-#endif
   for (uint32_t& lanes : ready_) lanes = 0;
   warps_ready_ = 0;
   for (int i = 0; i < threads_; ++i) {
@@ -161,11 +174,31 @@ void Engine::reset_block(uint3 index) {
   }
 }
 
-void Engine::run_block(uint3 index, std::function<void()> const& body) {
-  body_ = &body;
-  reset_block(index);
+/// All of it poisoned.
+void Engine::reset_shared() {
+  statics_.clear();
+  window_top_ = kDynamicOffset + (dynamic_bytes_ + 1023) / 1024 * 1024 + 1024;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(window_, kSharedWindow);
+#endif
+  std::memset(dynamic_shared(), 0xFF, dynamic_bytes_);
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_poison_memory_region(window_, kSharedWindow);
+  __asan_unpoison_memory_region(dynamic_shared(), dynamic_bytes_);
+#endif
+}
+
+/// Wakes those that waited for other blocks. What they and this OS thread know of each other's memory does not change.
+void Engine::go_on() {
+  EngineOnly scope;
+  paused_ = false;
+  auto const come = std::stable_partition(outside_.begin(), outside_.end(), [&](Fiber* f) { return !has_come(*f); });
+  for (auto f = come; f != outside_.end(); ++f) make_ready((*f)->warp, 1u << (*f)->lane);
+  outside_.erase(come, outside_.end());
+  engine_of_os_thread = this;
+  launcher_.adopt_os_thread();
   jump(pick());
-  for (Fiber& f : fibers_) acquire(&f);
+  engine_of_os_thread = nullptr;
   running = nullptr;
   if (!error_.empty()) throw Error(error_);
 }

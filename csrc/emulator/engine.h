@@ -1,12 +1,16 @@
-// Runs the threads of one CUDA block as fibers of one OS thread.
+// Runs the threads of one CUDA block as fibers.
 //
 // A fiber runs until it reaches a collective (shuffle, mma, barrier, ...); there it waits for the others. Which fiber
 // runs next is the schedule's choice (Options::seed). Copies are asynchronous in earnest: they take effect at the wait
-// that covers them, and until then their destination is poisoned.
+// that covers them, and until then their destination is poisoned. A block stops where all of it waits for other blocks
+// (a flag, the end of the kernel before), and where the kernel behind it may run first; stream.h lets it go on.
 //
 // Not modelled, so to be proven on a GPU: proxy fences (fence.proxy.async, fence.mbarrier_init, wgmma.fence), the
-// accumulation order of the tensor cores, ordering of plain global flags between blocks, clusters, speed.
+// accumulation order of the tensor cores, how many blocks the device has room for (a block may wait for one that has
+// yet to start), memory that becomes visible late (a flag counts at once; missing release or acquire is a race that
+// ThreadSanitizer finds), kernels of other streams, clusters, speed.
 #pragma once
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -38,6 +42,11 @@ struct Options {
   uint64_t seed = 0;  // 0: threads in ascending order; otherwise a random schedule of this seed
   int os_threads = 1;
   size_t stack_bytes = 256 * 1024;
+#if defined(__SANITIZE_THREAD__)
+  size_t most_fibers = 1536;  // of blocks that have begun
+#else
+  size_t most_fibers = 16384;  // each is two mappings of memory, of the 65530 that Linux allows
+#endif
   size_t shared_limit = 227 * 1024;
   bool has_wgmma = false;
   int multiprocessors = 1;
@@ -94,6 +103,8 @@ struct Fiber {
   Location location{"", 0};
   CopyQueue copies;
   BulkStoreQueue bulk_stores;
+  uint32_t const* flag = nullptr;  // that has to count `flag_count`; null: waits for the kernel before
+  uint32_t flag_count = 0;
 };
 
 /// Lanes of one warp on their way into one collective.
@@ -162,17 +173,30 @@ struct MbarrierState {
   Location initialised{"", 0}, last_load{"", 0}, unobserved_load{"", 0};
 };
 
+struct Grid;
+
 class Engine {
  public:
-  static KDA_NO_TSAN Engine*& current_slot() {
-    static thread_local Engine* engine = nullptr;
-    return engine;
-  }
-  static KDA_NO_TSAN Engine& current() { return *current_slot(); }
+  /// Of this OS thread. Not inline: a fiber may go on in another one, and a compiler keeps addresses of thread-locals.
+  static KDA_NO_TSAN Engine& current();
 
-  Engine(dim3 grid, dim3 block, size_t dynamic_bytes, Options const& options);
+  Engine(int threads, size_t stack_bytes);
+  Engine(Engine const&) = delete;
   ~Engine();
-  void run_block(uint3 index, std::function<void()> const& body);
+  int threads() const { return threads_; }
+  static inline std::atomic<size_t> fibers{0};  // of all engines
+
+  // What a stream sees. A block starts; then go_on runs it until it has ended or stops, throws Error for a misuse.
+  void start(Grid& grid, uint3 index);
+  void go_on();
+  bool has_ended() const { return live_ == 0; }
+  bool is_paused() const { return paused_; }
+  /// Not paused, and what a thread waits for has come.
+  bool can_go_on() const;
+  bool lets_next_start() const { return lets_next_start_; }
+  bool waits_for_flag() const;
+  /// What to say if nothing else can go on either.
+  std::string deadlock() const;
 
   // What a kernel sees.
   dim3 grid, block;
@@ -215,11 +239,20 @@ class Engine {
   /// `written`: until the writes are done too, not just the reads of shared memory.
   void wait_bulk_stores(size_t keep, bool written);
 
+  void let_next_kernel_start();
+  void wait_for_previous_kernel(Location location);
+  void raise_flag(uint32_t* flag, uint32_t count);
+  void set_flag(uint32_t* flag, uint32_t value);
+  void wait_flag(uint32_t const* flag, uint32_t count, Location location);
+
  private:
   static constexpr size_t kDynamicOffset = 1024;
   Options options_;
+  Grid* grid_ = nullptr;
   int threads_, warps_, live_ = 0;
-  size_t dynamic_bytes_, window_top_ = 0;
+  size_t dynamic_bytes_ = 0, window_top_ = 0;
+  std::vector<Fiber*> outside_;  // that wait for other blocks
+  bool paused_ = false, lets_next_start_ = false;
   std::vector<Fiber> fibers_;
   Context launcher_;
   char* window_ = nullptr;  // the block's shared memory
@@ -234,7 +267,6 @@ class Engine {
   std::string error_;
   uint64_t random_ = 1;
   int schedule_ = 0;  // 0: a warp runs as far as it can; 1: sometimes another; 2: any
-  std::function<void()> const* body_ = nullptr;
 
   KDA_NO_TSAN uint32_t random() {
     random_ ^= random_ << 13, random_ ^= random_ >> 7, random_ ^= random_ << 17;
@@ -243,8 +275,14 @@ class Engine {
   KDA_NO_TSAN void make_ready(int warp, uint32_t lanes) {
     if (lanes) ready_[warp] |= lanes, warps_ready_ |= 1u << warp;
   }
-  void reset_block(uint3 index);
+  void reset_block();
+  void reset_shared();
   KDA_NO_TSAN Fiber* pick();
+  KDA_NO_TSAN void stop_or_fail();
+  KDA_NO_TSAN void pause();
+  KDA_NO_TSAN void wait_outside(uint32_t const* flag, uint32_t count, char const* operation, Location location);
+  KDA_NO_TSAN bool has_come(Fiber const& fiber) const;
+  KDA_NO_TSAN std::string place() const;
   KDA_NO_TSAN void jump(Fiber* to);
   KDA_NO_TSAN void block_on(char const* operation, int id, Location location);
   KDA_NO_TSAN WarpMeeting* meet(char const* operation, uint32_t mask, void* arguments, Location location,
@@ -268,7 +306,19 @@ class Engine {
 /// rows of n hold 64 values of k; MN-major rows of k hold 64 values of n.
 KDA_NO_TSAN uint32_t wgmma_element_address(uint64_t descriptor, int n, int k, bool mn_major);
 
-/// Runs `body` for every thread of the grid; throws Error for the first misuse. Records `kernel` as having run.
-void run_grid(char const* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> const& body);
+/// Within it kernels overlap as on a device; at its end all of them have run.
+class OverlapScope {
+ public:
+  OverlapScope();
+  OverlapScope(OverlapScope const&) = delete;
+  ~OverlapScope() noexcept(false);  // throws Error for the first misuse
+
+ private:
+  int const exceptions_;  // on their way when it began
+};
+
+/// Launches a kernel whose threads run `body`. Without an OverlapScope it has run on return. Throws Error for the first
+/// misuse, of this kernel or one before it. Records `kernel` as having run.
+void run_grid(char const* kernel, bool early, dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> body);
 
 }  // namespace kda::emulator

@@ -1,10 +1,7 @@
-// Blocks over OS threads, and what the tests may set and ask.
-#include <atomic>
-#include <exception>
+// What the tests may set and ask.
 #include <mutex>
-#include <thread>
 
-#include "emulator/engine.h"
+#include "emulator/stream.h"
 
 namespace kda::emulator {
 
@@ -19,43 +16,14 @@ static void remember(char const* kernel) {
   record += '\n';
 }
 
-void run_grid(char const* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> const& body) {
-  Options const opt = options();
-  if (opt.skip_launches) return;
-  uint64_t const blocks = uint64_t(grid.x) * grid.y * grid.z;
-  std::atomic<uint64_t> next{0};
-  std::exception_ptr failure;
-  std::mutex mutex;
-  auto work = [&] {
-    Engine* outer = Engine::current_slot();
-    try {
-      Engine engine(grid, block, dynamic_bytes, opt);
-      for (uint64_t i; (i = next++) < blocks;) {
-        uint64_t const k = opt.seed & 1 ? blocks - 1 - i : i;  // odd seeds visit the blocks backwards
-        engine.run_block(uint3{unsigned(k % grid.x), unsigned(k / grid.x % grid.y), unsigned(k / grid.x / grid.y)},
-                         body);
-      }
-    } catch (...) {
-      std::lock_guard<std::mutex> lock(mutex);
-      if (!failure) failure = std::current_exception();
-      next = blocks;
-    }
-    Engine::current_slot() = outer;
-  };
+void run_grid(char const* kernel, bool early, dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> body) {
+  Options const& o = options();
+  if (o.skip_launches) return;
   remember(kernel);
-  if (opt.os_threads <= 1 || blocks <= 1) {
-    work();
-  } else {
-    std::vector<std::thread> threads;
-    for (int i = 0; i < opt.os_threads; ++i) threads.emplace_back(work);
-    for (std::thread& t : threads) t.join();
-  }
-  if (!failure) return;
-  try {
-    std::rethrow_exception(failure);
-  } catch (Error const& e) {
-    throw Error(std::string(kernel) + ": " + e.what());
-  }
+  auto g = std::make_unique<Grid>();
+  g->kernel = kernel, g->early = early, g->body = std::move(body), g->options = o;
+  g->size = grid, g->block = block, g->blocks = uint64_t(grid.x) * grid.y * grid.z, g->dynamic_bytes = dynamic_bytes;
+  Stream::current().launch(std::move(g));
 }
 
 }  // namespace kda::emulator

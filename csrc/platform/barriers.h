@@ -44,16 +44,20 @@ KDA_DEVICE void sync_warp(uint32_t mask = ~0u KDA_WHERE) {
 
 /// Until the kernel ahead of this one in the stream has ended, its writes visible; matters after launch_early. The
 /// calling thread. PTX: griddepcontrol.wait, sm_90
-KDA_DEVICE void wait_for_previous_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+KDA_DEVICE void wait_for_previous_kernel(KDA_WHERE_ONLY) {
+#if defined(KDA_EMULATE)
+  emulator::Engine::current().wait_for_previous_kernel(where);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-/// The kernel behind this one may start once every block has said so or ended, if it was launched early.
-/// PTX: griddepcontrol.launch_dependents, sm_90
+/// The kernel behind this one may start once every block has said so or ended, if it was launched early. One thread
+/// says it for the block. PTX: griddepcontrol.launch_dependents, sm_90
 KDA_DEVICE void let_next_kernel_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(KDA_EMULATE)
+  emulator::Engine::current().let_next_kernel_start();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }

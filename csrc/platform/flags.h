@@ -9,7 +9,7 @@ namespace kda {
 /// PTX: red.release.gpu.global.add.u32
 KDA_DEVICE void raise_flag(uint32_t* flag, uint32_t count) {
 #if defined(KDA_EMULATE)
-  __atomic_fetch_add(flag, count, __ATOMIC_RELEASE);
+  emulator::Engine::current().raise_flag(flag, count);
 #else
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(count) : "memory");
 #endif
@@ -18,14 +18,14 @@ KDA_DEVICE void raise_flag(uint32_t* flag, uint32_t count) {
 /// One writer at a time. PTX: st.release.gpu.global.u32
 KDA_DEVICE void set_flag(uint32_t* flag, uint32_t value) {
 #if defined(KDA_EMULATE)
-  __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+  emulator::Engine::current().set_flag(flag, value);
 #else
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 #endif
 }
 
-/// Whether the flag is at `count` or beyond; if so, this thread then sees what was written before it was raised.
-/// PTX: ld.acquire.gpu.global.u32
+/// Whether the flag is at `count` or beyond; if so, this thread then sees what was written before it was raised. Not to
+/// be called until it says so: that is wait_flag. PTX: ld.acquire.gpu.global.u32
 KDA_DEVICE bool flag_reached(uint32_t const* flag, uint32_t count) {
 #if defined(KDA_EMULATE)
   return __atomic_load_n(flag, __ATOMIC_ACQUIRE) >= count;
@@ -39,7 +39,7 @@ KDA_DEVICE bool flag_reached(uint32_t const* flag, uint32_t count) {
 /// Until flag_reached.
 KDA_DEVICE void wait_flag(uint32_t const* flag, uint32_t count KDA_WHERE) {
 #if defined(KDA_EMULATE)
-  if (!flag_reached(flag, count)) emulator::Engine::current().fail("a flag that nobody raised", where);
+  emulator::Engine::current().wait_flag(flag, count, where);
 #else
   while (!flag_reached(flag, count)) {
   }

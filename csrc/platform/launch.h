@@ -9,17 +9,15 @@ namespace kda {
 
 #if defined(KDA_EMULATE)
 
-/// Runs the grid on the CPU before it returns; throws emulator::Error where the kernel misuses the machine.
+/// Runs the grid on the CPU; throws emulator::Error where a kernel misuses the machine.
 template <class... P, class... A>
-void launch(char const* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-            A&&... arguments) {
+void launch_with(bool early, char const* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                 cudaStream_t, A&&... arguments) {
   std::tuple<std::decay_t<P>...> by_value(std::forward<A>(arguments)...);
-  emulator::run_grid(name, grid, block, shared_bytes, [&] { std::apply(kernel, by_value); });
+  emulator::run_grid(name, early && overlaps_kernels(), grid, block, shared_bytes,
+                     [kernel, by_value = std::move(by_value)] { std::apply(kernel, by_value); });
 }
-template <class... X>
-void launch_early(bool, X&&... x) {
-  launch(std::forward<X>(x)...);
-}
+using OverlapScope = emulator::OverlapScope;
 
 #else
 
@@ -44,6 +42,14 @@ void launch_with(bool early, char const* name, void (*kernel)(P...), dim3 grid, 
       by_value);
 }
 
+/// On the emulator launches are complete when they return, except within an OverlapScope: there kernels that are
+/// launched early run beside others, and all are complete when it ends.
+struct OverlapScope {
+  OverlapScope() {}
+};
+
+#endif
+
 /// Launches on `stream`; throws std::runtime_error with the kernel's name.
 template <class Kernel, class... X>
 void launch(char const* name, Kernel kernel, X&&... x) {
@@ -52,13 +58,11 @@ void launch(char const* name, Kernel kernel, X&&... x) {
 
 /// The same, but where `early` the kernel may start before the one ahead of it in the stream has ended, once that one
 /// lets it (barriers.h, let_next_kernel_start): it has to call wait_for_previous_kernel before it touches what the
-/// other writes or reads. Before compute capability 9.0 an ordinary launch; the emulator runs one kernel after the
-/// other.
+/// other writes or reads. Some thread of it has to call that in any case, or else what is behind it would not wait for
+/// the one ahead. Before compute capability 9.0 an ordinary launch.
 template <class Kernel, class... X>
 void launch_early(bool early, char const* name, Kernel kernel, X&&... x) {
   launch_with(early, name, kernel, std::forward<X>(x)...);
 }
-
-#endif
 
 }  // namespace kda

@@ -130,6 +130,70 @@ void operand_overwritten(uint32_t* global) {
   global[thread_index()] = uint32_t(d[0].x[0]);
 }
 
+// ---- between blocks and kernels ---------------------------------------------------------------------------------
+
+/// Right in every schedule that visits the blocks in order.
+void blocks_without_flag(uint32_t* global) {
+  if (blockIdx.x == 0) global[thread_index()] = 1;
+  else global[128 + thread_index()] = global[thread_index()];  // PLANT tsan blocks_without_flag: data race
+}
+void let_next_and_write(uint32_t* global) {
+  let_next_kernel_start();
+  global[thread_index()] = 1;
+}
+void kernel_not_waited_for(uint32_t* global) {
+  global[128 + thread_index()] = global[thread_index() ^ 1];  // PLANT tsan kernel_not_waited_for: data race
+  wait_for_previous_kernel();
+}
+/// One thread waits and then others go on without a barrier.
+void kernel_waited_for_by_another(uint32_t* global) {
+  if (thread_index() == 0) wait_for_previous_kernel();
+  global[128 + thread_index()] = global[thread_index() ^ 1];  // PLANT tsan kernel_waited_for_by_another: data race
+}
+/// What the kernel before reads is overwritten.
+void let_next_and_read(uint32_t* global) {
+  let_next_kernel_start();
+  global[128 + thread_index()] = global[thread_index()];
+}
+void overwritten_while_read(uint32_t* global) {
+  global[thread_index()] = 1;  // PLANT tsan overwritten_while_read: data race
+  wait_for_previous_kernel();
+}
+/// The flag tells of thread 0's own writes only.
+void raise_without_barrier(uint32_t* global) {
+  let_next_kernel_start();
+  global[thread_index()] = 1;
+  if (thread_index() == 0) raise_flag(&global[1000], 1);
+}
+void raise_and_write(uint32_t* global) {
+  let_next_kernel_start();
+  sync_block();
+  if (thread_index() == 0) raise_flag(&global[1000], 1);
+  global[thread_index()] = 1;
+}
+void flag_without_barrier(uint32_t* global) {
+  wait_flag(&global[1000], 1);
+  global[128 + thread_index()] = global[thread_index()];  // PLANT tsan flag_without_barrier: data race
+  wait_for_previous_kernel();
+}
+void written_after_flag(uint32_t* global) {
+  wait_flag(&global[1000], 1);
+  global[128 + thread_index()] = global[thread_index()];  // PLANT tsan written_after_flag: data race
+  wait_for_previous_kernel();
+}
+/// A warp that is not the one that waited.
+void flag_seen_by_another(uint32_t* global) {
+  if (thread_index() < 32) wait_flag(&global[1000], 1);
+  global[128 + thread_index()] = global[0];  // PLANT tsan flag_seen_by_another: data race
+  wait_for_previous_kernel();
+}
+void write_and_raise(uint32_t* global) {
+  let_next_kernel_start();
+  global[thread_index()] = 1;
+  sync_block();
+  if (thread_index() == 0) raise_flag(&global[1000], 1);
+}
+
 // ---- overruns --------------------------------------------------------------------------------------------------
 
 void shared_overrun(uint32_t*) {
@@ -221,16 +285,56 @@ void undefined_shift(uint32_t* global) {
   global[thread_index()] = uint32_t(1 << bits);  // PLANT asan undefined_shift: shift exponent
 }
 
-std::map<std::string, Kernel> const kPlants = {
-#define PLANTED(name) {#name, name}
-    PLANTED(refill_without_barrier), PLANTED(warp_barrier_for_block), PLANTED(hidden_by_order),
-    PLANTED(lost_updates),           PLANTED(shuffle_is_no_barrier),  PLANTED(stage_loaded_while_read),
-    PLANTED(load_not_waited_for),    PLANTED(barrier_not_announced),  PLANTED(store_overwritten),
-    PLANTED(operand_overwritten),    PLANTED(shared_overrun),         PLANTED(dynamic_shared_overrun),
-    PLANTED(global_overrun),         PLANTED(register_overrun),       PLANTED(copy_overrun),
-    PLANTED(bulk_load_overrun),      PLANTED(bulk_load_of_too_much),  PLANTED(bulk_store_overrun),
-    PLANTED(tensor_load_overrun),    PLANTED(tensor_map_of_too_much), PLANTED(descriptor_overrun),
+/// One block of `kernel`; or two; or one behind another kernel, beside which it runs.
+struct Plant {
+  Kernel kernel;
+  unsigned blocks = 1;
+  Kernel before = nullptr;
+};
+std::map<std::string, Plant> const kPlants = {
+#define PLANTED(name) \
+  {                   \
+    #name, { name }   \
+  }
+#define PLANTED_IN_BLOCKS(name, blocks) \
+  {                                     \
+    #name, { name, blocks }             \
+  }
+#define PLANTED_BEHIND(before, name) \
+  {                                  \
+    #name, { name, 1, before }       \
+  }
+    PLANTED(refill_without_barrier),
+    PLANTED(warp_barrier_for_block),
+    PLANTED(hidden_by_order),
+    PLANTED(lost_updates),
+    PLANTED(shuffle_is_no_barrier),
+    PLANTED(stage_loaded_while_read),
+    PLANTED(load_not_waited_for),
+    PLANTED(barrier_not_announced),
+    PLANTED(store_overwritten),
+    PLANTED(operand_overwritten),
+    PLANTED(shared_overrun),
+    PLANTED(dynamic_shared_overrun),
+    PLANTED(global_overrun),
+    PLANTED(register_overrun),
+    PLANTED(copy_overrun),
+    PLANTED(bulk_load_overrun),
+    PLANTED(bulk_load_of_too_much),
+    PLANTED(bulk_store_overrun),
+    PLANTED(tensor_load_overrun),
+    PLANTED(tensor_map_of_too_much),
+    PLANTED(descriptor_overrun),
     PLANTED(undefined_shift),
+    PLANTED_IN_BLOCKS(blocks_without_flag, 2),
+    PLANTED_BEHIND(let_next_and_write, kernel_not_waited_for),
+    PLANTED_BEHIND(let_next_and_write, kernel_waited_for_by_another),
+    PLANTED_BEHIND(let_next_and_read, overwritten_while_read),
+    PLANTED_BEHIND(raise_without_barrier, flag_without_barrier),
+    PLANTED_BEHIND(raise_and_write, written_after_flag),
+    PLANTED_BEHIND(write_and_raise, flag_seen_by_another),
+#undef PLANTED_BEHIND
+#undef PLANTED_IN_BLOCKS
 #undef PLANTED
 };
 
@@ -243,7 +347,13 @@ int main(int argc, char** argv) {
   if (plant == kPlants.end()) return std::fprintf(stderr, "usage: %s NAME\n", argv[0]), 2;
   auto* global = static_cast<uint32_t*>(std::aligned_alloc(128, 1024 * 4));
   std::memset(global, 0, 1024 * 4);
-  kda::launch("planted", plant->second, dim3(1), dim3(128), sizeof(Words), nullptr, global);
+  kda::emulator::options().has_wgmma = true;  // kernels overlap
+  auto const [kernel, blocks, before] = plant->second;
+  {
+    kda::OverlapScope const overlap;
+    if (before) kda::launch("planted", before, dim3(1), dim3(128), sizeof(Words), nullptr, global);
+    kda::launch_early(before, "planted", kernel, dim3(blocks), dim3(128), sizeof(Words), nullptr, global);
+  }
   std::free(global);
   return 0;
 }

@@ -59,16 +59,6 @@ TEST(Threads, NamedBarriers) {
   EXPECT_EQ(named_barrier_pipeline(), sum);
 }
 
-TEST(Threads, OverlappingKernels) {
-  auto const first = [](uint32_t i) {
-    uint32_t x = i % 64;
-    for (int n = 0; n < 2000; ++n) x = x * 1664525u + 1013904223u;
-    return x;
-  };
-  auto const out = overlapping_kernels();
-  for (uint32_t i = 0; i < 256; ++i) ASSERT_EQ(out[i], first(i) ^ first(255 - i));
-}
-
 TEST(Threads, SyncWarp) {
   std::vector<uint32_t> x(32), reversed(32);
   for (uint32_t l = 0; l < 32; ++l) x[l] = l;

@@ -47,6 +47,7 @@ template <class Variant>
 void launch_chunk_fwd(ChunkFwdParams p, cudaStream_t stream) {
   ChunkFwdVariant const variant = describe_chunk_fwd<Variant>();
   ChunkFwdCall const call(p);
+  OverlapScope const overlap;
   if (p.clear_unowned)
     launch("chunk_fwd_clear", chunk_fwd_clear_kernel<Variant>, dim3(unsigned(p.plan.sequences + 2), kClearBlocks),
            dim3(kClearThreads), 0, stream, p);

@@ -90,7 +90,7 @@ KDA_GLOBAL void named_barrier_kernel(uint32_t* out, int steps) {
   }
   out[t] = sum;
 }
-inline std::vector<uint32_t> named_barrier_pipeline() { return run(named_barrier_kernel, dim3(2), dim3(96), 0, 96, 7); }
+inline std::vector<uint32_t> named_barrier_pipeline() { return run(named_barrier_kernel, dim3(1), dim3(96), 0, 96, 7); }
 
 /// The second kernel starts while the first one still runs, and reads what that one writes last.
 KDA_GLOBAL void first_kernel(uint32_t* out) {
@@ -106,9 +106,51 @@ KDA_GLOBAL void second_kernel(uint32_t* out, uint32_t const* in) {
 }
 inline std::vector<uint32_t> overlapping_kernels() {
   Buffer<uint32_t> const in(std::vector<uint32_t>(256, 0)), out(std::vector<uint32_t>(256, 0));
-  launch("program", first_kernel, dim3(4), dim3(64), 0, nullptr, in.data());
-  launch_early(true, "program", second_kernel, dim3(4), dim3(64), 0, nullptr, out.data(),
-               static_cast<uint32_t const*>(in.data()));
+  {
+    OverlapScope const overlap;
+    launch("program", first_kernel, dim3(4), dim3(64), 0, nullptr, in.data());
+    launch_early(true, "program", second_kernel, dim3(4), dim3(64), 0, nullptr, out.data(),
+                 static_cast<uint32_t const*>(in.data()));
+  }
+  return out.download();
+}
+
+/// Each block of the second kernel reads, row after row, what the next block of the first one writes meanwhile.
+KDA_GLOBAL void flag_raising_kernel(uint32_t* rows, uint32_t* flags) {
+  let_next_kernel_start();
+  uint32_t x = blockIdx.x * 64 + thread_index();
+  for (int row = 0; row < 5; ++row) {
+    for (int i = 0; i < 500; ++i) x = x * 1664525u + 1013904223u;
+    rows[(blockIdx.x * 5 + row) * 64 + thread_index()] = x;
+    sync_block();
+    if (thread_index() == 0) {
+      set_flag(&flags[blockIdx.x * 5 + row], 3);
+      raise_flag(&flags[20], 2);
+    }
+  }
+}
+KDA_GLOBAL void flag_waiting_kernel(uint32_t* out, uint32_t const* rows, uint32_t const* flags) {
+  int const t = thread_index(), from = int(blockIdx.x + 1) % 4 * 5;
+  uint32_t sum = 0;
+  for (int row = 0; row < 5; ++row) {
+    if (t == 0) wait_flag(&flags[from + row], 3);
+    sync_block();
+    sum = sum * 3 + rows[(from + row) * 64 + (t ^ 33)];
+  }
+  wait_flag(&flags[20], 40);
+  bool const reached = flag_reached(&flags[20], 40) && !flag_reached(&flags[20], 41);
+  out[blockIdx.x * 64 + t] = reached ? sum + rows[(4 * 5 - 1) * 64 + t] : 0;
+  wait_for_previous_kernel();
+}
+inline std::vector<uint32_t> flags() {
+  Buffer<uint32_t> const rows(std::vector<uint32_t>(20 * 64, 0)), flags(std::vector<uint32_t>(21, 0)),
+      out(std::vector<uint32_t>(256, 0));
+  {
+    OverlapScope const overlap;
+    launch("program", flag_raising_kernel, dim3(4), dim3(64), 0, nullptr, rows.data(), flags.data());
+    launch_early(true, "program", flag_waiting_kernel, dim3(4), dim3(64), 0, nullptr, out.data(),
+                 static_cast<uint32_t const*>(rows.data()), static_cast<uint32_t const*>(flags.data()));
+  }
   return out.download();
 }
 
