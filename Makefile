@@ -69,7 +69,7 @@ test: build emulator cpp-tests test-sanitizers lint
 # What ptxas said of the kernels of the last build: the committed baseline, and the check against it.
 RESOURCE_REPORTS = $$(ls build/cmake-cpython-*/kernels/*.ptxas)
 registers: build
-	$(BIN)/python csrc/python/resource_table.py --json bench/results/registers.json --launches kda_cuda/_ops.so \
+	$(BIN)/python csrc/python/resource_table.py --json bench/results/registers.json --library kda_cuda/_ops.so \
 	    --markdown bench/results/registers.md $(RESOURCE_REPORTS)
 
 check-registers: build

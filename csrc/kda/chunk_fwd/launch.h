@@ -2,11 +2,12 @@
 #pragma once
 #include <algorithm>
 #include <cstddef>
+#include <vector>
 
 #include "kda/chunk_fwd/config.h"
 #include "kda/chunk_fwd/params.h"
 #include "kda/dtype.h"
-#include "platform/device.h"
+#include "platform/launch.h"
 
 namespace kda {
 
@@ -68,6 +69,7 @@ struct ChunkFwdVariant {
   size_t record_bytes, value_tile_bytes;  // workspace per slot and value head, and per tile of V there
   size_t prepare_shared_bytes, scan_shared_bytes;
   int prepare_threads, prepare_blocks_per_sm, scan_threads;
+  std::vector<KernelLaunch> (*kernels)();
   void (*launch)(ChunkFwdParams, cudaStream_t);
 
   size_t shared_bytes() const { return std::max(prepare_shared_bytes, scan_shared_bytes); }

@@ -8,21 +8,45 @@
 
 namespace kda {
 
+/// The kernels of a variant, in the order of their launches.
+template <class Variant>
+struct ChunkFwdKernels {
+  using K = Kernel<ChunkFwdParams>;
+  static K clear() {
+    return {{"chunk_fwd_clear", &typeid(Variant), kClearThreads, 0}, chunk_fwd_clear_kernel<Variant>};
+  }
+  static K prepare() {
+    return {{"chunk_fwd_prepare", &typeid(Variant), Prepare<Variant>::kThreads, sizeof(PrepareStorage<Variant>)},
+            chunk_fwd_prepare_kernel<Variant>};
+  }
+  static K summarise() {
+    return {{"chunk_fwd_summarise", &typeid(Variant), ScanShape<Variant, false>::kThreads,
+             sizeof(ScanStorage<Variant, false>)},
+            chunk_fwd_summarise_kernel<Variant>};
+  }
+  static K join() {
+    return {{"chunk_fwd_join", &typeid(Variant), JoinShape<Variant>::kThreads, sizeof(JoinStorage<Variant>)},
+            chunk_fwd_join_kernel<Variant>};
+  }
+  static K scan() {
+    return {
+        {"chunk_fwd_scan", &typeid(Variant), ScanShape<Variant, true>::kThreads, sizeof(ScanStorage<Variant, true>)},
+        chunk_fwd_scan_kernel<Variant>};
+  }
+  static std::vector<KernelLaunch> all() { return {clear(), prepare(), summarise(), join(), scan()}; }
+};
+
 /// The scan of one part; where sequences are split, in three steps. The last one lets the next part start beside it.
 template <class Variant>
 void launch_scan(ChunkFwdParams const& p, cudaStream_t stream) {
-  using Join = JoinShape<Variant>;
+  using Kernels = ChunkFwdKernels<Variant>;
   unsigned const heads = unsigned(p.value_heads), tiles = unsigned(value_tiles(p.value_dim));
   unsigned const segments = unsigned(part_segments(p.plan, p.part_slots, p.segment_tokens / Variant::config.chunk));
   if (p.segments) {
-    launch("chunk_fwd_summarise", chunk_fwd_summarise_kernel<Variant>,
-           dim3(segments, heads, tiles + Variant::config.key_tile / kValueTile),
-           dim3(ScanShape<Variant, false>::kThreads), sizeof(ScanStorage<Variant, false>), stream, p);
-    launch("chunk_fwd_join", chunk_fwd_join_kernel<Variant>, dim3(segments, heads, tiles * (kValueTile / Join::kRows)),
-           dim3(Join::kThreads), sizeof(JoinStorage<Variant>), stream, p);
+    launch(Kernels::summarise(), dim3(segments, heads, tiles + Variant::config.key_tile / kValueTile), stream, p);
+    launch(Kernels::join(), dim3(segments, heads, tiles * (kValueTile / JoinShape<Variant>::kRows)), stream, p);
   }
-  launch_early(true, "chunk_fwd_scan", chunk_fwd_scan_kernel<Variant>, dim3(segments, heads, tiles),
-               dim3(ScanShape<Variant, true>::kThreads), sizeof(ScanStorage<Variant, true>), stream, p);
+  launch_early(true, Kernels::scan(), dim3(segments, heads, tiles), stream, p);
 }
 
 template <class Variant>
@@ -30,8 +54,7 @@ void launch_chunk_fwd(ChunkFwdParams p, cudaStream_t stream) {
   ChunkFwdVariant const variant = describe_chunk_fwd<Variant>();
   ChunkFwdCall const call(p);
   if (p.clear_unowned)
-    launch("chunk_fwd_clear", chunk_fwd_clear_kernel<Variant>, dim3(unsigned(p.plan.sequences + 2), kClearBlocks),
-           dim3(kClearThreads), 0, stream, p);
+    launch(ChunkFwdKernels<Variant>::clear(), dim3(unsigned(p.plan.sequences + 2), kClearBlocks), stream, p);
   static_assert(alignof(ChunkRecord<Variant>) == kRecordAlignment);
   char* const workspace = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p.workspace) + kRecordAlignment - 1) /
                                                   kRecordAlignment * kRecordAlignment);
@@ -51,9 +74,8 @@ void launch_chunk_fwd(ChunkFwdParams p, cudaStream_t stream) {
     int64_t const taken = early ? variant.scan_blocks(call) : 0;  // multiprocessors
     p.slots_per_block = variant.prepare_walk(p.part_slots, p.value_heads, multiprocessors() - taken).slots;
     if (p.part_slots)
-      launch_early(early, "chunk_fwd_prepare", chunk_fwd_prepare_kernel<Variant>,
-                   dim3(unsigned((p.part_slots + p.slots_per_block - 1) / p.slots_per_block), unsigned(p.value_heads)),
-                   dim3(Prepare<Variant>::kThreads), sizeof(PrepareStorage<Variant>), stream, p);
+      launch_early(early, ChunkFwdKernels<Variant>::prepare(),
+                   dim3(unsigned(divide_up(p.part_slots, p.slots_per_block)), unsigned(p.value_heads)), stream, p);
     launch_scan<Variant>(p, stream);
     p.first_slot += part_slots, ++p.part;
   } while (p.first_slot < slots);
@@ -61,6 +83,8 @@ void launch_chunk_fwd(ChunkFwdParams p, cudaStream_t stream) {
 
 template <class Variant>
 ChunkFwdVariant describe_chunk_fwd() {
+  using Kernels = ChunkFwdKernels<Variant>;
+  KernelLaunch const prepare = Kernels::prepare(), scan = Kernels::scan();
   return {Variant::name,
           dtype_of<typename Variant::Element>(),
           Variant::config.chunk,
@@ -68,11 +92,12 @@ ChunkFwdVariant describe_chunk_fwd() {
           Variant::config.wgmma,
           sizeof(ChunkRecord<Variant>),
           sizeof(typename ChunkRecord<Variant>::Values),
-          sizeof(PrepareStorage<Variant>),
-          sizeof(ScanStorage<Variant, true>),
-          Prepare<Variant>::kThreads,
+          prepare.shared_bytes,
+          scan.shared_bytes,
+          prepare.threads,
           Prepare<Variant>::kBlocksPerSm,
-          ScanShape<Variant, true>::kThreads,
+          scan.threads,
+          &Kernels::all,
           &launch_chunk_fwd<Variant>};
 }
 
