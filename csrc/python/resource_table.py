@@ -40,6 +40,11 @@ def demangle(names: list[str]) -> list[str]:
     return [re.sub(r"^void ", "", line).split("(")[0] for line in text.splitlines()]
 
 
+def kernels_of(report: str) -> list[tuple[str, str]]:
+    """Symbol and architecture of each kernel."""
+    return [(m[1], m[2]) for m in _ENTRY.finditer(report)]
+
+
 def parse(report: str) -> list[dict]:
     """One row per kernel and architecture, in the order of the report."""
     rows = []
