@@ -59,6 +59,9 @@ std::string describe(ChunkFwdVariant const& v, ChunkFwdCall const& call) {
   line("scan_threads", v.scan_threads), line("scan_shared_bytes", v.scan_shared_bytes);
   line("workspace_bytes", v.workspace_bytes(call)), line("segment_bytes", v.segment_bytes(call));
   line("split", split_text(v, call)), line("batch_invariant", invariant);
+  ChunkFwdPrediction const predicted = v.predict(call);
+  line("predicted_us", predicted.total), line("predicted_prepare_us", predicted.prepare);
+  line("predicted_scan_us", predicted.scan);
   text.pop_back();
   return text;
 }
@@ -106,6 +109,12 @@ extern "C" __attribute__((visibility("default"))) int kda_plan_chunk_fwd(int dty
   return std::snprintf(to, size_t(capacity), "%s", text.c_str());
 } catch (std::exception const&) {
   return -1;
+}
+
+/// From now on this thread plans for a Hopper GPU with so many multiprocessors, copying so many TB/s; 0: for the
+/// current device again.
+extern "C" __attribute__((visibility("default"))) void kda_plan_for(int multiprocessors, double copy_tb_s) {
+  kda::planned_device = {multiprocessors, copy_tb_s};
 }
 
 /// A line per kernel: name, threads, bytes of dynamic shared memory, between tabs. Asks no device. Returns the length
