@@ -69,11 +69,18 @@ test: build emulator cpp-tests test-sanitizers lint
 # What ptxas said of the kernels of the last build: the committed baseline, and the check against it.
 RESOURCE_REPORTS = $$(ls build/cmake-cpython-*/kernels/*.ptxas)
 registers: build
-	$(BIN)/python csrc/python/resource_table.py --json bench/results/registers.json --launches kda_cuda/_ops.so \
+	$(BIN)/python csrc/python/resource_table.py --json bench/results/registers.json --library kda_cuda/_ops.so \
 	    --markdown bench/results/registers.md $(RESOURCE_REPORTS)
 
-check-registers: build
+# And a look into the machine code, with NVIDIA's disassembler.
+$(VENV)/.cuobjdump: $(VENV)/.installed
+	@command -v cuobjdump >/dev/null && command -v nvdisasm >/dev/null \
+	|| $(BIN)/python -m pip install -q --no-deps "nvidia-cuda-cuobjdump==13.2.*" "nvidia-cuda-nvdisasm==13.2.*"
+	touch $@
+
+check-registers: build $(VENV)/.cuobjdump
 	$(BIN)/python csrc/python/resource_table.py --check bench/results/registers.json $(RESOURCE_REPORTS)
+	$(BIN)/python csrc/python/check_sass.py kda_cuda/_ops.so $(RESOURCE_REPORTS)
 
 clean:
 	rm -rf build kda_cuda/_ops.so kda_cuda/_C*.so kda_cuda/_reference_only.txt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,24 @@ def compiled(namespace: str) -> ctypes.CDLL:
 
         return load_emulator()
     return ctypes.CDLL(str(ops_library()))
+
+
+@contextlib.contextmanager
+def planning_for(namespace: str, multiprocessors: int, copy_tb_s: float) -> Iterator[None]:
+    """Inside, :meth:`ChunkCall.plan` tells of a Hopper GPU that need not be there.
+
+    Args:
+        namespace: whose library.
+        multiprocessors: of that GPU.
+        copy_tb_s: what a copy reads and writes there, together, in TB/s.
+    """
+    function = compiled(namespace).kda_plan_for
+    function.argtypes, function.restype = [ctypes.c_int, ctypes.c_double], None
+    function(multiprocessors, copy_tb_s)
+    try:
+        yield
+    finally:
+        function(0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -48,7 +67,8 @@ class ChunkCall:
         return cls(q.device, q.dtype, q.shape[0], q.shape[1], sequences, v.shape[2], q.shape[3], v.shape[3], *more)
 
     def plan(self, namespace: str) -> dict[str, str]:
-        """Variant, grids, shared memory, workspace, split; or one entry ``plan`` that says why there is none."""
+        """Variant, grids, shared memory, workspace, split, predicted times; or one entry ``plan`` that says why there
+        is none."""
         function = getattr(compiled(namespace), "kda_plan_chunk_fwd", None)
         if function is None:
             return _OLDER

@@ -99,17 +99,51 @@ def test_blocks_at_once(resource_table, arch, threads, registers, shared_bytes, 
     assert sm.blocks_at_once(threads, registers, shared_bytes) == blocks
 
 
+def baseline() -> list[dict]:
+    return json.loads((ROOT / "bench/results/registers.json").read_text())
+
+
 @pytest.mark.devices("emulator")
-def test_the_library_says_how_every_variant_is_launched(resource_table, device):
+def test_the_library_says_how_every_kernel_is_launched(resource_table, device):
     said = resource_table.launches(Path(testing.emulator_path()))
-    kernels = [row for row in json.loads((ROOT / "bench/results/registers.json").read_text()) if row["arch"] == "90a"]
-    resource_table.add_occupancy(kernels, said)
-    rows = [row for row in kernels if row["kernel"].startswith(("chunk_fwd_prepare", "chunk_fwd_scan"))]
-    assert len(rows) == len(said) and all(0 < row["occupancy"] <= 1 for row in rows)
-    assert len(resource_table.markdown(kernels).splitlines()) == len(rows) + 4
+    kernels = [row for row in baseline() if row["arch"] == "90a"]
+    assert set(said) == {row["kernel"] for row in kernels}
+    recorded = {row["kernel"]: (row["threads"], row["dynamic_shared_bytes"]) for row in kernels}
+    assert recorded == said, "make registers"
+    assert said["chunk_fwd_clear_kernel<Fp32K64>"] == (256, 0)
+    for row in kernels:
+        assert row["threads"] <= 1024 and row["blocks_per_sm"] >= 1 and 0 < row["occupancy"] <= 1, row
+
+
+def test_a_kernel_that_the_library_does_not_launch_has_no_occupancy(resource_table):
+    rows = resource_table.parse(REPORT.format(stores=0, loads=0))
+    with pytest.raises(KeyError, match="kernel"):
+        resource_table.add_occupancy(rows, {})
+
+
+def test_the_table_groups_what_differs_in_registers_alone(resource_table):
+    """And names every kernel on every architecture once."""
+    row = {"static_shared_bytes": 0, "dynamic_shared_bytes": 2048, "blocks_per_sm": 4, "occupancy": 0.25}
+    row |= {"threads": 128, "spill_store_bytes": 0, "spill_load_bytes": 0}
+    kernels = [
+        row | {"kernel": f"scan_kernel<{variant}>", "arch": arch, "registers": registers}
+        for variant, arch, registers in (("A", "80", 90), ("A", "90a", 96), ("B", "80", 92), ("B", "90a", 94))
+    ]
+    kernels.append(row | {"kernel": "scan_kernel<C>", "arch": "80", "registers": 90, "spill_load_bytes": 8})
+    lines = resource_table.markdown(kernels).splitlines()
+    assert lines[-2:] == [
+        "| `A`, `B` | 80, 90a | 128 | 2.0 | 4 | 25 % | 0 | 90 to 96 |",
+        "| `C` | 80 | 128 | 2.0 | 4 | 25 % | 8 | 90 |",
+    ]
+    assert "## scan_kernel" in lines
+
+
+def test_the_table_is_the_baseline_s(resource_table):
+    written = (ROOT / "bench/results/registers.md").read_text()
+    assert written == resource_table.markdown(baseline()), "make registers"
 
 
 def test_the_baseline_knows_every_variant():
-    kernels = {row["kernel"] for row in json.loads((ROOT / "bench/results/registers.json").read_text())}
+    kernels = {row["kernel"] for row in baseline()}
     for family in ("chunk_fwd_prepare_kernel", "chunk_fwd_scan_kernel", "decode_kernel", "kda_gate_fwd_kernel"):
         assert any(family in kernel for kernel in kernels), family

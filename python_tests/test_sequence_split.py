@@ -134,18 +134,20 @@ def test_parts_beside_each_other(device):
     case = Case("parts", 4096 + 7, heads=1, value_dim=8, initial_state=True, dtype=torch.bfloat16, gate="long")
     x = case.inputs()
     results = {}
-    for multiprocessors, parts, overlap in (
-        (1, 2, "the scan follows the prepare kernel"),
-        (132, 2, "the scan runs beside the prepare kernel, on 1 multiprocessors"),
+    for multiprocessors, overlap in (
+        (1, "the scan follows the prepare kernel"),
+        (4, "the scan runs beside the prepare kernel, on 1 multiprocessors"),  # with teams: there are not many
+        (132, "the scan runs beside the prepare kernel, on 1 multiprocessors"),
     ):
         with testing.emulated(multiprocessors=multiprocessors):
             plan = kda_cuda.explain(**x.public(), **INVARIANT).forward.plan
             assert plan["overlap"].startswith(overlap)
             results[multiprocessors], kernels = device.run(lambda: run(x, **INVARIANT))
-            assert int(plan["parts"]) >= parts and kernels == RESET + WHOLE * int(plan["parts"])
+            prepare = "chunk_fwd_prepare_teams" if multiprocessors == 4 else "chunk_fwd_prepare"
+            assert int(plan["parts"]) >= 2 and kernels == RESET + [prepare, "chunk_fwd_scan"] * int(plan["parts"])
     check(case, results[132])
     for name, y in results[132].items():
-        assert torch.equal(y, results[1][name]), name
+        assert torch.equal(y, results[1][name]) and torch.equal(y, results[4][name]), name
 
 
 @pytest.mark.gpu

@@ -1,11 +1,24 @@
 // The one way to start a kernel.
 #pragma once
 #include <tuple>
+#include <typeinfo>
 #include <utility>
 
 #include "platform/device.h"
 
 namespace kda {
+
+/// How a kernel is launched, whatever the grid.
+struct KernelLaunch {
+  char const* name;                // of the kernel, without "_kernel"
+  std::type_info const* argument;  // of its template; of void: there is none
+  int threads;
+  size_t shared_bytes;  // dynamic
+};
+template <class... P>
+struct Kernel : KernelLaunch {
+  void (*function)(P...);
+};
 
 #if defined(KDA_EMULATE)
 
@@ -51,8 +64,8 @@ struct OverlapScope {
 #endif
 
 /// Launches on `stream`; throws std::runtime_error with the kernel's name.
-template <class Kernel, class... X>
-void launch(char const* name, Kernel kernel, X&&... x) {
+template <class Function, class... X>
+void launch(char const* name, Function kernel, X&&... x) {
   launch_with(false, name, kernel, std::forward<X>(x)...);
 }
 
@@ -60,9 +73,19 @@ void launch(char const* name, Kernel kernel, X&&... x) {
 /// lets it (barriers.h, let_next_kernel_start): it has to call wait_for_previous_kernel before it touches what the
 /// other writes or reads. Some thread of it has to call that in any case, or else what is behind it would not wait for
 /// the one ahead. Before compute capability 9.0 an ordinary launch.
-template <class Kernel, class... X>
-void launch_early(bool early, char const* name, Kernel kernel, X&&... x) {
+template <class Function, class... X>
+void launch_early(bool early, char const* name, Function kernel, X&&... x) {
   launch_with(early, name, kernel, std::forward<X>(x)...);
+}
+
+template <class... P, class... A>
+void launch(Kernel<P...> const& kernel, dim3 grid, cudaStream_t stream, A const&... a) {
+  launch(kernel.name, kernel.function, grid, dim3(unsigned(kernel.threads)), kernel.shared_bytes, stream, a...);
+}
+template <class... P, class... A>
+void launch_early(bool early, Kernel<P...> const& kernel, dim3 grid, cudaStream_t stream, A const&... a) {
+  launch_early(early, kernel.name, kernel.function, grid, dim3(unsigned(kernel.threads)), kernel.shared_bytes, stream,
+               a...);
 }
 
 }  // namespace kda

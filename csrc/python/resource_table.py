@@ -1,7 +1,7 @@
 """Turns what `ptxas -v` said of the kernels into a table: registers, stack, spills, shared memory, occupancy.
 
 resource_table.py --header FILE --info JSON REPORT...   a C++ string literal for csrc/python/module.cpp
-resource_table.py --json FILE [--launches LIBRARY] [--markdown FILE] REPORT...
+resource_table.py --json FILE [--library LIBRARY] [--markdown FILE] REPORT...
                                                         the table alone; bench/results/registers.json is the baseline.
                                                         The library says with how many threads and how much dynamic
                                                         shared memory it launches: without it, there is no occupancy
@@ -40,6 +40,11 @@ def demangle(names: list[str]) -> list[str]:
     return [re.sub(r"^void ", "", line).split("(")[0] for line in text.splitlines()]
 
 
+def kernels_of(report: str) -> list[tuple[str, str]]:
+    """Symbol and architecture of each kernel."""
+    return [(m[1], m[2]) for m in _ENTRY.finditer(report)]
+
+
 def parse(report: str) -> list[dict]:
     """One row per kernel and architecture, in the order of the report."""
     rows = []
@@ -75,19 +80,16 @@ def table(reports: list[Path]) -> list[dict]:
     return [unique[key] for key in sorted(unique)]
 
 
-def launches(library: Path) -> list[dict]:
-    """What `kda_chunk_fwd_launches` of a built library says of every variant of the chunkwise forward."""
+def launches(library: Path) -> dict[str, tuple[int, int]]:
+    """What `kda_kernels` of a built library says of each kernel: threads, bytes of dynamic shared memory."""
     import torch  # noqa: F401  the library is found to need it
 
-    function = ctypes.CDLL(str(library.resolve())).kda_chunk_fwd_launches
+    function = ctypes.CDLL(str(library.resolve())).kda_kernels
     text = ctypes.create_string_buffer(1 << 16)
     if not 0 < function(text, len(text)) < len(text):
         sys.exit(f"{library} does not say how it launches its kernels")
-    lines = [line.split() for line in text.value.decode().splitlines()]
-    return [
-        {"kernel": kernel, "variant": variant, "threads": int(threads), "dynamic_shared_bytes": int(shared)}
-        for kernel, variant, threads, shared in lines
-    ]
+    lines = [line.split("\t") for line in text.value.decode().replace("kda::", "").splitlines()]
+    return {kernel: (int(threads), int(shared)) for kernel, threads, shared in lines}
 
 
 @dataclass(frozen=True)
@@ -117,35 +119,66 @@ MULTIPROCESSORS = {
 }
 
 
-def add_occupancy(kernels: list[dict], of_variants: list[dict]) -> None:
-    known = {(x["kernel"], x["variant"].replace("_", "")): x for x in of_variants}
+def add_occupancy(kernels: list[dict], launched: dict[str, tuple[int, int]]) -> None:
+    """Every kernel has to be known to the library, every architecture to `MULTIPROCESSORS`."""
     for row in kernels:
-        name, _, variant = row["kernel"].rstrip(">").partition("<")
-        launch, sm = known.get((name, variant.lower())), MULTIPROCESSORS.get(row["arch"].rstrip("af"))
-        if not launch or not sm:
-            continue
-        threads, dynamic = launch["threads"], launch["dynamic_shared_bytes"]
+        threads, dynamic = launched[row["kernel"]]
+        sm = MULTIPROCESSORS[row["arch"].rstrip("af")]
         blocks = sm.blocks_at_once(threads, row["registers"], row["static_shared_bytes"] + dynamic)
         occupancy = round(blocks * -(-threads // 32) / sm.warps, 3)
         row.update(threads=threads, dynamic_shared_bytes=dynamic, blocks_per_sm=blocks, occupancy=occupancy)
 
 
-def markdown(kernels: list[dict]) -> str:
-    """The kernels whose launches are known, to be read."""
-    lines = [
-        "Written by `make registers` from what `registers.json` gets; do not edit. Spills: bytes stored + loaded.",
-        "",
-        "| kernel | sm | threads | registers | spills | shared memory, KB | blocks per SM | occupancy |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+COLUMNS = {
+    "variants": "---",
+    "sm": "---",
+    "threads": "---:",
+    "shared memory, KB": "---:",
+    "blocks per SM": "---:",
+    "occupancy": "---:",
+    "spills": "---:",
+    "registers": "---:",
+}
+
+
+def cells(row: dict) -> tuple[str, ...]:
+    shared = (row["static_shared_bytes"] + row["dynamic_shared_bytes"]) / 1024
+    occupancy = f"{100 * row['occupancy']:.0f} %"
+    return str(row["threads"]), f"{shared:.1f}", str(row["blocks_per_sm"]), occupancy, str(spilled(row))
+
+
+def lines_of(kernels: list[dict]) -> list[str]:
+    """One for variants and architectures that differ in no more than registers."""
+    architectures: dict[tuple, list[str]] = {}
     for row in kernels:
-        if "occupancy" in row:
-            shared = (row["static_shared_bytes"] + row["dynamic_shared_bytes"]) / 1024
-            lines.append(
-                f"| `{row['kernel']}` | {row['arch']} | {row['threads']} | {row['registers']} | {spilled(row)} | "
-                f"{shared:.1f} | {row['blocks_per_sm']} | {100 * row['occupancy']:.0f} % |"
-            )
+        architectures.setdefault((row["kernel"], cells(row)), []).append(row["arch"])
+    groups: dict[tuple[str, ...], list[dict]] = {}
+    for row in kernels:
+        groups.setdefault((", ".join(architectures[row["kernel"], cells(row)]), *cells(row)), []).append(row)
+    lines = []
+    for shown, rows in groups.items():
+        variants = dict.fromkeys(row["kernel"].partition("<")[2].removesuffix(">").strip() for row in rows)
+        registers = sorted({row["registers"] for row in rows})
+        span = f"{registers[0]} to {registers[-1]}" if len(registers) > 1 else f"{registers[0]}"
+        lines.append(line([", ".join(f"`{name}`" for name in variants if name), *shown, span]))
+    return lines
+
+
+def markdown(kernels: list[dict]) -> str:
+    """Every kernel, to be read."""
+    lines = [
+        "Written by `make registers` from what `registers.json` gets; do not edit. Shared memory: dynamic and static,",
+        "of decode and decode_commit for sequences of several tokens. Spills: bytes stored + loaded. Variants of the",
+        "decoding kernels: layout of the states, element, tile of K, whether they move 16 bytes at a time, warps.",
+    ]
+    for family in dict.fromkeys(row["kernel"].partition("<")[0] for row in kernels):
+        lines += ["", f"## {family}", "", line(COLUMNS), line(COLUMNS.values())]
+        lines += lines_of([row for row in kernels if row["kernel"].partition("<")[0] == family])
     return "\n".join(lines) + "\n"
+
+
+def line(texts) -> str:
+    return "| " + " | ".join(texts) + " |"
 
 
 def spilled(row: dict) -> int:
@@ -189,7 +222,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", type=Path, metavar="BASELINE")
     parser.add_argument("--guard", action="store_true")
-    parser.add_argument("--launches", type=Path, metavar="LIBRARY")
+    parser.add_argument("--library", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--info", default="{}")
     parser.add_argument("reports", nargs="*", type=Path)
@@ -199,8 +232,8 @@ def main() -> None:
             sys.exit("\n".join(["ptxas made these kernels slow:", *found, _WHAT_TO_DO]))
         return
     kernels = table(args.reports)
-    if args.launches:
-        add_occupancy(kernels, launches(args.launches))
+    if args.library:
+        add_occupancy(kernels, launches(args.library))
     if args.markdown:
         args.markdown.write_text(markdown(kernels))
     if args.json:

@@ -1,10 +1,14 @@
 // What kda_cuda asks of the library before a call: how it would be launched on the current device. And what the table
-// of resources asks: how each variant is launched on any. Plain C, for ctypes.
+// of resources asks: how each kernel is launched on any. Plain C, for ctypes.
+#include <cxxabi.h>
+
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 
 #include "kda/chunk_fwd/dispatch.h"
 #include "kda/decode/dispatch.h"
+#include "kda/kda_gate/params.h"
 #include "platform/device.h"
 
 namespace kda {
@@ -59,8 +63,31 @@ std::string describe(ChunkFwdVariant const& v, ChunkFwdCall const& call) {
   line("scan_threads", v.scan_threads), line("scan_shared_bytes", v.scan_shared_bytes);
   line("workspace_bytes", v.workspace_bytes(call)), line("segment_bytes", v.segment_bytes(call));
   line("split", split_text(v, call)), line("batch_invariant", invariant);
+  ChunkFwdPrediction const predicted = v.predict(call);
+  line("predicted_us", predicted.total), line("predicted_prepare_us", predicted.prepare);
+  line("predicted_scan_us", predicted.scan);
   text.pop_back();
   return text;
+}
+
+std::vector<KernelLaunch> every_kernel() {
+  std::vector<KernelLaunch> all;
+  auto const add = [&](std::vector<KernelLaunch> const& some) { all.insert(all.end(), some.begin(), some.end()); };
+  for (ChunkFwdVariant const& variant : chunk_fwd_variants()) add(variant.kernels());
+  for_each_decode_variant([&](auto launcher) { add(launcher.kernels()); });
+  add(kda_gate_kernels<float>()), add(kda_gate_kernels<Fp16>()), add(kda_gate_kernels<Bf16>());
+  return all;
+}
+
+/// As c++filt writes the kernel's symbol, without its parameters.
+std::string kernel_name(KernelLaunch const& kernel) {
+  std::string const name = std::string(kernel.name) + "_kernel";
+  if (*kernel.argument == typeid(void)) return name;
+  int status = 0;
+  char* const argument = abi::__cxa_demangle(kernel.argument->name(), nullptr, nullptr, &status);
+  std::string const text = status ? kernel.argument->name() : argument;
+  std::free(argument);
+  return name + "<" + text + (text.back() == '>' ? " >" : ">");
 }
 
 }  // namespace
@@ -88,24 +115,25 @@ extern "C" __attribute__((visibility("default"))) int kda_plan_chunk_fwd(int dty
   return -1;
 }
 
-/// A line per kernel and variant: kernel, variant, threads, bytes of dynamic shared memory. Asks no device. Returns the
-/// length of the text, more than `capacity` if that is too little.
-extern "C" __attribute__((visibility("default"))) int kda_chunk_fwd_launches(char* to, int capacity) {
+/// From now on this thread plans for a Hopper GPU with so many multiprocessors, copying so many TB/s; 0: for the
+/// current device again.
+extern "C" __attribute__((visibility("default"))) void kda_plan_for(int multiprocessors, double copy_tb_s) {
+  kda::planned_device = {multiprocessors, copy_tb_s};
+}
+
+/// A line per kernel: name, threads, bytes of dynamic shared memory, between tabs. Asks no device. Returns the length
+/// of the text, more than `capacity` if that is too little.
+extern "C" __attribute__((visibility("default"))) int kda_kernels(char* to, int capacity) {
   std::string text;
-  for (kda::ChunkFwdVariant const& v : kda::chunk_fwd_variants()) {
-    auto const line = [&](char const* kernel, int threads, size_t shared_bytes) {
-      text += std::string(kernel) + " " + v.name + " " + std::to_string(threads) + " " + std::to_string(shared_bytes) +
-              "\n";
-    };
-    line("chunk_fwd_prepare_kernel", v.prepare_threads, v.prepare_shared_bytes);
-    line("chunk_fwd_scan_kernel", v.scan_threads, v.scan_shared_bytes);
-  }
+  for (kda::KernelLaunch const& kernel : kda::every_kernel())
+    text += kda::kernel_name(kernel) + "\t" + std::to_string(kernel.threads) + "\t" +
+            std::to_string(kernel.shared_bytes) + "\n";
   return std::snprintf(to, size_t(capacity), "%s", text.c_str());
 }
 
-/// Likewise. `layer`: of decode_layer; else of decode and decode_commit. `state_dtype`: of both pools, whose addresses
-/// and slot strides (elements) decide how they are moved; null: absent. Returns the length of the text, 0 if nothing
-/// would be launched.
+/// Likewise kda_plan_chunk_fwd. `layer`: of decode_layer; else of decode and decode_commit. `state_dtype`: of both
+/// pools, whose addresses and slot strides (elements) decide how they are moved; null: absent. Returns the length of
+/// the text, 0 if nothing would be launched.
 extern "C" __attribute__((visibility("default"))) int kda_plan_decode(int layer, int state_dtype, int value_first,
                                                                       long long tokens, int sequences, int value_heads,
                                                                       int key_dim, int value_dim, void* state,

@@ -2,12 +2,13 @@
 #pragma once
 #include <algorithm>
 #include <cstddef>
+#include <vector>
 
 #include "kda/chunk_fwd/config.h"
 #include "kda/chunk_fwd/params.h"
 #include "kda/chunk_fwd/workspace.h"
 #include "kda/dtype.h"
-#include "platform/device.h"
+#include "platform/launch.h"
 
 namespace kda {
 
@@ -16,16 +17,27 @@ inline constexpr double kSegmentShare = 0.25;   // of the records: states of seg
 inline constexpr int64_t kMostSegmentBytes = 32 << 20;
 inline constexpr size_t kRecordAlignment = 1024;
 
-/// What a call takes, in microseconds on an H100 at K = V = 128 and C = 64 (bench/NOTES.md). The choice depends on
-/// ratios, which differ less between variants than the times do.
+/// What a variant takes, in microseconds on an H100 (bench/NOTES.md): fitted to measurements of bf16_k128_sm90,
+/// fp16_k128_sm90, fp32_k128, bf16_k64_sm90 and bf16_k256; the others are taken to be like these. What has to be moved
+/// takes what it takes at copy_tb_s().
 struct ScanCost {
-  static constexpr double kTurn = 15, kTurnAlone = 10;      // a chunk of a block of prepare: two per SM, one
-  static constexpr double kReplay = 1.1, kSummarise = 0.7;  // a chunk of a block
-  static constexpr double kJoin = 5;                        // a segment
-  // What a chunk of a head takes to move at 3 TB/s: inputs and record; record and outputs; half a record.
-  static constexpr double kPrepareTraffic = 0.046, kReplayTraffic = 0.030, kSummariseTraffic = 0.017;
+  double turn, turn_alone;            // a chunk of a block of prepare: as many per SM as fit, one
+  double replay, summarise;           // a chunk of a block
+  static constexpr double kJoin = 5;  // a segment
   static constexpr double kLaunch = 5;
   static constexpr double kWorthwhile = 0.9;  // of the time without a split
+
+  ScanCost(Dtype dtype, int key_tile) {
+    // In fp16 the gates are mostly too steep for one anchor per 16 tokens; fp32 is three products, and spills.
+    double const of_dtype = dtype == Dtype::kFloat32 ? 4.1 : dtype == Dtype::kFloat16 ? 2.5 : 1;
+    turn = of_dtype * (key_tile == 64 ? 15.5 : key_tile == 128 ? 15 : 18), turn_alone = turn * 2 / 3;
+    replay = (dtype == Dtype::kFloat32 ? 9.3 : 1) * (key_tile == 64 ? 0.85 : 1.1), summarise = replay * 7 / 11;
+  }
+};
+
+/// Of a call, predicted, in microseconds: its kernels, one after another, and all, which may run beside each other.
+struct ChunkFwdPrediction {
+  double prepare, scan, total;
 };
 
 /// Whether sequences are split into segments, and why.
@@ -70,6 +82,7 @@ struct ChunkFwdVariant {
   size_t prepare_shared_bytes, scan_shared_bytes;
   int prepare_threads, prepare_teams,
       scan_threads;  // of a team; that an SM of compute capability 9.0 holds; of a block
+  std::vector<KernelLaunch> (*kernels)();
   void (*launch)(ChunkFwdParams, cudaStream_t);
 
   size_t shared_bytes() const { return std::max(prepare_shared_bytes, scan_shared_bytes); }
@@ -150,11 +163,11 @@ struct ChunkFwdVariant {
     for (int64_t l = 1; l < chunks; l *= 2) {
       int64_t const n = divide_up(chunks, l);
       if (part_segments(plan, part, l) > most || (wanted_segments() && n > wanted_segments())) continue;
-      double const summaries = waves((n - 1) * columns + (n - 2) * rows) * double(l) * ScanCost::kSummarise,
-                   replays = waves(n * columns) * double(l) * ScanCost::kReplay;
+      double const summaries = waves((n - 1) * columns + (n - 2) * rows) * double(l) * cost().summarise,
+                   replays = waves(n * columns) * double(l) * cost().replay;
       double const us = parts * (prepare + 3 * ScanCost::kLaunch + double(n - 2) * ScanCost::kJoin +
-                                 std::max(summaries, chunk_heads * ScanCost::kSummariseTraffic) +
-                                 std::max(replays, chunk_heads * ScanCost::kReplayTraffic));
+                                 std::max(summaries, chunk_heads * summarise_traffic_us(call)) +
+                                 std::max(replays, chunk_heads * replay_traffic_us(call)));
       if (best_length == 0 || (us < best.split_us && !wanted_segments()))
         best_length = l, best.segments = n, best.split_us = us;
     }
@@ -162,6 +175,17 @@ struct ChunkFwdVariant {
       best.segment_chunks = best_length;
     else best.segments = 1;
     return best;
+  }
+
+  ScanCost cost() const { return {dtype, key_tile}; }
+  ChunkFwdPrediction predict(ChunkFwdCall const& call) const {
+    int64_t const slots = call.plan.slots();
+    if (slots == 0) return {};
+    ScanSplit const split = this->split(call);
+    int64_t const parts = divide_up(slots, part_slots(call));
+    double const prepare = double(parts) * prepare_us(call, parts);
+    if (split.segment_chunks) return {prepare, split.split_us - prepare, split.split_us};
+    return {prepare, double(parts) * scan_us(call, parts), split.unsplit_us};
   }
 
   /// How many walkers the prepare kernel has for each value head, so that the last wave of them is nearly full, and
@@ -176,7 +200,7 @@ struct ChunkFwdVariant {
       int64_t const walkers = std::max<int64_t>(divide_up(part_slots, turns), 1), all = walkers * value_heads,
                     waves = divide_up(all, int64_t(multiprocessors()) * prepare_teams);
       double const us =
-          double(waves) * (turns + kFirstLoad) * (all <= multiprocessors() ? ScanCost::kTurnAlone : ScanCost::kTurn);
+          double(waves) * (turns + kFirstLoad) * (all <= multiprocessors() ? cost().turn_alone : cost().turn);
       if (turns == 1 || us < best.us) best = {int32_t(walkers), us};
     }
     return best;
@@ -191,7 +215,7 @@ struct ChunkFwdVariant {
   /// Of one of `parts` parts: its prepare kernel; its scan, unsplit.
   double prepare_us(ChunkFwdCall const& call, int64_t parts) const {
     double const us = prepare_walk(divide_up(call.plan.slots(), parts), call.value_heads).us;
-    return ScanCost::kLaunch + std::max(us, part_chunk_heads(call, parts) * ScanCost::kPrepareTraffic);
+    return ScanCost::kLaunch + std::max(us, part_chunk_heads(call, parts) * prepare_traffic_us(call));
   }
   /// Chunks of a sequence of mean length.
   static int64_t mean_chunks(ChunkPlan const& plan) {
@@ -199,8 +223,8 @@ struct ChunkFwdVariant {
   }
   double scan_us(ChunkFwdCall const& call, int64_t parts) const {
     int64_t const waves = divide_up(scan_blocks(call), multiprocessors());
-    double const us = double(waves * mean_chunks(call.plan)) / double(parts) * ScanCost::kReplay;
-    return ScanCost::kLaunch + std::max(us, part_chunk_heads(call, parts) * ScanCost::kReplayTraffic);
+    double const us = double(waves * mean_chunks(call.plan)) / double(parts) * cost().replay;
+    return ScanCost::kLaunch + std::max(us, part_chunk_heads(call, parts) * replay_traffic_us(call));
   }
   double sequential_us(ChunkFwdCall const& call) const {
     int64_t const parts = divide_up(call.plan.slots(), part_slots(call));
@@ -208,11 +232,25 @@ struct ChunkFwdVariant {
   }
   /// The scan beside the prepare kernel, which takes so many turns. Sequences are prepared one after another.
   double beside_us(ChunkFwdCall const& call, int64_t turns, int teams) const {
-    double const turn = teams == 1 ? ScanCost::kTurnAlone : ScanCost::kTurn, prepare = (turns + kFirstLoad) * turn,
+    double const turn = teams == 1 ? cost().turn_alone : cost().turn, prepare = (turns + kFirstLoad) * turn,
                  others = 1 - 1 / double(std::max(1, call.plan.sequences));
-    double const last = prepare * others + (1 + kFirstLoad) * turn + mean_chunks(call.plan) * ScanCost::kReplay,
-                 traffic = part_chunk_heads(call, 1) * (ScanCost::kPrepareTraffic + ScanCost::kReplayTraffic);
+    double const last = prepare * others + (1 + kFirstLoad) * turn + mean_chunks(call.plan) * cost().replay,
+                 traffic = part_chunk_heads(call, 1) * (prepare_traffic_us(call) + replay_traffic_us(call));
     return 2 * ScanCost::kLaunch + std::max({prepare, last, traffic});
+  }
+  int element_bytes() const { return dtype == Dtype::kFloat32 ? 4 : 2; }
+  // What a chunk of a head takes to move: inputs and record; record and outputs; what it takes without outputs.
+  static double traffic_us(size_t bytes) { return double(bytes) / copy_tb_s() * 1e-6; }
+  double prepare_traffic_us(ChunkFwdCall const& call) const {
+    size_t const inputs = size_t(chunk) * size_t(3 * call.key_dim + call.value_dim + 1) * size_t(element_bytes());
+    return traffic_us(inputs + slot_bytes(call) / size_t(call.value_heads));
+  }
+  double replay_traffic_us(ChunkFwdCall const& call) const {
+    return traffic_us(slot_bytes(call) / size_t(call.value_heads) + size_t(chunk * call.value_dim * element_bytes()));
+  }
+  double summarise_traffic_us(ChunkFwdCall const& call) const {
+    size_t const of_outputs = size_t(chunk * (key_tile + chunk) * element_bytes());  // Q, scores of queries
+    return traffic_us(slot_bytes(call) / size_t(call.value_heads) - of_outputs);
   }
   size_t slot_bytes(ChunkFwdCall const& call) const {
     return size_t(call.value_heads) * (record_bytes + value_tiles(call.value_dim) * value_tile_bytes);
@@ -227,7 +265,7 @@ struct ChunkFwdVariant {
   /// Slots of a part, at most.
   int64_t most_slots(ChunkFwdCall const& call) const {
     ChunkPlan const& plan = call.plan;
-    int64_t const rows = plan.cu_seqlens ? 1 : plan.sequences, element = dtype == Dtype::kFloat32 ? 4 : 2;
+    int64_t const rows = plan.cu_seqlens ? 1 : plan.sequences, element = element_bytes();
     int64_t const inputs = 2 * rows * plan.tokens * call.value_heads * call.key_dim * element;  // q, k of value heads
     int64_t const allowed = std::max(int64_t(kWorkspaceShare * double(inputs)), small_workspace());
     int64_t const counters = 4 * progress_counters(call, 0) + 16,  // bytes, and room to round

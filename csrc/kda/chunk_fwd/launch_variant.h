@@ -8,39 +8,74 @@
 
 namespace kda {
 
+/// The kernels of a variant, in the order of their launches.
+template <class Variant>
+struct ChunkFwdKernels {
+  using K = Kernel<ChunkFwdParams>;
+  static Kernel<uint32_t*, int64_t> reset() {
+    return {{"chunk_fwd_reset", &typeid(Variant), kClearThreads, 0}, chunk_fwd_reset_kernel<Variant>};
+  }
+  static K clear() {
+    return {{"chunk_fwd_clear", &typeid(Variant), kClearThreads, 0}, chunk_fwd_clear_kernel<Variant>};
+  }
+  static K prepare() {
+    return {{"chunk_fwd_prepare", &typeid(Variant), Prepare<Variant, 1>::kThreads, sizeof(PrepareStorage<Variant>)},
+            chunk_fwd_prepare_kernel<Variant>};
+  }
+  /// All teams that fit, in a block.
+  static K prepare_teams() {
+    constexpr int kTeams = kda::prepare_teams<Variant>();
+    return {{"chunk_fwd_prepare_teams", &typeid(Variant), Prepare<Variant, 1>::kThreads * kTeams,
+             sizeof(PrepareStorage<Variant>) * kTeams},
+            chunk_fwd_prepare_teams_kernel<Variant>};
+  }
+  static K summarise() {
+    return {{"chunk_fwd_summarise", &typeid(Variant), ScanShape<Variant, false>::kThreads,
+             sizeof(ScanStorage<Variant, false>)},
+            chunk_fwd_summarise_kernel<Variant>};
+  }
+  static K join() {
+    return {{"chunk_fwd_join", &typeid(Variant), JoinShape<Variant>::kThreads, sizeof(JoinStorage<Variant>)},
+            chunk_fwd_join_kernel<Variant>};
+  }
+  static K scan() {
+    return {
+        {"chunk_fwd_scan", &typeid(Variant), ScanShape<Variant, true>::kThreads, sizeof(ScanStorage<Variant, true>)},
+        chunk_fwd_scan_kernel<Variant>};
+  }
+  static std::vector<KernelLaunch> all() {
+    std::vector<KernelLaunch> kernels{clear(), reset(), prepare(), summarise(), join(), scan()};
+    if constexpr (Variant::config.wgmma) kernels.push_back(prepare_teams());
+    return kernels;
+  }
+};
+
 /// Everything of one part that no state is needed for.
 template <class Variant>
 void launch_prepare(ChunkFwdParams& p, ChunkFwdVariant const& variant, ChunkFwdVariant::Schedule const& schedule,
                     cudaStream_t stream) {
+  using Kernels = ChunkFwdKernels<Variant>;
   bool const own = p.progress && schedule.reserved;
   int const teams = own ? schedule.teams : 1;
   p.walkers =
       own ? std::min(schedule.walkers, p.part_slots) : variant.prepare_walk(p.part_slots, p.value_heads).walkers;
-  auto const launch = [&](auto kernel) {
-    launch_early(
-        p.progress, "chunk_fwd_prepare", kernel, dim3(unsigned(divide_up(int64_t(p.walkers) * p.value_heads, teams))),
-        dim3(unsigned(Prepare<Variant, 1>::kThreads * teams)), sizeof(PrepareStorage<Variant>) * teams, stream, p);
-  };
+  dim3 const grid(unsigned(divide_up(int64_t(p.walkers) * p.value_heads, teams)));
   if constexpr (Variant::config.wgmma)
-    if (teams > 1) return launch(chunk_fwd_prepare_teams_kernel<Variant>);
-  launch(chunk_fwd_prepare_kernel<Variant>);
+    if (teams > 1) return launch_early(p.progress, Kernels::prepare_teams(), grid, stream, p);
+  launch_early(p.progress, Kernels::prepare(), grid, stream, p);
 }
 
 /// The scan of one part; where sequences are split, in three steps.
 template <class Variant>
 void launch_scan(ChunkFwdParams const& p, cudaStream_t stream) {
-  using Join = JoinShape<Variant>;
+  using Kernels = ChunkFwdKernels<Variant>;
   unsigned const heads = unsigned(p.value_heads), tiles = unsigned(value_tiles(p.value_dim));
   unsigned const segments = unsigned(part_segments(p.plan, p.part_slots, p.segment_tokens / Variant::config.chunk));
   if (p.segments) {
-    launch("chunk_fwd_summarise", chunk_fwd_summarise_kernel<Variant>,
-           dim3(segments, heads, tiles + Variant::config.key_tile / kValueTile),
-           dim3(ScanShape<Variant, false>::kThreads), sizeof(ScanStorage<Variant, false>), stream, p);
-    launch("chunk_fwd_join", chunk_fwd_join_kernel<Variant>, dim3(segments, heads, tiles * (kValueTile / Join::kRows)),
-           dim3(Join::kThreads), sizeof(JoinStorage<Variant>), stream, p);
+    launch(Kernels::summarise(), dim3(segments, heads, tiles + Variant::config.key_tile / kValueTile), stream, p);
+    launch(Kernels::join(), dim3(segments, heads, tiles * (kValueTile / JoinShape<Variant>::kRows)), stream, p);
   }
-  launch_early(true, "chunk_fwd_scan", chunk_fwd_scan_kernel<Variant>, dim3(segments, heads, tiles),
-               dim3(ScanShape<Variant, true>::kThreads), sizeof(ScanStorage<Variant, true>), stream, p);
+  launch_early(true, Kernels::scan(), dim3(segments, heads, tiles), stream, p);
 }
 
 template <class Variant>
@@ -49,8 +84,7 @@ void launch_chunk_fwd(ChunkFwdParams p, cudaStream_t stream) {
   ChunkFwdCall const call(p);
   OverlapScope const overlap;
   if (p.clear_unowned)
-    launch("chunk_fwd_clear", chunk_fwd_clear_kernel<Variant>, dim3(unsigned(p.plan.sequences + 2), kClearBlocks),
-           dim3(kClearThreads), 0, stream, p);
+    launch(ChunkFwdKernels<Variant>::clear(), dim3(unsigned(p.plan.sequences + 2), kClearBlocks), stream, p);
   static_assert(alignof(ChunkRecord<Variant>) == kRecordAlignment);
   char* const workspace = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p.workspace) + kRecordAlignment - 1) /
                                                   kRecordAlignment * kRecordAlignment);
@@ -66,8 +100,7 @@ void launch_chunk_fwd(ChunkFwdParams p, cudaStream_t stream) {
   p.progress = nullptr;
   if (overlaps_kernels() && !split && slots) {
     p.progress = reinterpret_cast<uint32_t*>(workspace + variant.progress_offset(call));
-    launch("chunk_fwd_reset", chunk_fwd_reset_kernel<Variant>, dim3(1), dim3(kClearThreads), 0, stream, p.progress,
-           variant.progress_counters(call));
+    launch(ChunkFwdKernels<Variant>::reset(), dim3(1), stream, p.progress, variant.progress_counters(call));
   }
   p.first_slot = 0, p.part = 0;
   do {  // also where there is no slot at all: the scan writes final states
@@ -81,6 +114,8 @@ void launch_chunk_fwd(ChunkFwdParams p, cudaStream_t stream) {
 
 template <class Variant>
 ChunkFwdVariant describe_chunk_fwd() {
+  using Kernels = ChunkFwdKernels<Variant>;
+  KernelLaunch const prepare = Kernels::prepare(), scan = Kernels::scan();
   return {Variant::name,
           dtype_of<typename Variant::Element>(),
           Variant::config.chunk,
@@ -88,11 +123,12 @@ ChunkFwdVariant describe_chunk_fwd() {
           Variant::config.wgmma,
           sizeof(ChunkRecord<Variant>),
           sizeof(typename ChunkRecord<Variant>::Values),
-          sizeof(PrepareStorage<Variant>),
-          sizeof(ScanStorage<Variant, true>),
-          Prepare<Variant, 1>::kThreads,
+          prepare.shared_bytes,
+          scan.shared_bytes,
+          prepare.threads,
           prepare_teams<Variant>(),
-          ScanShape<Variant, true>::kThreads,
+          scan.threads,
+          &Kernels::all,
           &launch_chunk_fwd<Variant>};
 }
 

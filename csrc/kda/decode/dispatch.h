@@ -19,21 +19,25 @@ inline bool states_in_pieces(DecodeParams const& p, int key_tile) {
 
 inline int decode_key_tile(int key_dim) { return key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256; }
 
+/// Calls f(launcher) with each variant.
+template <class F>
+void for_each_decode_variant(F f) {
+  f(DecodeLauncher<DecodeVariant<float, 64>>{}), f(DecodeLauncher<DecodeVariant<Bf16, 64>>{});
+  f(DecodeLauncher<DecodeVariant<float, 128>>{}), f(DecodeLauncher<DecodeVariant<Bf16, 128>>{});
+  f(DecodeLauncher<DecodeVariant<float, 256>>{}), f(DecodeLauncher<DecodeVariant<Bf16, 256>>{});
+}
+
 /// Calls f(launcher, whether states move in pieces) with the variant that serves `p`.
 template <class F>
 void with_decode_variant(DecodeParams const& p, F f) {
   if (p.sequences == 0 || p.value_dim == 0) return;
   int const key_tile = decode_key_tile(p.key_dim);
   bool const pieces = states_in_pieces(p, key_tile);
-  if (p.state_dtype == Dtype::kFloat32) {
-    if (key_tile == 64) f(DecodeLauncher<DecodeVariant<float, 64>>{}, pieces);
-    else if (key_tile == 128) f(DecodeLauncher<DecodeVariant<float, 128>>{}, pieces);
-    else f(DecodeLauncher<DecodeVariant<float, 256>>{}, pieces);
-  } else {
-    if (key_tile == 64) f(DecodeLauncher<DecodeVariant<Bf16, 64>>{}, pieces);
-    else if (key_tile == 128) f(DecodeLauncher<DecodeVariant<Bf16, 128>>{}, pieces);
-    else f(DecodeLauncher<DecodeVariant<Bf16, 256>>{}, pieces);
-  }
+  for_each_decode_variant([&](auto launcher) {
+    using Variant = typename decltype(launcher)::ServedVariant;
+    if (Variant::kKeyTile == key_tile && int64_t(sizeof(typename Variant::State)) == state_element_bytes(p))
+      f(launcher, pieces);
+  });
 }
 
 /// Launches on `stream`. All pointers are of the current device; nothing is allocated, and nothing synchronises.

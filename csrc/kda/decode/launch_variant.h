@@ -16,29 +16,40 @@ void with_decode_shape(DecodeParams const& p, bool in_pieces, F f) {
   else f(KeyFirstShape<State, Variant::kKeyTile, false>{});
 }
 
+/// The kernels for one layout of the states; `tokens`: of a sequence.
+template <class Shape>
+struct DecodeKernels {
+  static Kernel<DecodeParams> steps(int64_t tokens) {
+    return {{"decode", &typeid(Shape), Shape::kThreads, DecodeStorage<Shape>::bytes(tokens)}, decode_kernel<Shape>};
+  }
+  static Kernel<DecodeCommitParams> commit(int64_t tokens) {
+    return {{"decode_commit", &typeid(Shape), Shape::kThreads, DecodeStorage<Shape>::bytes(tokens)},
+            decode_commit_kernel<Shape>};
+  }
+  static Kernel<DecodeLayerParams> layer() {
+    return {{"decode_layer", &typeid(Shape), Shape::kThreads, sizeof(DecodeLayerStorage<Shape>)},
+            decode_layer_kernel<Shape>};
+  }
+};
+
 template <class Shape>
 DecodePlan decode_plan(DecodeParams const& p) {
+  KernelLaunch const kernel = DecodeKernels<Shape>::steps(p.tokens);
   int64_t const tiles = (p.value_dim + Shape::kValueTile - 1) / Shape::kValueTile;
-  return {p.sequences * p.value_heads * tiles, Shape::kThreads, Shape::kValueTile,
-          DecodeStorage<Shape>::bytes(p.tokens)};
+  return {p.sequences * p.value_heads * tiles, kernel.threads, Shape::kValueTile, kernel.shared_bytes};
 }
 template <class Shape>
 DecodePlan decode_layer_plan(DecodeParams const& p) {
-  return {int64_t(p.sequences) * p.heads, Shape::kThreads, p.value_dim, sizeof(DecodeLayerStorage<Shape>)};
+  KernelLaunch const kernel = DecodeKernels<Shape>::layer();
+  return {int64_t(p.sequences) * p.heads, kernel.threads, p.value_dim, kernel.shared_bytes};
 }
-
-template <class Params>
-void launch_decode(char const* name, void (*kernel)(Params), DecodePlan const& plan, Params const& p,
-                   cudaStream_t stream) {
-  launch_early(true, name, kernel, dim3(unsigned(plan.blocks)), dim3(unsigned(plan.threads)), plan.shared_bytes, stream,
-               p);
-}
+inline dim3 grid_of(DecodePlan const& plan) { return dim3(unsigned(plan.blocks)); }
 
 template <class Variant>
 void DecodeLauncher<Variant>::steps(DecodeParams const& p, bool in_pieces, cudaStream_t stream) {
   with_decode_shape<Variant>(p, in_pieces, [&](auto shape) {
     using Shape = decltype(shape);
-    launch_decode("decode", decode_kernel<Shape>, decode_plan<Shape>(p), p, stream);
+    launch_early(true, DecodeKernels<Shape>::steps(p.tokens), grid_of(decode_plan<Shape>(p)), stream, p);
   });
 }
 
@@ -46,7 +57,7 @@ template <class Variant>
 void DecodeLauncher<Variant>::commit(DecodeCommitParams const& p, bool in_pieces, cudaStream_t stream) {
   with_decode_shape<Variant>(p, in_pieces, [&](auto shape) {
     using Shape = decltype(shape);
-    launch_decode("decode_commit", decode_commit_kernel<Shape>, decode_plan<Shape>(p), p, stream);
+    launch_early(true, DecodeKernels<Shape>::commit(p.tokens), grid_of(decode_plan<Shape>(p)), stream, p);
   });
 }
 
@@ -61,7 +72,7 @@ template <class Variant>
 void DecodeLauncher<Variant>::layer(DecodeLayerParams const& p, bool in_pieces, cudaStream_t stream) {
   with_layer_shape<Variant>(in_pieces, [&](auto shape) {
     using Shape = decltype(shape);
-    launch_decode("decode_layer", decode_layer_kernel<Shape>, decode_layer_plan<Shape>(p.step), p, stream);
+    launch_early(true, DecodeKernels<Shape>::layer(), grid_of(decode_layer_plan<Shape>(p.step)), stream, p);
   });
 }
 
@@ -76,6 +87,23 @@ DecodePlan DecodeLauncher<Variant>::layer_plan(DecodeParams const& p, bool in_pi
   DecodePlan plan{};
   with_layer_shape<Variant>(in_pieces, [&](auto shape) { plan = decode_layer_plan<decltype(shape)>(p); });
   return plan;
+}
+
+template <class Variant>
+std::vector<KernelLaunch> DecodeLauncher<Variant>::kernels() {
+  std::vector<KernelLaunch> all;
+  for (bool in_pieces : {false, true}) {
+    for (bool value_first : {false, true}) {
+      DecodeParams p{};
+      p.value_first = value_first;
+      with_decode_shape<Variant>(p, in_pieces, [&](auto shape) {
+        using Kernels = DecodeKernels<decltype(shape)>;
+        all.insert(all.end(), {Kernels::steps(kStagedTokens), Kernels::commit(kStagedTokens)});
+      });
+    }
+    with_layer_shape<Variant>(in_pieces, [&](auto shape) { all.push_back(DecodeKernels<decltype(shape)>::layer()); });
+  }
+  return all;
 }
 
 }  // namespace kda

@@ -1,7 +1,10 @@
 // The gate by itself: forward, and backward with the gradients of its parameters.
 #pragma once
+#include <vector>
+
 #include "kda/dtype.h"
 #include "kda/gate.h"
+#include "platform/launch.h"
 
 namespace kda {
 
@@ -36,5 +39,7 @@ template <class E>
 void launch_kda_gate_fwd(KdaGateParams const& p, cudaStream_t stream);
 template <class E>
 void launch_kda_gate_bwd(KdaGateParams const& p, cudaStream_t stream);
+template <class E>
+std::vector<KernelLaunch> kda_gate_kernels();
 
 }  // namespace kda

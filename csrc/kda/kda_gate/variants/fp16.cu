@@ -3,4 +3,5 @@
 namespace kda {
 template void launch_kda_gate_fwd<Fp16>(KdaGateParams const&, cudaStream_t);
 template void launch_kda_gate_bwd<Fp16>(KdaGateParams const&, cudaStream_t);
+template std::vector<KernelLaunch> kda_gate_kernels<Fp16>();
 }  // namespace kda
