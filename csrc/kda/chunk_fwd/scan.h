@@ -82,7 +82,8 @@ struct ScanHelper {
   ScanStorage<Variant, kReplay>& s;
   int const value0;  // negative: rows of M, no T V
   int const thread = thread_index() - Shape::kConsumers;
-  int64_t seen = 0;  // records before this one are there
+  int64_t seen = 0;   // records of the part before this one are there
+  int64_t freed = 0;  // chunks before this one have been given back
 
   /// Starts the copy of a chunk, once its record is there, to a stage that is free. `left`: chunks from it on.
   KDA_DEVICE void load(int64_t slot, int value_head, int stage, int64_t left) {
@@ -121,11 +122,12 @@ struct ScanHelper {
   /// The first `consumed` of the records from `first` on may be written over by the next part. Not told one by one:
   /// each time one warp waits until its outputs have been written.
   KDA_DEVICE void free_records(int64_t first, int64_t consumed, int64_t count, int value_head) {
-    constexpr int kAtOnce = 8;
     if (!p.progress || !p.more_parts || thread < Shape::kHelpers - 32) return;
-    if (consumed % kAtOnce && consumed < count) return;
-    int64_t const i = (consumed - 1) / kAtOnce * kAtOnce + lane_index();
-    if (i < consumed) raise_flag(progress_of_record(p, first + i, value_head).freed, 1);
+    if (consumed < freed + 16 && consumed < count) return;
+    for (; freed < consumed; freed += 32)
+      if (int64_t const i = freed + lane_index(); i < consumed)
+        raise_flag(progress_of_record(p, first + i, value_head).freed, 1);
+    freed = consumed;
   }
   KDA_DEVICE void store_output(ChunkOfHead const& chunk, int buffer, bool again) {
     Barrier::wait(Barrier::output_full(buffer));
