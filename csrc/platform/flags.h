@@ -15,6 +15,16 @@ KDA_DEVICE void raise_flag(uint32_t* flag, uint32_t count) {
 #endif
 }
 
+/// As raise_flag, but after reads alone, whose data this thread knows to have arrived: nothing is waited for.
+/// PTX: red.relaxed.gpu.global.add.u32
+KDA_DEVICE void raise_flag_after_reads(uint32_t* flag, uint32_t count) {
+#if defined(KDA_EMULATE)
+  raise_flag(flag, count);
+#else
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(count) : "memory");
+#endif
+}
+
 /// One writer at a time. PTX: st.release.gpu.global.u32
 KDA_DEVICE void set_flag(uint32_t* flag, uint32_t value) {
 #if defined(KDA_EMULATE)

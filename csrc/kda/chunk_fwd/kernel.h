@@ -45,14 +45,16 @@ KDA_DEVICE void help_scan(ScanHelper<Variant, kReplay> helper, ScanWork const& w
         if (helper.is_done(i - kStages)) return;
       }
       helper.load(first_record + i, work.value_head, stage, count - i);
-      if (kReplay && i >= kStages) helper.free_records(first_record, i - kStages + 1, count, work.value_head);
+      if (kReplay && i >= kStages) helper.free_record(first_record + i - kStages, work.value_head);
     }
     if constexpr (kReplay)
       if (i >= 2)
         helper.store_output(chunk_of_head<Variant>(p, work.sequence, work.begin + i - 2, work.value_head), int(i % 2),
                             i < count);
   }
-  if constexpr (kReplay) helper.free_records(first_record, count, count, work.value_head);
+  if constexpr (kReplay)  // the consumers have handed over their last output
+    for (int64_t i = count < kStages ? 0 : count - kStages; i < count; ++i)
+      helper.free_record(first_record + i, work.value_head);
 }
 
 /// The state of the sequence that comes from the part before, or goes on into the next one. Consumer warps.

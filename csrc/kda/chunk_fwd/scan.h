@@ -82,8 +82,7 @@ struct ScanHelper {
   ScanStorage<Variant, kReplay>& s;
   int const value0;  // negative: rows of M, no T V
   int const thread = thread_index() - Shape::kConsumers;
-  int64_t seen = 0;   // records of the part before this one are there
-  int64_t freed = 0;  // chunks before this one have been given back
+  int64_t seen = 0;  // records of the part before this one are there
 
   /// Starts the copy of a chunk, once its record is there, to a stage that is free. `left`: chunks from it on.
   KDA_DEVICE void load(int64_t slot, int value_head, int stage, int64_t left) {
@@ -119,15 +118,10 @@ struct ScanHelper {
       Barrier::arrive(Barrier::full(stage));
     }
   }
-  /// The first `consumed` of the records from `first` on may be written over by the next part. Not told one by one:
-  /// each time one warp waits until its outputs have been written.
-  KDA_DEVICE void free_records(int64_t first, int64_t consumed, int64_t count, int value_head) {
-    if (!p.progress || !p.more_parts || thread < Shape::kHelpers - 32) return;
-    if (consumed < freed + 16 && consumed < count) return;
-    for (; freed < consumed; freed += 32)
-      if (int64_t const i = freed + lane_index(); i < consumed)
-        raise_flag(progress_of_record(p, first + i, value_head).freed, 1);
-    freed = consumed;
+  /// The record of a chunk that has been consumed may be written over by the next part.
+  KDA_DEVICE void free_record(int64_t slot, int value_head) {
+    if (p.progress && p.more_parts && thread == 0)
+      raise_flag_after_reads(progress_of_record(p, slot, value_head).freed, 1);
   }
   KDA_DEVICE void store_output(ChunkOfHead const& chunk, int buffer, bool again) {
     Barrier::wait(Barrier::output_full(buffer));
