@@ -31,7 +31,7 @@ struct Prepare : PrepareThread<Variant, kTeams> {
       Base::sync_team();
       prepare.begin(now.chunk);
       bool const finder = prepare.thread == kNextFinder;
-      if (finder && p.part > 0 && p.progress) prepare.wait_until_free(now, value_head);
+      if (finder && p.part > 0 && p.progress) prepare.wait_until_free(now.slot, value_head);
       prepare.normalise();
       if (finder) prepare.look_ahead(now, s.walk[turn ^ 1], value_head);
       prepare.scores();
@@ -62,8 +62,8 @@ struct Prepare : PrepareThread<Variant, kTeams> {
     if (gate_is_wide()) load_wide_gate(s.walk[0].chunk);
   }
 
-  KDA_DEVICE void wait_until_free(WalkedChunk const& now, int value_head) const {
-    wait_flag(progress_of_record(p, now.slot, value_head).freed, p.part * value_tiles(p.value_dim));
+  KDA_DEVICE void wait_until_free(int32_t slot, int value_head) const {
+    wait_flag(progress_of_record(p, slot, value_head).freed, p.part * value_tiles(p.value_dim));
   }
   /// One thread, some time after the chunk before has been written by all, so that little of it is still on its way:
   /// hands that one to the scan, and finds the chunk after this one.
@@ -83,7 +83,9 @@ struct Prepare : PrepareThread<Variant, kTeams> {
       int64_t const i = p.first_slot + slot - sequence.first_slot;
       if (i >= 0 && i < plan.chunks_of(sequence.length))
         return {chunk_of_head<Variant>(p, sequence, i, value_head), slot, sequence.length - (i + 1) * kChunk};
-      if (p.progress) raise_flag(progress_of_record(p, slot, value_head).freed, value_tiles(p.value_dim));
+      if (!p.progress) continue;
+      wait_until_free(slot, value_head);  // or else a part that still waits would take this for its own
+      raise_flag(progress_of_record(p, slot, value_head).freed, value_tiles(p.value_dim));
     }
     return {{}, slot, 0};
   }
