@@ -4,8 +4,8 @@
 // runs next is the schedule's choice (Options::seed). Copies are asynchronous in earnest: they take effect at the wait
 // that covers them, and until then their destination is poisoned.
 //
-// Not modelled, so to be proven on a GPU: proxy fences (fence.proxy.async, fence.mbarrier_init, wgmma.fence), the
-// accumulation order of the tensor cores, ordering of plain global flags between blocks, clusters, speed.
+// Not modelled, so to be proven on a GPU: proxy fences (fence.proxy.async, fence.mbarrier_init, wgmma.fence), ordering of
+// plain global flags between blocks, clusters, speed.
 #pragma once
 #include <cstdio>
 #include <cstdlib>

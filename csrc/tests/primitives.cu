@@ -34,6 +34,7 @@ int main(int argc, char** argv) {
   std::vector<kda::tests::Program> const programs = kda::tests::programs();
   if (std::string(argv[1]) == "--list") return list(programs);
 #if defined(KDA_EMULATE)
+  kda::emulator::options().has_wgmma = true;  // to be the GPU that it is compared with
   if (argc > 2) kda::emulator::options().seed = std::strtoull(argv[2], nullptr, 10);
 #endif
   int failures = 0;
