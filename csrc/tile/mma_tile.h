@@ -22,6 +22,11 @@ struct Tf32 {
 
 using Accumulator = MmaAccumulator;
 
+KDA_DEVICE void add(Accumulator& sum, Accumulator const& x) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) sum.x[e] += x.x[e];
+}
+
 /// A[16 x 16] of one warp.
 template <class E>
 struct LeftFragment {
@@ -125,9 +130,10 @@ KDA_DEVICE RightFragment<E> load_right(Tile const& tile, int n0, int depth0) {
   RightFragment<E> f;
   if constexpr (kIsFp32Storage<E>) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {  // (i / 4: columns n), (i / 2 % 2: depth half), (i % 2: depth within the pair)
-      int const row = n0 + i / 4 * 8 + lane / 4;
-      split<E>(f, i, to_fp32(tile.at(row, depth0 + i / 2 % 2 * 8 + lane % 4 * 2 + i % 2)));
+    for (int i = 0; i < 8; i += 2) {  // (i / 4: columns n), (i / 2 % 2: depth half), a pair of the depth
+      float2 const pair =
+          *reinterpret_cast<float2 const*>(&tile.at(n0 + i / 4 * 8 + lane / 4, depth0 ^ i / 2 % 2 * 8 ^ lane % 4 * 2));
+      split<E>(f, i, pair.x), split<E>(f, i + 1, pair.y);
     }
   } else {
     ldmatrix_x4(f.x, &tile.at(n0 + lane % 8 + lane / 16 * 8, depth0 ^ lane / 8 % 2 * 8));
@@ -176,14 +182,12 @@ KDA_DEVICE void multiply_fp32(Accumulator& d, SplitFragment const& a, uint32_t c
 #pragma unroll
       for (int e = 0; e < 4; ++e) left.x[e] = -large.x[e];
       mma_m16n8k8_tf32(left.x, a.hi + s * 2, hi[s], hi[s + 1]);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) d.x[e] += large.x[e], sum.x[e] += left.x[e];
+      add(d, large), add(sum, left);
     } else {
       mma_m16n8k8_tf32(sum.x, a.hi + s * 2, hi[s], hi[s + 1]);
     }
   }
-#pragma unroll
-  for (int e = 0; e < 4; ++e) d.x[e] += sum.x[e];
+  add(d, sum);
 }
 
 /// D[:, 0 .. 8) += A B[:, 8 half .. 8 half + 8). The half is chosen by selects: registers cannot be indexed.

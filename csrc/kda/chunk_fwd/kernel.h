@@ -48,7 +48,8 @@ KDA_DEVICE void replay_chunks(ChunkFwdParams const& p, ScanConsumer<Variant, tru
                               int value0) {
   using Barrier = ScanBarrier<Variant, true>;
   constexpr int kStages = ScanShape<Variant, true>::kStages, kChunk = Variant::config.chunk;
-  int const n = work.n, value_head = work.value_head, value = value0 + consumer.warp * 16;
+  int const n = work.n, value_head = work.value_head;
+  StatePart const value = consumer.part(value0);
   if (p.segments) load_rows(consumer.state, segment_at<Variant>(p, work.segment, value_head).state, value);
   else if (work.begin == 0) load_state(consumer.state, initial_state_at(p, n, value_head), p, value);
   else load_rows(consumer.state, carry_at<Variant>(p, p.part + 1, value_head), value);
@@ -100,7 +101,7 @@ KDA_DEVICE bool summarise_chunks(ScanConsumer<Variant, false>& consumer, int64_t
 template <class Variant>
 KDA_DEVICE void summarise_segment(ChunkFwdParams const& p, ScanConsumer<Variant, false> consumer, ScanWork const& work,
                                   int value0, int key0) {
-  int const value = value0 + consumer.warp * 16, key = key0 + consumer.warp * 16;
+  StatePart const value = consumer.part(value0), key = consumer.part(key0);
   int64_t const count = work.following ? work.end - work.begin : 0;
   SegmentAt const at = segment_at<Variant>(p, work.segment, work.value_head);
   if (!consumer.has_values) {
