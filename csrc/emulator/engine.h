@@ -5,10 +5,10 @@
 // that covers them, and until then their destination is poisoned. A block stops where all of it waits for other blocks
 // (a flag, the end of the kernel before), and where the kernel behind it may run first; stream.h lets it go on.
 //
-// Not modelled, so to be proven on a GPU: proxy fences (fence.proxy.async, fence.mbarrier_init, wgmma.fence), the
-// accumulation order of the tensor cores, how many blocks the device has room for (a block may wait for one that has
-// yet to start), memory that becomes visible late (a flag counts at once; missing release or acquire is a race that
-// ThreadSanitizer finds), kernels of other streams, clusters, speed.
+// Not modelled, so to be proven on a GPU: proxy fences (fence.proxy.async, fence.mbarrier_init, wgmma.fence), how many
+// blocks the device has room for (a block may wait for one that has yet to start), memory that becomes visible late (a
+// flag counts at once; missing release or acquire is a race that ThreadSanitizer finds), kernels of other streams,
+// clusters, speed.
 #pragma once
 #include <atomic>
 #include <cstdio>

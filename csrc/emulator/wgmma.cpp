@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "emulator/engine.h"
+#include "emulator/tensor_core.h"
 
 namespace kda::emulator {
 
@@ -111,14 +112,19 @@ __attribute__((optimize("O3"))) void Engine::run_wgmma(PendingWgmma& op) {
   if (!shape.a) load_operand(a, window_, shape.a_descriptor, 64, shape.a_mn_major, op);
   EngineOnly scope;
   if (shape.a) gather_left(a, op);
-  for (int r = 0; r < 64; ++r) {
-    float sum[256] = {};
-    for (int k = 0; k < 16; ++k)
-      for (int n = 0; n < shape.n; ++n) sum[n] += a[k][r] * b[k][n];
-    for (int n = 0; n < shape.n; ++n) {
-      float& d = op.d[r / 16 * 32 + r % 8 * 4 + n % 8 / 2][n / 8 * 4 + r % 16 / 8 * 2 + n % 2];
-      d = (shape.accumulate ? d : 0.f) + sum[n];
-    }
+  float rows[64][16], columns[16][8], d[64][8];
+  for (int r = 0; r < 64; ++r)
+    for (int k = 0; k < 16; ++k) rows[r][k] = a[k][r];
+  for (int n = 0; n < shape.n; n += 8) {
+    auto const at = [&](int r, int c) -> float& {
+      return op.d[r / 16 * 32 + r % 8 * 4 + c / 2][n / 2 + r % 16 / 8 * 2 + c % 2];
+    };
+    for (int k = 0; k < 16; ++k) std::memcpy(columns[k], &b[k][n], sizeof(columns[k]));
+    for (int r = 0; r < 64; ++r)
+      for (int c = 0; c < 8; ++c) d[r][c] = shape.accumulate ? at(r, c) : 0.f;
+    add_products<16>(kHopperCore, 64, rows, columns, d);
+    for (int r = 0; r < 64; ++r)
+      for (int c = 0; c < 8; ++c) at(r, c) = d[r][c];
   }
 }
 

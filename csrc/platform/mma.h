@@ -1,5 +1,8 @@
 // Tensor core products of one warp. Fragment layouts: PTX ISA, "Matrix Fragments for mma.m16n8k16 / m16n8k8".
 #pragma once
+#if defined(KDA_EMULATE)
+#include "emulator/tensor_core.h"
+#endif
 #include "platform/types.h"
 #include "platform/warp.h"
 
@@ -20,20 +23,20 @@ struct Mma {
 /// D[16 x 8] += A[16 x kDepth] B[kDepth x 8]; kPerRegister elements in a register.
 template <int kDepth, int kPerRegister, class Value>
 KDA_NO_TSAN __attribute__((optimize("O3"))) void run_mma(Mma** lanes, Value value) {
-  float a[16][kDepth], b[kDepth][8];
+  float a[16][kDepth], b[kDepth][8], d[16][8];
   constexpr int kHalf = kDepth / 2;  // depth covered by registers 0 and 1 of A, and by register 0 of B
-  for (int l = 0; l < 32; ++l)
+  auto const at = [](auto& matrix, int l, int i) -> float& { return matrix[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2]; };
+  for (int l = 0; l < 32; ++l) {
     for (int h = 0; h < kPerRegister; ++h) {
       int const k = l % 4 * kPerRegister + h;
       for (int i = 0; i < 4; ++i) a[l / 4 + i % 2 * 8][k + i / 2 * kHalf] = value(lanes[l]->a[i], h);
       for (int i = 0; i < 2; ++i) b[k + i * kHalf][l / 4] = value(lanes[l]->b[i], h);
     }
-  for (int r = 0; r < 16; ++r) {
-    float sum[8] = {};
-    for (int k = 0; k < kDepth; ++k)
-      for (int n = 0; n < 8; ++n) sum[n] += a[r][k] * b[k][n];
-    for (int n = 0; n < 8; ++n) lanes[r % 8 * 4 + n / 2]->d[r / 8 * 2 + n % 2] += sum[n];
+    for (int i = 0; i < 4; ++i) at(d, l, i) = lanes[l]->d[i];
   }
+  add_products<kDepth>(tensor_core(), 16, a, b, d);
+  for (int l = 0; l < 32; ++l)
+    for (int i = 0; i < 4; ++i) lanes[l]->d[i] = at(d, l, i);
 }
 template <class E>
 KDA_NO_TSAN void exchange_mma_16(Mma** lanes, uint32_t) {

@@ -5,7 +5,7 @@
 // anything between lanes, a left operand of depth 16; chains of products therefore stay in registers.
 //
 // The element type selects the instruction: Bf16, Fp16 (m16n8k16), Tf32 (m16n8k8, fp32 storage rounded to tf32) and
-// float (three tf32 products: hi*hi + hi*lo + lo*hi, relative error about 2^-21).
+// float (three tf32 products: hi*hi + hi*lo + lo*hi).
 #pragma once
 #include <type_traits>
 
@@ -21,6 +21,11 @@ struct Tf32 {
 };
 
 using Accumulator = MmaAccumulator;
+
+KDA_DEVICE void add(Accumulator& sum, Accumulator const& x) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) sum.x[e] += x.x[e];
+}
 
 /// A[16 x 16] of one warp.
 template <class E>
@@ -49,14 +54,14 @@ struct RightFragment<Tf32> : SplitFragment {};
 template <class E>
 inline constexpr bool kIsFp32Storage = sizeof(E) == 4;
 
-/// hi = x rounded to tf32, lo = the rest (float only).
+/// hi = x rounded to tf32, lo = the rest (float only), of which products ignore the last bit. hi may lose a NaN, lo
+/// then has it.
 template <class E>
 KDA_DEVICE void split(SplitFragment& f, int i, float x) {
+  f.hi[i] = float_for_tf32(x);
   if constexpr (std::is_same_v<E, float>) {
-    f.hi[i] = float_to_tf32(x);
-    f.lo[i] = float_to_tf32(x - bits_to_float(f.hi[i]));
-  } else {
-    f.hi[i] = float_for_tf32(x);
+    f.hi[i] &= 0xFFFFE000u;
+    f.lo[i] = float_to_bits(x - bits_to_float(f.hi[i]));
   }
 }
 KDA_DEVICE float to_fp32(float x) { return x; }
@@ -125,9 +130,10 @@ KDA_DEVICE RightFragment<E> load_right(Tile const& tile, int n0, int depth0) {
   RightFragment<E> f;
   if constexpr (kIsFp32Storage<E>) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {  // (i / 4: columns n), (i / 2 % 2: depth half), (i % 2: depth within the pair)
-      int const row = n0 + i / 4 * 8 + lane / 4;
-      split<E>(f, i, to_fp32(tile.at(row, depth0 + i / 2 % 2 * 8 + lane % 4 * 2 + i % 2)));
+    for (int i = 0; i < 8; i += 2) {  // (i / 4: columns n), (i / 2 % 2: depth half), a pair of the depth
+      float2 const pair =
+          *reinterpret_cast<float2 const*>(&tile.at(n0 + i / 4 * 8 + lane / 4, depth0 ^ i / 2 % 2 * 8 ^ lane % 4 * 2));
+      split<E>(f, i, pair.x), split<E>(f, i + 1, pair.y);
     }
   } else {
     ldmatrix_x4(f.x, &tile.at(n0 + lane % 8 + lane / 16 * 8, depth0 ^ lane / 8 % 2 * 8));
@@ -152,34 +158,64 @@ KDA_DEVICE RightFragment<E> load_right_transposed(Tile const& tile, int depth0, 
   return f;
 }
 
+/// How a product of fp32 is added to D. Tensor cores truncate their sums, up to a unit in the last place of each. So
+/// the small products come first, and D is added by an fp32 addition. kRounded: what the truncation of hi*hi has left
+/// is computed too, and lo*lo: five products for three, where errors that all point the same way would add up.
+enum class Sum { kTruncated, kRounded };
+
+/// D += A B for fp32, 16 x 8; b: hi and lo of the two halves of the depth.
+template <Sum kSum>
+KDA_DEVICE void multiply_fp32(Accumulator& d, SplitFragment const& a, uint32_t const (&hi)[4],
+                              uint32_t const (&lo)[4]) {
+  Accumulator sum{};
+#pragma unroll
+  for (int s = 0; s < 4; s += 2) {
+    if constexpr (kSum == Sum::kRounded) mma_m16n8k8_tf32(sum.x, a.lo + s * 2, lo[s], lo[s + 1]);
+    mma_m16n8k8_tf32(sum.x, a.lo + s * 2, hi[s], hi[s + 1]);
+    mma_m16n8k8_tf32(sum.x, a.hi + s * 2, lo[s], lo[s + 1]);
+  }
+#pragma unroll
+  for (int s = 0; s < 4; s += 2) {
+    if constexpr (kSum == Sum::kRounded) {
+      Accumulator large{}, left;
+      mma_m16n8k8_tf32(large.x, a.hi + s * 2, hi[s], hi[s + 1]);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) left.x[e] = -large.x[e];
+      mma_m16n8k8_tf32(left.x, a.hi + s * 2, hi[s], hi[s + 1]);
+      add(d, large), add(sum, left);
+    } else {
+      mma_m16n8k8_tf32(sum.x, a.hi + s * 2, hi[s], hi[s + 1]);
+    }
+  }
+  add(d, sum);
+}
+
 /// D[:, 0 .. 8) += A B[:, 8 half .. 8 half + 8). The half is chosen by selects: registers cannot be indexed.
-template <class E>
+template <class E, Sum kSum = Sum::kTruncated>
 KDA_DEVICE void multiply_half(Accumulator& d, LeftFragment<E> const& a, RightFragment<E> const& b, bool half) {
   if constexpr (kIsFp32Storage<E>) {
-    // fp32: a sum of its own, since tensor cores truncate where they add to a large accumulator.
-    Accumulator sum = std::is_same_v<E, float> ? Accumulator{} : d;
+    uint32_t hi[4], lo[4];
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      uint32_t const hi0 = half ? b.hi[4 + s * 2] : b.hi[s * 2], hi1 = half ? b.hi[5 + s * 2] : b.hi[1 + s * 2];
-      if constexpr (std::is_same_v<E, float>) {
-        uint32_t const lo0 = half ? b.lo[4 + s * 2] : b.lo[s * 2], lo1 = half ? b.lo[5 + s * 2] : b.lo[1 + s * 2];
-        mma_m16n8k8_tf32(sum.x, a.lo + s * 4, hi0, hi1);
-        mma_m16n8k8_tf32(sum.x, a.hi + s * 4, lo0, lo1);
-      }
-      mma_m16n8k8_tf32(sum.x, a.hi + s * 4, hi0, hi1);
+    for (int i = 0; i < 4; ++i) {
+      hi[i] = half ? b.hi[4 + i] : b.hi[i];
+      if constexpr (std::is_same_v<E, float>) lo[i] = half ? b.lo[4 + i] : b.lo[i];
     }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) d.x[e] = std::is_same_v<E, float> ? d.x[e] + sum.x[e] : sum.x[e];
+    if constexpr (std::is_same_v<E, float>) {
+      multiply_fp32<kSum>(d, a, hi, lo);
+    } else {
+      mma_m16n8k8_tf32(d.x, a.hi, hi[0], hi[1]);
+      mma_m16n8k8_tf32(d.x, a.hi + 4, hi[2], hi[3]);
+    }
   } else {
     mma_m16n8k16<E>(d.x, a.x, half ? b.x[2] : b.x[0], half ? b.x[3] : b.x[1]);
   }
 }
 
 /// D[16 x 16] += A[16 x 16] B[16 x 16]; d0 and d1 are the accumulators of the left and the right eight columns.
-template <class E>
+template <class E, Sum kSum = Sum::kTruncated>
 KDA_DEVICE void multiply(Accumulator& d0, Accumulator& d1, LeftFragment<E> const& a, RightFragment<E> const& b) {
-  multiply_half<E>(d0, a, b, false);
-  multiply_half<E>(d1, a, b, true);
+  multiply_half<E, kSum>(d0, a, b, false);
+  multiply_half<E, kSum>(d1, a, b, true);
 }
 
 /// The transpose of tile[row0 .. row0 + 16, col0 .. col0 + 16) as accumulators: d0 has tile rows row0 .. row0 + 8 as

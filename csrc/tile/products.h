@@ -12,16 +12,14 @@ struct MmaProducts {
 
   /// The left operand of start_rows until the next read; it may change afterwards.
   KDA_DEVICE void read(Accumulator const (&)[kDepth / 8]) {}
-  /// x = left tile^T for the left [16 x kDepth] that was read, still unchanged, and a tile [kRows x kDepth].
-  template <class Tile>
-  KDA_DEVICE void start_rows(Accumulator (&x)[kRows / 8], Accumulator const (&left)[kDepth / 8], Tile const& tile) {
-#pragma unroll
-    for (int c = 0; c < kRows / 8; ++c) x[c] = Accumulator{};
+  /// x = left tile^T for the left [16 x kDepth] that was read, still unchanged, and a tile [kRows x kDepth]. Several
+  /// pairs of x and tile at once: each piece of the left is an operand, which takes registers, only once.
+  template <class... XAndTile>
+  KDA_DEVICE void start_rows(Accumulator const (&left)[kDepth / 8], XAndTile&&... x) {
 #pragma unroll
     for (int d = 0; d < kDepth; d += 16) {
-      auto const a = left_from<E>(left[d / 8], left[d / 8 + 1]);
-#pragma unroll
-      for (int c = 0; c < kRows; c += 16) multiply<E>(x[c / 8], x[c / 8 + 1], a, load_right<E>(tile, c, d));
+      limit_loads(d);
+      add_rows(left_from<E>(left[d / 8], left[d / 8 + 1]), d, x...);
     }
   }
   /// acc += left lower^T for a lower triangular [kRows x kRows] tile.
@@ -41,11 +39,30 @@ struct MmaProducts {
 #pragma unroll
     for (int c = 0; c < kRows; c += 16)
 #pragma unroll
-      for (int d = 0; d < kDepth; d += 16)
+      for (int d = 0; d < kDepth; d += 16) {
+        limit_loads(d);
         multiply<E>(acc[d / 8], acc[d / 8 + 1], left[c / 16], load_right_transposed<E>(tile, c, d));
+      }
   }
   template <int kPending>
   KDA_DEVICE void wait() {}
+
+ private:
+  /// Loads do not move up across it. Two fp32 operands on their way take 32 registers, more leave none for the state.
+  KDA_DEVICE static void limit_loads(int depth) {
+    if (sizeof(E) == 4 && depth % 32 == 0) sync_warp();
+  }
+  KDA_DEVICE void add_rows(LeftFragment<E> const&, int) {}
+  template <class Tile, class... More>
+  KDA_DEVICE void add_rows(LeftFragment<E> const& a, int d, Accumulator (&x)[kRows / 8], Tile const& tile,
+                           More&&... more) {
+#pragma unroll
+    for (int c = 0; c < kRows; c += 16) {
+      if (d == 0) x[c / 8] = x[c / 8 + 1] = Accumulator{};
+      multiply<E>(x[c / 8], x[c / 8 + 1], a, load_right<E>(tile, c, d));
+    }
+    add_rows(a, d, more...);
+  }
 };
 
 /// Asynchronous: accumulators may be touched only after the wait. Each function is one group; the four warps of a
@@ -60,8 +77,10 @@ struct WgmmaProducts {
 #pragma unroll
     for (int d = 0; d < kDepth / 16; ++d) rows_left[d] = left_from<E>(left[2 * d], left[2 * d + 1]);
   }
-  template <class Tile>
-  KDA_DEVICE void start_rows(Accumulator (&x)[kRows / 8], Accumulator const (&)[kDepth / 8], Tile const& tile) {
+  KDA_DEVICE void start_rows(Accumulator const (&)[kDepth / 8]) {}
+  template <class Tile, class... More>
+  KDA_DEVICE void start_rows(Accumulator const (&left)[kDepth / 8], Accumulator (&x)[kRows / 8], Tile const& tile,
+                             More&&... more) {
     wgmma_fence();
 #pragma unroll
     for (int d = 0; d < kDepth / 16; ++d) {
@@ -69,6 +88,7 @@ struct WgmmaProducts {
       wgmma_m64k16<E, kRows, false>(x, rows_left[d].x, wgmma_descriptor(&tile.data[at], 0, 1024), d > 0);
     }
     wgmma_commit();
+    start_rows(left, more...);
   }
   template <class Tile>
   KDA_DEVICE void start_lower(Accumulator (&acc)[kRows / 8], LeftFragment<E> const (&left)[kRows / 16],

@@ -31,6 +31,12 @@ struct alignas(1024) SharedTile {
   KDA_DEVICE T& at(uint32_t row, uint32_t col) {
     return *reinterpret_cast<T*>(reinterpret_cast<char*>(data) + offset(row, col));
   }
+  /// kCount columns from `first` on, as a tile: panels lie one behind the other.
+  template <int kCount>
+  KDA_DEVICE SharedTile<T, kRows, kCount> const& columns(int first) const {
+    static_assert(kCount % kPanel == 0);
+    return reinterpret_cast<SharedTile<T, kRows, kCount> const&>(data[first * kRows]);
+  }
   KDA_DEVICE T const& at(uint32_t row, uint32_t col) const {
     return *reinterpret_cast<T const*>(reinterpret_cast<char const*>(data) + offset(row, col));
   }

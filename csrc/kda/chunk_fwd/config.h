@@ -10,6 +10,7 @@ struct ChunkFwdConfig {
   int key_tile = 128;  // K rounded up to 64, 128 or 256; channels beyond key_dim are zero
   int stages = 2;      // records in shared memory at once
   bool wgmma = false;  // products by warpgroups (sm_90a; C = 64), else by warps
+  int key_parts = 1;   // warps of the scan that share 16 columns of V: 2 have half of K each (C = 16)
 };
 
 inline constexpr int kTokensPerThread = 8;  // of one pair of key channels
@@ -17,6 +18,11 @@ inline constexpr int kTokensPerBlock = 16;  // that share an anchor, in their mi
 inline constexpr int kValueTile = 64;       // columns of V per block of the scan
 inline constexpr int kConsumerWarps = kValueTile / 16;
 KDA_HOST_DEVICE int value_tiles(int value_dim) { return (value_dim + kValueTile - 1) / kValueTile; }
+
+/// What a warp of the scan holds of S^T, or of M: rows from `row` on, of their `channels` those from `channel` on.
+struct StatePart {
+  int row, channel, channels;
+};
 
 // fp32 states between parts and segments (segments.h), rows [key_tile]: S^T; S^T, M and a flag per 64 rows of M.
 KDA_HOST_DEVICE int64_t state_floats(int value_dim, int key_tile) {

@@ -59,21 +59,22 @@ KDA_DEVICE void help_scan(ScanHelper<Variant, kReplay> helper, ScanWork const& w
 
 /// The state of the sequence that comes from the part before, or goes on into the next one. Consumer warps.
 template <class Variant, int kKeyTiles>
-KDA_DEVICE void load_carry(tile::Accumulator (&state)[kKeyTiles], ChunkFwdParams const& p, int value_head, int value) {
+KDA_DEVICE void load_carry(tile::Accumulator (&state)[kKeyTiles], ChunkFwdParams const& p, int value_head,
+                           StatePart part) {
   if (p.progress) {
-    if (lane_index() == 0) wait_flag(carry_ready(p, value_head, value / kValueTile), p.part);
+    if (lane_index() == 0) wait_flag(carry_ready(p, value_head, part.row / kValueTile), p.part);
     sync_warp();
   }
-  load_rows(state, carry_at<Variant>(p, p.part + 1, value_head), value);
+  load_rows(state, carry_at<Variant>(p, p.part + 1, value_head), part);
 }
 template <class Variant, int kKeyTiles>
 KDA_DEVICE void store_carry(tile::Accumulator const (&state)[kKeyTiles], ChunkFwdParams const& p, int value_head,
-                            int value) {
+                            StatePart part) {
   if (p.progress) wait_for_previous_kernel();  // and for those before: nobody reads these rows any more
-  store_rows(state, carry_at<Variant>(p, p.part, value_head), value);
+  store_rows(state, carry_at<Variant>(p, p.part, value_head), part);
   if (!p.progress) return;
   sync_named(ScanBarrier<Variant, true>::kConsumers, ScanShape<Variant, true>::kConsumers);
-  if (thread_index() == 0) set_flag(carry_ready(p, value_head, value / kValueTile), p.part + 1);
+  if (thread_index() == 0) set_flag(carry_ready(p, value_head, part.row / kValueTile), p.part + 1);
 }
 
 /// The scan's consumer warps: the recurrence, with outputs.
@@ -82,7 +83,8 @@ KDA_DEVICE void replay_chunks(ChunkFwdParams const& p, ScanConsumer<Variant, tru
                               int value0) {
   using Barrier = ScanBarrier<Variant, true>;
   constexpr int kStages = ScanShape<Variant, true>::kStages, kChunk = Variant::config.chunk;
-  int const n = work.n, value_head = work.value_head, value = value0 + consumer.warp * 16;
+  int const n = work.n, value_head = work.value_head;
+  StatePart const value = consumer.part(value0);
   if (p.segments) load_rows(consumer.state, segment_at<Variant>(p, work.segment, value_head).state, value);
   else if (work.begin == 0) load_state(consumer.state, initial_state_at(p, n, value_head), p, value);
   else load_carry<Variant>(consumer.state, p, value_head, value);
@@ -134,7 +136,7 @@ KDA_DEVICE bool summarise_chunks(ScanConsumer<Variant, false>& consumer, int64_t
 template <class Variant>
 KDA_DEVICE void summarise_segment(ChunkFwdParams const& p, ScanConsumer<Variant, false> consumer, ScanWork const& work,
                                   int value0, int key0) {
-  int const value = value0 + consumer.warp * 16, key = key0 + consumer.warp * 16;
+  StatePart const value = consumer.part(value0), key = consumer.part(key0);
   int64_t const count = work.following ? work.end - work.begin : 0;
   SegmentAt const at = segment_at<Variant>(p, work.segment, work.value_head);
   if (!consumer.has_values) {

@@ -5,6 +5,7 @@
 // product takes its left operand from registers, so the state never travels through shared memory:
 //     U^T = (T V)^T - S^T W^T
 //     O^T = S^T (scale Gamma.Q)^T + U^T A_qk^T          S^T <- S^T Diag(Gamma_C) + U^T K~
+// Where two warps have half of K each, they add up S^T W^T through shared memory, and the first completes the outputs.
 // Helper warps bring the records of the next chunks (workspace.h) and take the outputs away meanwhile.
 //
 // A summary of a segment (kReplay = false) is the same without outputs: of S^T from zero, and, for the transition M of
@@ -20,7 +21,8 @@ namespace kda {
 template <class Variant, bool kReplay>
 struct ScanShape : ChunkShape<Variant> {
   static constexpr ChunkFwdConfig kConfig = Variant::config;
-  static constexpr int kConsumers = kConsumerWarps * 32, kHelpers = kReplay ? 128 : 32;
+  static constexpr int kParts = kConfig.key_parts, kPartTile = kConfig.key_tile / kParts;
+  static constexpr int kConsumers = kConsumerWarps * kParts * 32, kHelpers = kReplay ? 128 : 32;
   static constexpr int kThreads = kConsumers + kHelpers;
   /// Summaries: two blocks per SM, each of which waits for its own products most of the time.
   static constexpr int kStages = kReplay || kConfig.stages < 2 ? kConfig.stages : 2;
@@ -28,20 +30,34 @@ struct ScanShape : ChunkShape<Variant> {
                                                                                                                   : 2;
   /// sm_90: bulk copies, and asynchronous products: the output of a chunk is finished while the next one starts.
   static constexpr bool kAsync = kConfig.wgmma;
+  static_assert(kParts == 1 || (kParts == 2 && kConfig.chunk == 16 && !kAsync));
 };
 
-template <class Values, bool kReplay>
+template <class Values, int kWarps, bool kReplay>
 struct ScanResults {
   Values o[2];  // of alternate chunks; a consumer warp owns 16 columns
 };
-template <class Values>
-struct ScanResults<Values, false> {
-  bool remembers[kConsumerWarps];  // rows of M: any of the warp's, at the last check
+template <class Values, int kWarps>
+struct ScanResults<Values, kWarps, false> {
+  bool remembers[kWarps];  // rows of M: any of the warp's, at the last check
 };
 
-template <class Variant, bool kReplay>
-struct ScanStorage : ScanResults<typename ChunkTransition<Variant>::Values, kReplay> {
-  using Shape = ScanShape<Variant, kReplay>;
+/// Sums over half of K, of alternate chunks, lane by lane. A chain of bases: nvcc reaches a second base by a conversion
+/// that hides that this is shared memory.
+template <class Results, int kTokenTiles, int kParts>
+struct ScanPartials : Results {
+  struct {
+    float4 x[kParts][kTokenTiles][32];  // S^T W^T
+    float4 o[kTokenTiles][32];          // O^T of the second part
+  } partials[2][kConsumerWarps];
+};
+template <class Results, int kTokenTiles>
+struct ScanPartials<Results, kTokenTiles, 1> : Results {};
+
+template <class Variant, bool kReplay, class Shape = ScanShape<Variant, kReplay>>
+struct ScanStorage
+    : ScanPartials<ScanResults<typename ChunkTransition<Variant>::Values, Shape::kConsumers / 32, kReplay>,
+                   Shape::kChunk / 8, Shape::kParts> {
   using Record = std::conditional_t<kReplay, ChunkRecord<Variant>, ChunkTransition<Variant>>;
   struct Stage {
     Record record;
@@ -62,7 +78,9 @@ struct ScanBarrier {
   static KDA_DEVICE void wait(int barrier) { sync_named(barrier, Shape::kThreads); }
   static KDA_DEVICE void arrive(int barrier) { arrive_named(barrier, Shape::kThreads); }
   static constexpr int kConsumers = 5 + 2 * kStages;  // of the consumers alone
-  static_assert(kConsumers < 16);
+  /// Of the warps that share rows.
+  static KDA_DEVICE void join_parts(int rows) { sync_named(kConsumers + 1 + rows, Shape::kParts * 32); }
+  static_assert(kConsumers + (Shape::kParts > 1 ? kConsumerWarps : 0) < 16);
 };
 
 /// Every how many chunks it is asked whether a segment has forgotten what it began from. At least as many as there are
@@ -154,20 +172,25 @@ struct ScanConsumer {
   using Barrier = ScanBarrier<Variant, kReplay>;
   using Storage = ScanStorage<Variant, kReplay>;
   using Stage = typename Storage::Stage;
-  static constexpr int kChunk = Shape::kChunk, kKeyTile = Shape::kKeyTile;
-  static constexpr int kTokenTiles = kChunk / 8, kKeyTiles = kKeyTile / 8;
+  static constexpr int kChunk = Shape::kChunk, kParts = Shape::kParts, kPartTile = Shape::kPartTile;
+  static constexpr int kTokenTiles = kChunk / 8, kKeyTiles = kPartTile / 8;
 
-  using Products = std::conditional_t<Shape::kAsync, tile::WgmmaProducts<E, kChunk, kKeyTile>,
-                                      tile::MmaProducts<E, kChunk, kKeyTile>>;
+  using Products = std::conditional_t<Shape::kAsync, tile::WgmmaProducts<E, kChunk, kPartTile>,
+                                      tile::MmaProducts<E, kChunk, kPartTile>>;
 
   Storage& s;
-  int const warp;                           // its columns of V in the tile: warp * 16 ...
+  int const warp;
   bool const has_values;                    // else T V = 0
   tile::Accumulator state[kKeyTiles];       // S^T
   tile::Accumulator x[kTokenTiles];         // S^T W^T
   tile::Accumulator o[kTokenTiles];         // O^T
   tile::LeftFragment<E> left[kChunk / 16];  // U^T, as operand
   Products products;
+
+  KDA_DEVICE int row() const { return warp % kConsumerWarps * 16; }  // of S^T in the tile: 16 columns of V
+  KDA_DEVICE int key() const { return kParts == 1 ? 0 : warp / kConsumerWarps * kPartTile; }
+  KDA_DEVICE bool completes_output() const { return kParts == 1 || warp < kConsumerWarps; }
+  KDA_DEVICE StatePart part(int row0) const { return {row0 + row(), key(), Shape::kKeyTile}; }
 
   KDA_DEVICE void wait_for_record(int stage, uint32_t parity) {
     if constexpr (Shape::kAsync) mbarrier_wait(s.full[stage], parity);
@@ -180,6 +203,8 @@ struct ScanConsumer {
     wait_for_record(stage, parity);
     Stage const& in = s.stage[stage];
     start(in);
+    products.template wait<kReplay ? 1 : 0>();
+    if constexpr (kParts > 1) join_parts((stage + Shape::kStages * int(parity)) % 2);
     correct_values(in);
     advance(in);
   }
@@ -188,7 +213,7 @@ struct ScanConsumer {
   KDA_DEVICE void hand_over_output(int buffer) {
 #pragma unroll
     for (int c = 0; c < kTokenTiles; c += 2)
-      tile::store_transposed<E, Shape::kAsync>(s.o[buffer], c * 8, warp * 16, o[c], o[c + 1]);
+      if (completes_output()) tile::store_transposed<E, Shape::kAsync>(s.o[buffer], c * 8, row(), o[c], o[c + 1]);
     Barrier::arrive(Barrier::output_full(buffer));
   }
 
@@ -211,18 +236,39 @@ struct ScanConsumer {
   KDA_DEVICE void start(Stage const& in) {
     products.read(state);
     if constexpr (Shape::kAsync) decay(in);
-    products.start_rows(x, state, in.record.w);
-    if constexpr (kReplay) products.start_rows(o, state, in.record.gamma_q);
+    auto const& w = in.record.w.template columns<kPartTile>(key());
+    if constexpr (kReplay) products.start_rows(state, x, w, o, in.record.gamma_q.template columns<kPartTile>(key()));
+    else products.start_rows(state, x, w);
     if constexpr (!Shape::kAsync) decay(in);
+  }
+
+  static KDA_DEVICE float4 to_float4(tile::Accumulator const& a) { return {a.x[0], a.x[1], a.x[2], a.x[3]}; }
+  static KDA_DEVICE void add(tile::Accumulator& sum, float4 const& a) {
+    sum.x[0] += a.x, sum.x[1] += a.y, sum.x[2] += a.z, sum.x[3] += a.w;
+  }
+  /// From sums over half of K to sums over all of it. Both warps come to the same x, bit by bit.
+  KDA_DEVICE void join_parts(int buffer) {
+    auto& partial = s.partials[buffer][warp % kConsumerWarps];
+    int const lane = lane_index(), mine = warp / kConsumerWarps;
+#pragma unroll
+    for (int c = 0; c < kTokenTiles; ++c) {
+      partial.x[mine][c][lane] = to_float4(x[c]);
+      if (kReplay && !completes_output()) partial.o[c][lane] = to_float4(o[c]);
+    }
+    Barrier::join_parts(warp % kConsumerWarps);  // and so the other has read the sums of two chunks ago
+#pragma unroll
+    for (int c = 0; c < kTokenTiles; ++c) {
+      add(x[c], partial.x[mine ^ 1][c][lane]);
+      if (kReplay && completes_output()) add(o[c], partial.o[c][lane]);
+    }
   }
 
   /// U^T = (T V)^T - S^T W^T
   KDA_DEVICE void correct_values(Stage const& in) {
-    products.template wait<kReplay ? 1 : 0>();
 #pragma unroll
     for (int c = 0; c < kTokenTiles; c += 2) {
       tile::Accumulator v0{}, v1{};
-      if (kReplay || has_values) tile::load_transposed<E>(v0, v1, in.u, c * 8, warp * 16);
+      if (kReplay || has_values) tile::load_transposed<E>(v0, v1, in.u, c * 8, row());
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         v0.x[e] -= x[c].x[e];
@@ -234,8 +280,9 @@ struct ScanConsumer {
 
   /// S^T += U^T K~ and O^T += U^T A_qk^T.
   KDA_DEVICE void advance(Stage const& in) {
-    products.start_outer(state, left, in.record.k_tilde);
-    if constexpr (kReplay) products.start_lower(o, left, in.record.a_qk);
+    products.start_outer(state, left, in.record.k_tilde.template columns<kPartTile>(key()));
+    if constexpr (kReplay)
+      if (completes_output()) products.start_lower(o, left, in.record.a_qk);
     products.template wait<0>();
   }
 
@@ -243,7 +290,7 @@ struct ScanConsumer {
     int const lane = lane_index();
 #pragma unroll
     for (int d = 0; d < kKeyTiles; ++d) {
-      float2 const gamma = *reinterpret_cast<float2 const*>(&in.record.gamma_c[d * 8 + lane % 4 * 2]);
+      float2 const gamma = *reinterpret_cast<float2 const*>(&in.record.gamma_c[key() + d * 8 + lane % 4 * 2]);
 #pragma unroll
       for (int e = 0; e < 4; ++e) state[d].x[e] *= e % 2 ? gamma.y : gamma.x;
     }

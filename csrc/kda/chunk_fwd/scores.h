@@ -17,6 +17,9 @@ template <class E>
 inline constexpr float kGentle = std::is_same_v<E, Bf16>   ? 64.f
                                  : std::is_same_v<E, Fp16> ? 6.f
                                                            : 8.f;
+/// Keys may be collinear: all scores of a chunk then are off the same way, and nothing averages their errors out.
+inline constexpr tile::Sum kSum = tile::Sum::kRounded;
+
 /// Largest |k| that may be multiplied by 2^kGentle.
 template <class E>
 inline constexpr float kLargestKey = std::is_same_v<E, Fp16> ? 512.f : 1e12f;
@@ -110,7 +113,7 @@ struct BlockScores {
       tile::LeftFragment<E> left;
       if constexpr (kScaled) left = tile::load_left_scaled<E>(rows, i * 16, d, factor);
       else left = tile::load_left<E>(rows, i * 16, d);
-      tile::multiply<E>(acc[0], acc[1], left, tile::load_right<E>(c.s.blocks.k_inverse, j * 16, d));
+      tile::multiply<E, kSum>(acc[0], acc[1], left, tile::load_right<E>(c.s.blocks.k_inverse, j * 16, d));
     }
   }
   /// f(row and column inside the block, two neighbouring scores).
@@ -262,15 +265,15 @@ struct SplitScores {
       if constexpr (kHalf >= 16) {
 #pragma unroll
         for (int d = 0; d < kKeyTile; d += 16)
-          tile::multiply<E>(acc[0], acc[1], tile::load_left<E>(split.rows, m * 16, d),
-                            tile::load_right<E>(split.cols, n, d));
+          tile::multiply<E, kSum>(acc[0], acc[1], tile::load_left<E>(split.rows, m * 16, d),
+                                  tile::load_right<E>(split.cols, n, d));
         store_scores<kHalf>(acc[0], m * 16, n);
         store_scores<kHalf>(acc[1], m * 16, n + 8);
       } else {
 #pragma unroll
         for (int d = 0; d < kKeyTile; d += 16)
-          tile::multiply_half<E>(acc[0], tile::load_left<E>(split.rows, m * 16, d),
-                                 tile::load_right<E>(split.cols, n, d), m % 2 == 1);
+          tile::multiply_half<E, kSum>(acc[0], tile::load_left<E>(split.rows, m * 16, d),
+                                       tile::load_right<E>(split.cols, n, d), m % 2 == 1);
         store_scores<kHalf>(acc[0], m * 16, n + m % 2 * 8);
       }
     }

@@ -34,35 +34,36 @@ KDA_DEVICE float* carry_at(ChunkFwdParams const& p, int part, int value_head) {
          (int64_t(part % 2) * p.value_heads + value_head) * state_floats(p.value_dim, Variant::config.key_tile);
 }
 
-/// This warp's rows, the first of which is `row`.
+/// f(accumulator, its first element, two neighbours in `rows`).
 template <int kKeyTiles, class F>
-KDA_DEVICE void for_row_pairs(float* rows, int row, F f) {
-  float* const at = rows + (row + lane_index() / 4) * (kKeyTiles * 8) + lane_index() % 4 * 2;
+KDA_DEVICE void for_row_pairs(float* rows, StatePart part, F f) {
+  float* const at = rows + (part.row + lane_index() / 4) * part.channels + part.channel + lane_index() % 4 * 2;
 #pragma unroll
   for (int d = 0; d < kKeyTiles; ++d)
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      f(d, half * 2, reinterpret_cast<float2*>(at + half * 8 * (kKeyTiles * 8) + d * 8));
+      f(d, half * 2, reinterpret_cast<float2*>(at + half * 8 * part.channels + d * 8));
 }
 template <int kKeyTiles>
-KDA_DEVICE void load_rows(tile::Accumulator (&state)[kKeyTiles], float* rows, int row) {
-  for_row_pairs<kKeyTiles>(rows, row, [&](int d, int e, float2 const* at) {
+KDA_DEVICE void load_rows(tile::Accumulator (&state)[kKeyTiles], float* rows, StatePart part) {
+  for_row_pairs<kKeyTiles>(rows, part, [&](int d, int e, float2 const* at) {
     float2 const pair = *at;
     state[d].x[e] = pair.x, state[d].x[e + 1] = pair.y;
   });
 }
 template <int kKeyTiles>
-KDA_DEVICE void store_rows(tile::Accumulator const (&state)[kKeyTiles], float* rows, int row) {
-  for_row_pairs<kKeyTiles>(rows, row, [&](int d, int e, float2* at) { *at = {state[d].x[e], state[d].x[e + 1]}; });
+KDA_DEVICE void store_rows(tile::Accumulator const (&state)[kKeyTiles], float* rows, StatePart part) {
+  for_row_pairs<kKeyTiles>(rows, part, [&](int d, int e, float2* at) { *at = {state[d].x[e], state[d].x[e + 1]}; });
 }
-/// Rows `row` ... of the identity.
+/// A part of the identity.
 template <int kKeyTiles>
-KDA_DEVICE void set_identity(tile::Accumulator (&state)[kKeyTiles], int row) {
-  int const lane = lane_index();
+KDA_DEVICE void set_identity(tile::Accumulator (&state)[kKeyTiles], StatePart part) {
+  int const lane = lane_index(), diagonal = part.row - part.channel;
 #pragma unroll
   for (int d = 0; d < kKeyTiles; ++d)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) state[d].x[e] = row + lane / 4 + e / 2 * 8 == d * 8 + lane % 4 * 2 + e % 2 ? 1.f : 0.f;
+    for (int e = 0; e < 4; ++e)
+      state[d].x[e] = diagonal + lane / 4 + e / 2 * 8 == d * 8 + lane % 4 * 2 + e % 2 ? 1.f : 0.f;
 }
 
 /// Chunks [begin, end) of a sequence, for one head: a segment, as far as it lies in the part.

@@ -30,11 +30,11 @@ KDA_DEVICE StateAt final_state_at(ChunkFwdParams const& p, int n, int value_head
   return state_in_slot(p.final_state, p, p.final_state.data ? p.final_state.slots.of(n) : -1, value_head);
 }
 
-/// Calls f(accumulator element, its place) for this warp's rows of S^T that exist; `value` is the first.
+/// Calls f(accumulator element, its place) for what exists of this warp's part of S^T.
 template <class T, int kKeyTiles, class F>
 KDA_DEVICE void for_state_of(tile::Accumulator (&state)[kKeyTiles], StateAt const& at, ChunkFwdParams const& p,
-                             int value, F f) {
-  int const v = value + lane_index() / 4, d = lane_index() % 4 * 2;
+                             StatePart part, F f) {
+  int const v = part.row + lane_index() / 4, d = part.channel + lane_index() % 4 * 2;
   T* pair = static_cast<T*>(at.data) + at.offset + v * at.value_stride + d * at.key_stride;
   int64_t const next_row = 8 * at.value_stride, next_tile = 8 * at.key_stride;
 #pragma unroll
@@ -45,27 +45,27 @@ KDA_DEVICE void for_state_of(tile::Accumulator (&state)[kKeyTiles], StateAt cons
         f(state[tile].x[e], pair + (e / 2 ? next_row : 0) + (e % 2 ? at.key_stride : 0));
 }
 template <int kKeyTiles, class F>
-KDA_DEVICE void for_state(tile::Accumulator (&state)[kKeyTiles], StateAt const& at, ChunkFwdParams const& p, int value,
-                          F f) {
-  if (at.type == StateType::kFloat32) for_state_of<float>(state, at, p, value, f);
-  else if (at.type == StateType::kBfloat16) for_state_of<Bf16>(state, at, p, value, f);
-  else for_state_of<Fp16>(state, at, p, value, f);
+KDA_DEVICE void for_state(tile::Accumulator (&state)[kKeyTiles], StateAt const& at, ChunkFwdParams const& p,
+                          StatePart part, F f) {
+  if (at.type == StateType::kFloat32) for_state_of<float>(state, at, p, part, f);
+  else if (at.type == StateType::kBfloat16) for_state_of<Bf16>(state, at, p, part, f);
+  else for_state_of<Fp16>(state, at, p, part, f);
 }
 
 /// S^T <- the state, or zero where there is none.
 template <int kKeyTiles>
 KDA_DEVICE void load_state(tile::Accumulator (&state)[kKeyTiles], StateAt const& at, ChunkFwdParams const& p,
-                           int value) {
+                           StatePart part) {
 #pragma unroll
   for (int tile = 0; tile < kKeyTiles; ++tile) state[tile] = tile::Accumulator{};
-  if (at.data) for_state(state, at, p, value, [](float& x, auto const* from) { x = to_float(*from); });
+  if (at.data) for_state(state, at, p, part, [](float& x, auto const* from) { x = to_float(*from); });
 }
 
 template <int kKeyTiles>
 KDA_DEVICE void store_state(tile::Accumulator (&state)[kKeyTiles], StateAt const& at, ChunkFwdParams const& p,
-                            int value) {
+                            StatePart part) {
   if (at.data)
-    for_state(state, at, p, value,
+    for_state(state, at, p, part,
               [](float x, auto* to) { *to = from_float<std::remove_reference_t<decltype(*to)>>(x); });
 }
 
@@ -96,20 +96,20 @@ KDA_DEVICE StateAt checkpoint_at(ChunkFwdParams const& p, int n, int64_t tokens,
 /// Before each chunk: the states that are kept at its first token.
 template <int kKeyTiles>
 KDA_DEVICE void keep_states(tile::Accumulator (&state)[kKeyTiles], ChunkFwdParams const& p, int n, int64_t first_row,
-                            int64_t token, int value_head, int value) {
+                            int64_t token, int value_head, StatePart part) {
 #pragma unroll 1
   for (int kind = 0; kind < 2; ++kind)
     store_state(state, kind ? checkpoint_at(p, n, token, value_head) : chunk_state_at(p, first_row, token, value_head),
-                p, value);
+                p, part);
 }
 
 /// After the last chunk: the final state, which may be a checkpoint too.
 template <int kKeyTiles>
 KDA_DEVICE void finish_states(tile::Accumulator (&state)[kKeyTiles], ChunkFwdParams const& p, int n, int64_t length,
-                              int value_head, int value) {
+                              int value_head, StatePart part) {
 #pragma unroll 1
   for (int kind = 0; kind < 2; ++kind)
-    store_state(state, kind ? checkpoint_at(p, n, length, value_head) : final_state_at(p, n, value_head), p, value);
+    store_state(state, kind ? checkpoint_at(p, n, length, value_head) : final_state_at(p, n, value_head), p, part);
 }
 
 }  // namespace kda

@@ -79,21 +79,22 @@ struct Fp16K128Sm90 {
   static constexpr char const* name = "fp16_k128_sm90";
   static constexpr ChunkFwdConfig config{64, 128, 3, true};
 };
-// fp32 through three tf32 products.
+// fp32 through three tf32 products. From K = 128 on two warps share the state of 16 columns of V: a thread then has
+// registers for it, and a scheduler two warps that wait for tensor cores.
 struct Fp32K64 {
   using Element = float;
   static constexpr char const* name = "fp32_k64";
-  static constexpr ChunkFwdConfig config{32, 64, 1};
+  static constexpr ChunkFwdConfig config{32, 64, 2};
 };
 struct Fp32K128 {
   using Element = float;
   static constexpr char const* name = "fp32_k128";
-  static constexpr ChunkFwdConfig config{32, 128, 1};
+  static constexpr ChunkFwdConfig config{16, 128, 2, false, 2};
 };
 struct Fp32K256 {
   using Element = float;
   static constexpr char const* name = "fp32_k256";
-  static constexpr ChunkFwdConfig config{16, 256, 1};
+  static constexpr ChunkFwdConfig config{16, 256, 1, false, 2};
 };
 
 }  // namespace kda

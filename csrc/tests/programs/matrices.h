@@ -72,7 +72,7 @@ inline std::vector<uint32_t> matrix_moves() { return run(matrices_kernel, dim3(1
 
 // ---- mma.sync --------------------------------------------------------------------------------------------------
 
-/// D = C + A B, A [16 x 16] row-major, B [8 x 16] (column n contiguous), integers.
+/// D = C + A B, A [16 x 16] row-major, B [8 x 16] (column n contiguous).
 template <class E>
 KDA_GLOBAL void mma_kernel(float* out, E const* a, E const* b, float const* c) {
   int const group = lane_index() / 4, pair = lane_index() % 4 * 2;
@@ -84,10 +84,10 @@ KDA_GLOBAL void mma_kernel(float* out, E const* a, E const* b, float const* c) {
   mma_m16n8k16<E>(d, x, word(b + group * 16 + pair), word(b + group * 16 + pair + 8));
   for (int i = 0; i < 4; ++i) out[(group + i / 2 * 8) * 8 + pair + i % 2] = d[i];
 }
-template <class E>
+template <class E, bool kScattered>
 std::vector<float> mma_16() {
-  Buffer<E> const a(integers<E>(256, 6)), b(integers<E>(128, 7));
-  Buffer<float> const c(integers<float>(128, 8));
+  Buffer<E> const a(numbers<E, kScattered>(256, 6)), b(numbers<E, kScattered>(128, 7));
+  Buffer<float> const c(numbers<float, kScattered>(128, 8));
   return run(mma_kernel<E>, dim3(1), dim3(32), 0, 128, static_cast<E const*>(a.data()), static_cast<E const*>(b.data()),
              static_cast<float const*>(c.data()));
 }
@@ -101,8 +101,10 @@ KDA_GLOBAL void mma_tf32_kernel(float* out, float const* a, float const* b, floa
   mma_m16n8k8_tf32(d, x, float_for_tf32(b[group * 8 + k]), float_for_tf32(b[group * 8 + k + 4]));
   for (int i = 0; i < 4; ++i) out[(group + i / 2 * 8) * 8 + k * 2 + i % 2] = d[i];
 }
-inline std::vector<float> mma_tf32() {
-  Buffer<float> const a(integers<float>(128, 6)), b(integers<float>(64, 7)), c(integers<float>(128, 8));
+template <bool kScattered>
+std::vector<float> mma_tf32() {
+  Buffer<float> const a(numbers<float, kScattered>(128, 6)), b(numbers<float, kScattered>(64, 7));
+  Buffer<float> const c(numbers<float, kScattered>(128, 8));
   return run(mma_tf32_kernel, dim3(1), dim3(32), 0, 128, static_cast<float const*>(a.data()),
              static_cast<float const*>(b.data()), static_cast<float const*>(c.data()));
 }

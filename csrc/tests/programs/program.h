@@ -66,7 +66,7 @@ std::vector<T> run(void (*kernel)(T*, P...), dim3 grid, dim3 block, size_t share
   return output.download();
 }
 
-/// Reproducible numbers: `hash` of the index, small integers (exact in every format and every order of summation), and
+/// Reproducible numbers: `hash` of the index, small integers (exact in every format and every order of summation),
 /// reals in [-1, 1).
 inline uint32_t hash(uint32_t i, uint32_t seed = 0) {
   i = (i + seed * 0x9E3779B9u) * 0x85EBCA6Bu;
@@ -75,12 +75,22 @@ inline uint32_t hash(uint32_t i, uint32_t seed = 0) {
 }
 inline float small_integer(uint32_t i, uint32_t seed) { return float(int(hash(i, seed) % 9) - 4); }
 inline float real(uint32_t i, uint32_t seed) { return float(int32_t(hash(i, seed))) * 0x1p-31f; }
+/// Reals over many powers of two, some of them zero: what tensor cores align and truncate.
+inline float scattered(uint32_t i, uint32_t seed) {
+  uint32_t const kind = hash(i, seed + 1000) % 24;
+  return kind == 0 ? 0.f : real(i, seed) * float(1u << kind) * 0x1p-12f;
+}
 
+template <class E, bool kScattered>
+std::vector<E> numbers(size_t n, uint32_t seed) {
+  std::vector<E> x(n);
+  for (size_t i = 0; i < n; ++i)
+    x[i] = from_float<E>(kScattered ? scattered(uint32_t(i), seed) : small_integer(uint32_t(i), seed));
+  return x;
+}
 template <class E>
 std::vector<E> integers(size_t n, uint32_t seed) {
-  std::vector<E> x(n);
-  for (size_t i = 0; i < n; ++i) x[i] = from_float<E>(small_integer(uint32_t(i), seed));
-  return x;
+  return numbers<E, false>(n, seed);
 }
 inline std::vector<float> reals(size_t n, uint32_t seed) {
   std::vector<float> x(n);
