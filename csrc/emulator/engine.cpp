@@ -81,7 +81,7 @@ KDA_NO_TSAN void Engine::thread_entry() {
   Engine& engine = current();
   finish_first_switch();
   acquire(engine.running);
-  acquire(&engine);  // the block before, in the same memory
+  acquire(&engine.end_of_block_[(engine.blocks_ + 1) % 2]);  // the block before, in the same memory
   engine.grid_->body();
   engine.finish_thread();
 }
@@ -94,7 +94,7 @@ KDA_NO_TSAN void Engine::finish_thread() {
   }
   running->done = true;
   --live_;
-  release(this);
+  release(&end_of_block_[blocks_ % 2]);
   release(&grid_->done);
   Fiber* next = pick();
   if (!next && live_) stop_or_fail();
@@ -151,6 +151,7 @@ void Engine::start(Grid& g, uint3 index) {
 
 void Engine::reset_block() {
   error_.clear();
+  ++blocks_;
   live_ = threads_;
   running = nullptr;
   paused_ = lets_next_start_ = false;

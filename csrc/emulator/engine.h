@@ -253,6 +253,8 @@ class Engine {
   size_t dynamic_bytes_ = 0, window_top_ = 0;
   std::vector<Fiber*> outside_;  // that wait for other blocks
   bool paused_ = false, lets_next_start_ = false;
+  uint32_t blocks_ = 0;            // that were run here, one after the other
+  uint64_t end_of_block_[2] = {};  // synchronisation objects, by turns: a thread knows of the block before alone
   std::vector<Fiber> fibers_;
   Context launcher_;
   char* window_ = nullptr;  // the block's shared memory

@@ -8,8 +8,7 @@ namespace kda::emulator {
 namespace {
 #if defined(__SANITIZE_THREAD__)
 // To ThreadSanitizer a thread of a later block is the one that it was before, ordered after all that it did then:
-// blocks that can run beside each other have threads of their own, as long as there are not too many (0.8 MB, 1 ms
-// each).
+// blocks that can run beside each other have threads of their own while there are few (each is 0.8 MB and 1 ms).
 constexpr bool kNeedsOwnThreads = true;
 #else
 constexpr bool kNeedsOwnThreads = false;
