@@ -23,7 +23,7 @@ ChunkFwdVariant sizes_of() {
   ChunkFwdVariant v{};
   v.name = V::name, v.dtype = Dtype::kBfloat16, v.chunk = V::config.chunk, v.key_tile = V::config.key_tile;
   v.record_bytes = sizeof(ChunkRecord<V>), v.value_tile_bytes = sizeof(typename ChunkRecord<V>::Values);
-  v.prepare_teams = 2, v.prepare_shared_bytes = 108 << 10;
+  v.wgmma = V::config.wgmma, v.prepare_teams = 2, v.prepare_shared_bytes = 108 << 10;
   return v;
 }
 
