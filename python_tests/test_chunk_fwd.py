@@ -134,7 +134,9 @@ def test_every_variant_under_two_schedules(variant, gate, device):
 
 
 @pytest.mark.devices("emulator")
-@pytest.mark.parametrize("variant", ["bf16_k64", "bf16_k64_sm90", "fp16_k128_c32", "fp32_k64", "bf16_k256"])
+@pytest.mark.parametrize(
+    "variant", ["bf16_k64", "bf16_k64_sm90", "fp16_k128_c32", "fp32_k64", "fp32_k128", "bf16_k256"]
+)
 def test_eight_schedules_agree_bit_by_bit(variant, device):
     case = variant_case(variant, heads=1, value_heads=1, value_dim=40)
     x = case.inputs()

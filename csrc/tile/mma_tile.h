@@ -94,7 +94,7 @@ KDA_DEVICE LeftFragment<E> load_left(Tile const& tile, int row0, int col0) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       int const row = row0 + lane / 4 + i % 2 * 8;
-      int const col = col0 + i / 4 * 8 + lane % 4 * 2 + i / 2 % 2;
+      int const col = col0 ^ i / 4 * 8 ^ lane % 4 * 2 ^ i / 2 % 2;
       split<E>(f, i, to_fp32(tile.at(row, col)));
     }
   } else {

@@ -17,10 +17,7 @@ struct MmaProducts {
   template <class... XAndTile>
   KDA_DEVICE void start_rows(Accumulator const (&left)[kDepth / 8], XAndTile&&... x) {
 #pragma unroll
-    for (int d = 0; d < kDepth; d += 16) {
-      limit_loads(d);
-      add_rows(left_from<E>(left[d / 8], left[d / 8 + 1]), d, x...);
-    }
+    for (int d = 0; d < kDepth; d += 16) add_rows(left_from<E>(left[d / 8], left[d / 8 + 1]), d, x...);
   }
   /// acc += left lower^T for a lower triangular [kRows x kRows] tile.
   template <class Tile>
@@ -40,7 +37,7 @@ struct MmaProducts {
     for (int c = 0; c < kRows; c += 16)
 #pragma unroll
       for (int d = 0; d < kDepth; d += 16) {
-        limit_loads(d);
+        if (kManyRegisters && d % 32 == 0) sync_warp();
         multiply<E>(acc[d / 8], acc[d / 8 + 1], left[c / 16], load_right_transposed<E>(tile, c, d));
       }
   }
@@ -48,10 +45,9 @@ struct MmaProducts {
   KDA_DEVICE void wait() {}
 
  private:
-  /// Loads do not move up across it. Two fp32 operands on their way take 32 registers, more leave none for the state.
-  KDA_DEVICE static void limit_loads(int depth) {
-    if (sizeof(E) == 4 && depth % 32 == 0) sync_warp();
-  }
+  /// The state takes most registers: loads may not move up by more than two operands, of 16 registers each. They do not
+  /// cross sync_warp.
+  static constexpr bool kManyRegisters = sizeof(E) == 4 && kDepth > 64;
   KDA_DEVICE void add_rows(LeftFragment<E> const&, int) {}
   template <class Tile, class... More>
   KDA_DEVICE void add_rows(LeftFragment<E> const& a, int d, Accumulator (&x)[kRows / 8], Tile const& tile,

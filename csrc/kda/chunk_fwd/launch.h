@@ -28,10 +28,13 @@ struct ScanCost {
   static constexpr double kWorthwhile = 0.9;  // of the time without a split
 
   ScanCost(Dtype dtype, int key_tile) {
-    // In fp16 the gates are mostly too steep for one anchor per 16 tokens; fp32 is three products, and spills.
-    double const of_dtype = dtype == Dtype::kFloat32 ? 4.1 : dtype == Dtype::kFloat16 ? 2.5 : 1;
-    turn = of_dtype * (key_tile == 64 ? 15.5 : key_tile == 128 ? 15 : 18), turn_alone = turn * 2 / 3;
-    replay = (dtype == Dtype::kFloat32 ? 9.3 : 1) * (key_tile == 64 ? 0.85 : 1.1), summarise = replay * 7 / 11;
+    if (dtype == Dtype::kFloat32) {  // three products; chunks of 32 (K = 64) or 16 tokens
+      turn = key_tile == 256 ? 45 : 25, replay = key_tile == 256 ? 3 : 1.7;
+    } else {  // in fp16 the gates are mostly too steep for one anchor per 16 tokens
+      turn = (dtype == Dtype::kFloat16 ? 2.5 : 1) * (key_tile == 64 ? 15.5 : key_tile == 128 ? 15 : 18);
+      replay = key_tile == 64 ? 0.85 : 1.1;
+    }
+    turn_alone = turn * 2 / 3, summarise = replay * 7 / 11;
   }
 };
 
@@ -96,16 +99,17 @@ struct ChunkFwdVariant {
   /// How the kernels of a call share the device, where sequences are not split. Where kernels can run beside each
   /// other, the scan follows the prepare kernel record by record; it gets multiprocessors of its own if that pays.
   struct Schedule {
-    int64_t part_slots;
-    int64_t reserved;     // multiprocessors left to the scan; 0: it gets them as the prepare kernel ends
-    int32_t walkers = 0;  // of the prepare kernel for each value head; 0: prepare_walk
-    int teams = 1;        // in each of its blocks; all that fit, so that no other fits beside them
-    double us;            // predicted
+    int64_t part_slots = 0;
+    int64_t reserved = 0;  // multiprocessors left to the scan; 0: it gets them as the prepare kernel ends
+    int32_t walkers = 0;   // of the prepare kernel for each value head; 0: prepare_walk
+    int teams = 1;         // in each of its blocks; all that fit, so that no other fits beside them
+    double us = 0;         // predicted
   };
   Schedule schedule(ChunkFwdCall const& call) const {
-    Schedule best{part_slots(call), 0, 0, 1, sequential_us(call)};
     int64_t const scan = scan_blocks(call), left = multiprocessors() - scan, slots = call.plan.slots();
-    if (!overlaps_kernels() || slots == 0 || 4 * scan > 3 * multiprocessors()) return best;
+    if (slots == 0) return {};
+    Schedule best{part_slots(call), 0, 0, 1, sequential_us(call)};
+    if (!overlaps_kernels() || 4 * scan > 3 * multiprocessors()) return best;
     int const teams = slots * call.value_heads > left ? prepare_teams : 1;
     if (teams > 1 && !wgmma) return best;  // for these no kernel with blocks of several teams is compiled
     int64_t const most = most_slots(call),
@@ -207,7 +211,8 @@ struct ChunkFwdVariant {
   }
 
  private:
-  static constexpr double kFirstLoad = 0.3;  // of a turn
+  static constexpr double kFirstLoad = 0.3;   // of a turn
+  static constexpr double kBesideScan = 1.1;  // of a turn, whose loads and stores meet those of the scan
 
   static double part_chunk_heads(ChunkFwdCall const& call, int64_t parts) {
     return double(call.plan.slots() * call.value_heads) / double(parts);
@@ -232,8 +237,8 @@ struct ChunkFwdVariant {
   }
   /// The scan beside the prepare kernel, which takes so many turns. Sequences are prepared one after another.
   double beside_us(ChunkFwdCall const& call, int64_t turns, int teams) const {
-    double const turn = teams == 1 ? cost().turn_alone : cost().turn, prepare = (turns + kFirstLoad) * turn,
-                 others = 1 - 1 / double(std::max(1, call.plan.sequences));
+    double const turn = kBesideScan * (teams == 1 ? cost().turn_alone : cost().turn),
+                 prepare = (turns + kFirstLoad) * turn, others = 1 - 1 / double(std::max(1, call.plan.sequences));
     double const last = prepare * others + (1 + kFirstLoad) * turn + mean_chunks(call.plan) * cost().replay,
                  traffic = part_chunk_heads(call, 1) * (prepare_traffic_us(call) + replay_traffic_us(call));
     return 2 * ScanCost::kLaunch + std::max({prepare, last, traffic});

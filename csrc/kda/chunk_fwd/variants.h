@@ -94,7 +94,7 @@ struct Fp32K128 {
 struct Fp32K256 {
   using Element = float;
   static constexpr char const* name = "fp32_k256";
-  static constexpr ChunkFwdConfig config{16, 256, 1, false, 2};
+  static constexpr ChunkFwdConfig config{16, 256, 2, false, 2};
 };
 
 }  // namespace kda
