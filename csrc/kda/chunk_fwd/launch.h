@@ -113,12 +113,15 @@ struct ChunkFwdVariant {
     int const teams = slots * call.value_heads > left ? prepare_teams : 1;
     if (teams > 1 && !wgmma) return best;  // for these no kernel with blocks of several teams is compiled
     int64_t const most = most_slots(call),
-                  walkers = std::min(std::max<int64_t>(left * teams / call.value_heads, 1), most);
-    int64_t const parts = divide_up(slots, most / walkers * walkers),
-                  part = std::min(most, divide_up(divide_up(slots, parts), walkers) * walkers);
-    int64_t const turns = (parts - 1) * (part / walkers) + divide_up(slots - (parts - 1) * part, walkers);
-    double const us = beside_us(call, turns, teams);
-    return us < best.us ? Schedule{part, scan, int32_t(walkers), teams, us} : best;
+                  most_walkers = std::min(std::max<int64_t>(left * teams / call.value_heads, 1), most);
+    for (int64_t walkers = most_walkers; 2 * walkers > most_walkers; --walkers) {  // fewer may come out even
+      int64_t const parts = divide_up(slots, most / walkers * walkers),
+                    part = std::min(most, divide_up(divide_up(slots, parts), walkers) * walkers),
+                    turns = (parts - 1) * (part / walkers) + divide_up(slots - (parts - 1) * part, walkers);
+      double const us = beside_us(call, parts, turns, teams);
+      if (us < best.us) best = {part, scan, int32_t(walkers), teams, us};
+    }
+    return best;
   }
   /// Blocks of an unsplit scan that run together.
   int64_t scan_blocks(ChunkFwdCall const& call) const {
@@ -236,12 +239,12 @@ struct ChunkFwdVariant {
     return double(parts) * (prepare_us(call, parts) + scan_us(call, parts));
   }
   /// The scan beside the prepare kernel, which takes so many turns. Sequences are prepared one after another.
-  double beside_us(ChunkFwdCall const& call, int64_t turns, int teams) const {
+  double beside_us(ChunkFwdCall const& call, int64_t parts, int64_t turns, int teams) const {
     double const turn = kBesideScan * (teams == 1 ? cost().turn_alone : cost().turn),
                  prepare = (turns + kFirstLoad) * turn, others = 1 - 1 / double(std::max(1, call.plan.sequences));
     double const last = prepare * others + (1 + kFirstLoad) * turn + mean_chunks(call.plan) * cost().replay,
                  traffic = part_chunk_heads(call, 1) * (prepare_traffic_us(call) + replay_traffic_us(call));
-    return 2 * ScanCost::kLaunch + std::max({prepare, last, traffic});
+    return double(1 + parts) * ScanCost::kLaunch + std::max({prepare, last, traffic});
   }
   int element_bytes() const { return dtype == Dtype::kFloat32 ? 4 : 2; }
   // What a chunk of a head takes to move: inputs and record; record and outputs; what it takes without outputs.

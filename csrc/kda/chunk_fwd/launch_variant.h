@@ -57,6 +57,7 @@ void launch_prepare(ChunkFwdParams& p, ChunkFwdVariant const& variant, ChunkFwdV
   using Kernels = ChunkFwdKernels<Variant>;
   bool const own = p.progress && schedule.reserved;
   int const teams = own ? schedule.teams : 1;
+  p.last_first = !own && !p.segments && p.plan.sequences == 1;
   p.walkers =
       own ? std::min(schedule.walkers, p.part_slots) : variant.prepare_walk(p.part_slots, p.value_heads).walkers;
   dim3 const grid(unsigned(divide_up(int64_t(p.walkers) * p.value_heads, teams)));

@@ -58,6 +58,7 @@ struct ChunkFwdParams {
   int32_t part_slots, part;
   int32_t walkers;     // of the prepare kernel, for each value head: teams of threads, each of which takes every
                        // walkers-th slot
+  bool last_first;     // they begin with the last slots: the first ones are then in the L2 when the scan reads them
   bool more_parts;     // another one follows, in the same records
   uint32_t* progress;  // workspace.h: what kernels that run beside each other wait for; null: they do not
   float* carry;  // [2, value_heads, ...]: the state of the sequence that goes on into the next part (segments.h, rows)

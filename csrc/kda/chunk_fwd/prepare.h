@@ -20,11 +20,11 @@ struct Prepare : PrepareThread<Variant, kTeams> {
 
   static constexpr int kNextFinder = kThreads - 64;  // a thread whose warp has neither beta nor V to load
 
-  /// All chunks of one walker: of one value head, every p.walkers-th slot of the part from `first` on.
+  /// All chunks of one walker: of one value head, every p.walkers-th slot of the part, the `first` one first.
   KDA_DEVICE static void run(ChunkFwdParams const& p, typename Base::Storage& s, int value_head, int32_t first) {
     Prepare{{p, s}}.start(value_head, first);
     int turn = 0;
-    for (; s.walk[turn].slot < p.part_slots; turn ^= 1) {
+    for (; is_inside(p, s.walk[turn].slot); turn ^= 1) {
       WalkedChunk const &now = s.walk[turn], &next = s.walk[turn ^ 1];
       Prepare prepare{{p, s, {p.workspace, now.slot, p.value_heads, value_head, p.value_dim}}};
       cp_async_wait<0>();
@@ -35,7 +35,7 @@ struct Prepare : PrepareThread<Variant, kTeams> {
       prepare.normalise();
       if (finder) prepare.look_ahead(now, s.walk[turn ^ 1], value_head);
       prepare.scores();
-      prepare.solve(now.chunk, next.chunk, next.slot < p.part_slots);
+      prepare.solve(now.chunk, next.chunk, is_inside(p, next.slot));
     }
     if (!p.progress) return;
     Base::sync_team();
@@ -49,7 +49,7 @@ struct Prepare : PrepareThread<Variant, kTeams> {
         if (p.part == 0) wait_for_previous_kernel();  // its counters are zero now
         let_next_kernel_start();
       }
-      s.walk[0] = find_chunk(value_head, first), s.walk[1].slot = -1;
+      s.walk[0] = find_chunk(value_head, p.last_first ? p.part_slots - 1 - first : first), s.walk[1].slot = -1;
     }
     for (int channel = thread; channel < kKeyTile; channel += kThreads) {
       ChannelGate const gate(p.gate, value_head, channel, p.key_dim);
@@ -57,7 +57,7 @@ struct Prepare : PrepareThread<Variant, kTeams> {
       if (channel == 0) s.gate_amplitude = gate.amplitude;
     }
     Base::sync_team();
-    if (s.walk[0].slot >= p.part_slots) return;
+    if (!is_inside(p, s.walk[0].slot)) return;
     load_inputs(s.walk[0].chunk);
     if (gate_is_wide()) load_wide_gate(s.walk[0].chunk);
   }
@@ -75,26 +75,30 @@ struct Prepare : PrepareThread<Variant, kTeams> {
     if (written.slot >= 0) set_flag(progress_of_record(p, written.slot, value_head).ready, p.part + 1);
   }
 
+  KDA_DEVICE int32_t step() const { return p.last_first ? -p.walkers : p.walkers; }
+  KDA_DEVICE static bool is_inside(ChunkFwdParams const& p, int32_t slot) {
+    return unsigned(slot) < unsigned(p.part_slots);
+  }
+
   /// The first slot of the walk, from `slot` on, that has a chunk.
   KDA_DEVICE WalkedChunk find_chunk(int value_head, int32_t slot) const {
     ChunkPlan const plan = plan_of<Variant>(p);
-    for (; slot < p.part_slots; slot += p.walkers) {
+    for (; is_inside(p, slot); slot += step()) {
       Sequence const sequence = plan.sequence(plan.sequence_of_slot(p.first_slot + slot));
       int64_t const i = p.first_slot + slot - sequence.first_slot;
       if (i >= 0 && i < plan.chunks_of(sequence.length))
-        return {chunk_of_head<Variant>(p, sequence, i, value_head), slot, sequence.length - (i + 1) * kChunk};
+        return {chunk_of_head<Variant>(p, sequence, i, value_head), slot, i, sequence.length};
       if (!p.progress) continue;
       wait_until_free(slot, value_head);  // or else a part that still waits would take this for its own
       raise_flag(progress_of_record(p, slot, value_head).freed, value_tiles(p.value_dim));
     }
-    return {{}, slot, 0};
+    return {{}, slot, 0, 0};
   }
   KDA_DEVICE WalkedChunk next_chunk(WalkedChunk x, int value_head) const {
-    int64_t const skipped = (p.walkers - 1) * kChunk;
-    if (x.after <= skipped || x.slot + p.walkers >= p.part_slots) return find_chunk(value_head, x.slot + p.walkers);
-    x.chunk.begin += skipped + kChunk, x.after -= skipped;
-    if (x.after < kChunk) x.chunk.rows = int32_t(x.after);
-    x.slot += p.walkers, x.after -= kChunk;
+    x.slot += step(), x.index += step();
+    int64_t const first = x.index * kChunk, left = x.length - first;
+    if (!is_inside(p, x.slot) || first < 0 || left <= 0) return find_chunk(value_head, x.slot);
+    x.chunk.begin += int64_t(step()) * kChunk, x.chunk.rows = int32_t(left < kChunk ? left : kChunk);
     return x;
   }
 

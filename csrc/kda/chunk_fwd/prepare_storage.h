@@ -9,8 +9,8 @@ namespace kda {
 
 struct WalkedChunk {
   ChunkOfHead chunk;
-  int32_t slot;   // of the part
-  int64_t after;  // tokens of its sequence behind it
+  int32_t slot;           // of the part
+  int64_t index, length;  // in its sequence, of so many tokens
 };
 
 template <class Variant>
