@@ -29,10 +29,9 @@ struct ScanCost {
 
   ScanCost(Dtype dtype, int key_tile) {
     if (dtype == Dtype::kFloat32) {  // three products; chunks of 32 (K = 64) or 16 tokens
-      turn = key_tile == 256 ? 45 : 25, replay = key_tile == 256 ? 3 : 1.7;
+      turn = key_tile == 256 ? 60 : 41, replay = key_tile == 256 ? 4 : 2.8;
     } else {  // in fp16 the gates are mostly too steep for one anchor per 16 tokens
-      turn = (dtype == Dtype::kFloat16 ? 2.5 : 1) * (key_tile == 64 ? 15.5 : key_tile == 128 ? 15 : 18);
-      replay = key_tile == 64 ? 0.85 : 1.1;
+      turn = (dtype == Dtype::kFloat16 ? 1.9 : 1) * (key_tile == 64 ? 14 : 15), replay = key_tile == 64 ? 0.9 : 1.1;
     }
     turn_alone = turn * 2 / 3, summarise = replay * 7 / 11;
   }
