@@ -164,6 +164,26 @@ def test_a_long_sequence_on_a_gpu(dtype, gate):
         assert difference <= 2 * accuracy.CAP[dtype] * size, name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [4096, 4096 - 5])
+def test_the_scan_beside_the_prepare_kernel_on_a_gpu(tokens):
+    """More than one part, in which every record is written and read twice; beside each other, again, and per head."""
+    case = Case("beside_on_gpu", tokens, heads=8, key_dim=128, value_dim=128, dtype=torch.bfloat16,
+                initial_state=True, gate="long")  # fmt: skip
+    x = case.inputs("cuda")
+    plan = kda_cuda.explain(**x.public(), **INVARIANT).forward.plan
+    assert plan["overlap"].startswith("the scan runs beside the prepare kernel") and int(plan["parts"]) >= 2
+    results, again = run(x, **INVARIANT), run(x, **INVARIANT)
+    for name, y in results.items():
+        assert torch.equal(y, again[name]), name
+    head = slice(3, 4)
+    streams = {name: getattr(x, name)[:, :, head] for name in ("q", "k", "v", "g", "beta")}
+    one = x.replace(**streams, A_log=x.A_log[head], dt_bias=x.dt_bias[head], initial_state=x.initial_state[:, head])
+    alone = run(one, **INVARIANT)
+    assert torch.equal(alone["o"], results["o"][:, :, head])
+    assert torch.equal(alone["final_state"], results["final_state"][:, head])
+
+
 @pytest.mark.devices("emulator")
 def test_explain_says_why(device):
     x = long_case("bf16_k64_sm90")[0].inputs()
