@@ -129,27 +129,48 @@ KDA_GLOBAL void flag_raising_kernel(uint32_t* rows, uint32_t* flags) {
     }
   }
 }
-KDA_GLOBAL void flag_waiting_kernel(uint32_t* out, uint32_t const* rows, uint32_t const* flags) {
+struct FlaggedRow {
+  alignas(128) uint32_t word[64];
+  Mbarrier full;
+};
+/// Odd rows come by bulk copies. What has been read is counted, too, and all blocks wait for all.
+KDA_GLOBAL void flag_waiting_kernel(uint32_t* out, uint32_t const* rows, uint32_t* flags) {
+  KDA_SHARED(FlaggedRow, s);
   int const t = thread_index(), from = int(blockIdx.x + 1) % 4 * 5;
+  if (t == 0) mbarrier_init(s.full, 1), fence_mbarrier_init();
   uint32_t sum = 0;
   for (int row = 0; row < 5; ++row) {
+    uint32_t const* const in = rows + (from + row) * 64;
     if (t == 0) wait_flag(&flags[from + row], 3);
     sync_block();
-    sum = sum * 3 + rows[(from + row) * 64 + (t ^ 33)];
+    if (row % 2 == 0) {
+      sum = sum * 3 + in[t ^ 33];
+    } else {
+      if (t == 0) {
+        fence_proxy_async_global();
+        mbarrier_arrive_expect_tx(s.full, sizeof(s.word));
+        bulk_load(s.word, in, sizeof(s.word), s.full);
+      }
+      mbarrier_wait(s.full, row / 2);
+      sum = sum * 3 + s.word[t ^ 33];
+    }
+    sync_block();
+    if (t == 0) raise_flag_after_reads(&flags[21], 1);
   }
   wait_flag(&flags[20], 40);
+  wait_flag(&flags[21], 20);
   bool const reached = flag_reached(&flags[20], 40) && !flag_reached(&flags[20], 41);
   out[blockIdx.x * 64 + t] = reached ? sum + rows[(4 * 5 - 1) * 64 + t] : 0;
   wait_for_previous_kernel();
 }
 inline std::vector<uint32_t> flags() {
-  Buffer<uint32_t> const rows(std::vector<uint32_t>(20 * 64, 0)), flags(std::vector<uint32_t>(21, 0)),
+  Buffer<uint32_t> const rows(std::vector<uint32_t>(20 * 64, 0)), flags(std::vector<uint32_t>(22, 0)),
       out(std::vector<uint32_t>(256, 0));
   {
     OverlapScope const overlap;
     launch("program", flag_raising_kernel, dim3(4), dim3(64), 0, nullptr, rows.data(), flags.data());
     launch_early(true, "program", flag_waiting_kernel, dim3(4), dim3(64), 0, nullptr, out.data(),
-                 static_cast<uint32_t const*>(rows.data()), static_cast<uint32_t const*>(flags.data()));
+                 static_cast<uint32_t const*>(rows.data()), flags.data());
   }
   return out.download();
 }
@@ -181,8 +202,10 @@ KDA_GLOBAL void shuffle_kernel(uint32_t* out) {
   out[32 + lane] = shuffle(x, 9);
   for (int bits = 1; bits < 32; ++bits) out[32 + bits * 32 + lane] = shuffle_xor(x, bits);
   out[33 * 32 + lane] = warp_any(lane == 19) + 2 * warp_any(lane > 31);
+  out[34 * 32 + lane] =
+      warp_count_leading(lane != 13) + 64 * warp_count_leading(true) + 4096 * warp_count_leading(lane);
 }
-inline std::vector<uint32_t> shuffles() { return run(shuffle_kernel, dim3(1), dim3(32), 0, 34 * 32); }
+inline std::vector<uint32_t> shuffles() { return run(shuffle_kernel, dim3(1), dim3(32), 0, 35 * 32); }
 
 template <int kCount>
 KDA_DEVICE void scatter_sums(float* out, float const* in) {
