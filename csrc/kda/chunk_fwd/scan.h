@@ -157,6 +157,7 @@ struct ScanHelper {
     sync_warp();
     bool const ready = lane < left && flag_reached(progress_of_record(p, slot + lane, value_head).ready, p.part + 1);
     seen = slot + warp_count_leading(ready);
+    sync_warp();  // what one lane has seen of its record, all have
     if constexpr (Shape::kAsync) fence_proxy_async_global();
   }
   KDA_DEVICE void copy(void* to, void const* from, int bytes) {
