@@ -59,7 +59,7 @@ CASES = {
     "behind a call that leaves": (("NOP", PRODUCT, "@P0 CALL.REL.NOINC {4}", "BRA {1}", LOAD, "EXIT"), None),
     "by a product after the loop": (("NOP", "@!P0 BRA {0}", LOAD, PRODUCT, "EXIT"), "no loop that multiplies"),
     "no warpgroups": (("NOP", "HMMA.16816.F32 R2, R4, R6, R8", "@!P0 BRA {1}", "EXIT"), "no HGMMA"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)

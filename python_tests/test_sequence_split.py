@@ -168,8 +168,16 @@ def test_a_long_sequence_on_a_gpu(dtype, gate):
 @pytest.mark.parametrize("tokens", [4096, 4096 - 5])
 def test_the_scan_beside_the_prepare_kernel_on_a_gpu(tokens):
     """More than one part, in which every record is written and read twice; beside each other, again, and per head."""
-    case = Case("beside_on_gpu", tokens, heads=8, key_dim=128, value_dim=128, dtype=torch.bfloat16,
-                initial_state=True, gate="long")  # fmt: skip
+    case = Case(
+        "beside_on_gpu",
+        tokens,
+        heads=8,
+        key_dim=128,
+        value_dim=128,
+        dtype=torch.bfloat16,
+        initial_state=True,
+        gate="long",
+    )
     x = case.inputs("cuda")
     plan = kda_cuda.explain(**x.public(), **INVARIANT).forward.plan
     assert plan["overlap"].startswith("the scan runs beside the prepare kernel") and int(plan["parts"]) >= 2

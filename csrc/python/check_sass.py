@@ -154,8 +154,12 @@ def main() -> None:
         if is_demanding(kernel.replace("kda::", "")):
             names[key] = kernel.replace("kda::", "")
     command = [
-        shutil.which("cuobjdump", path=path), "-sass", "-fun", ",".join(sorted({x for x, _ in names})), str(library),
-    ]  # fmt: skip
+        shutil.which("cuobjdump", path=path),
+        "-sass",
+        "-fun",
+        ",".join(sorted({x for x, _ in names})),
+        str(library),
+    ]
     wrong, missing = [], dict(names)
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {"PATH": path}
