@@ -17,13 +17,13 @@ KDA_DEVICE void prepare_chunks(ChunkFwdParams const& p) {
   if (p.progress && blockIdx.x == 0) wait_for_previous_kernel();
 }
 template <class Variant>
-KDA_GLOBAL void __launch_bounds__(Prepare<Variant, 1>::kThreads, Prepare<Variant, 1>::kBlocksPerSm)
+KDA_GLOBAL void __launch_bounds__(Prepare<Variant, 1>::kBlockThreads, Prepare<Variant, 1>::kBlocksPerSm)
     chunk_fwd_prepare_kernel(ChunkFwdParams const p) {
   prepare_chunks<Variant, 1>(p);
 }
-/// Blocks that fill an SM, so that they leave others to the scan.
+/// So that it leaves other SMs to the scan.
 template <class Variant>
-KDA_GLOBAL void __launch_bounds__(Prepare<Variant, 1>::kThreads* prepare_teams<Variant>(), 1)
+KDA_GLOBAL void __launch_bounds__(PrepareTeams<Variant>::kBlockThreads, PrepareTeams<Variant>::kBlocksPerSm)
     chunk_fwd_prepare_teams_kernel(ChunkFwdParams const p) {
   prepare_chunks<Variant, prepare_teams<Variant>()>(p);
 }

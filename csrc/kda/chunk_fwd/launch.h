@@ -82,8 +82,9 @@ struct ChunkFwdVariant {
   bool wgmma;                             // needs compute capability 9.0
   size_t record_bytes, value_tile_bytes;  // workspace per slot and value head, and per tile of V there
   size_t prepare_shared_bytes, scan_shared_bytes;
-  int prepare_threads, prepare_teams,
-      scan_threads;  // of a team; that an SM of compute capability 9.0 holds; of a block
+  int prepare_threads;  // of a team
+  int prepare_teams;    // that a multiprocessor of compute capability 9.0 holds
+  int scan_threads;
   std::vector<KernelLaunch> (*kernels)();
   void (*launch)(ChunkFwdParams, cudaStream_t);
 

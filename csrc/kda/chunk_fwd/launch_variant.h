@@ -19,14 +19,14 @@ struct ChunkFwdKernels {
     return {{"chunk_fwd_clear", &typeid(Variant), kClearThreads, 0}, chunk_fwd_clear_kernel<Variant>};
   }
   static K prepare() {
-    return {{"chunk_fwd_prepare", &typeid(Variant), Prepare<Variant, 1>::kThreads, sizeof(PrepareStorage<Variant>)},
-            chunk_fwd_prepare_kernel<Variant>};
+    return {
+        {"chunk_fwd_prepare", &typeid(Variant), Prepare<Variant, 1>::kBlockThreads, sizeof(PrepareStorage<Variant>)},
+        chunk_fwd_prepare_kernel<Variant>};
   }
   /// All teams that fit, in a block.
   static K prepare_teams() {
-    constexpr int kTeams = kda::prepare_teams<Variant>();
-    return {{"chunk_fwd_prepare_teams", &typeid(Variant), Prepare<Variant, 1>::kThreads * kTeams,
-             sizeof(PrepareStorage<Variant>) * kTeams},
+    return {{"chunk_fwd_prepare_teams", &typeid(Variant), PrepareTeams<Variant>::kBlockThreads,
+             sizeof(PrepareStorage<Variant>) * kda::prepare_teams<Variant>()},
             chunk_fwd_prepare_teams_kernel<Variant>};
   }
   static K summarise() {

@@ -16,7 +16,7 @@ struct Prepare : PrepareThread<Variant, kTeams> {
   using typename Base::DiagonalElement;
   static constexpr int kChunk = Base::kChunk, kBlocks = Base::kBlocks, kKeyTile = Shape::kKeyTile;
   static constexpr int kThreads = Base::kThreads, kWarps = Base::kWarps;
-  static constexpr int kBlocksPerSm = kTeams > 1 ? 1 : prepare_teams<Variant>();
+  static constexpr int kBlockThreads = kTeams * kThreads, kBlocksPerSm = prepare_teams<Variant>() / kTeams;
 
   static constexpr int kNextFinder = kThreads - 64;  // a thread whose warp has neither beta nor V to load
 
@@ -293,5 +293,9 @@ struct Prepare : PrepareThread<Variant, kTeams> {
       tile::store_transposed<E, Shape::kConfig.wgmma>(tile, i * 16, column, x[i][0], x[i][1]);
   }
 };
+
+/// Blocks that fill an SM.
+template <class Variant>
+using PrepareTeams = Prepare<Variant, prepare_teams<Variant>()>;
 
 }  // namespace kda
