@@ -25,8 +25,9 @@ struct ChunkFwdKernels {
   }
   /// All teams that fit, in a block.
   static K prepare_teams() {
-    return {{"chunk_fwd_prepare_teams", &typeid(Variant), PrepareTeams<Variant>::kBlockThreads,
-             sizeof(PrepareStorage<Variant>) * kda::prepare_teams<Variant>()},
+    constexpr int kTeams = kda::prepare_teams<Variant>();  // nvcc's host code does not find PrepareTeams in here
+    return {{"chunk_fwd_prepare_teams", &typeid(Variant), Prepare<Variant, 1>::kThreads * kTeams,
+             sizeof(PrepareStorage<Variant>) * kTeams},
             chunk_fwd_prepare_teams_kernel<Variant>};
   }
   static K summarise() {
