@@ -11,7 +11,8 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
   using Base::group, Base::kBlocks, Base::kChunk, Base::kGroups, Base::kKeyTile, Base::kThreads, Base::kWarps,
       Base::lane, Base::pair, Base::s, Base::thread, Base::warp;
   using typename Base::E;
-  static_assert(kWarps == kBlocks * (kKeyTile / kResultColumns));
+  static constexpr int kOctets = kKeyTile / 8 / kWarps;
+  static_assert(kWarps == kBlocks * (kKeyTile / kResultColumns) && kOctets * kWarps * 8 == kKeyTile);
 
   ChunkBwdParams const& call;
   BackwardCell<Variant> const cell;
@@ -35,7 +36,7 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
 
   /// results <- dO S_0^T, -dX S_0^T and U dS_C^T, and s.across. The first tile of V may still be on its way.
   KDA_DEVICE void multiply_states() {
-    float2 across{0.f, 0.f};
+    float2 across[kOctets] = {};
     results = {};
     for (int tile = 0; tile < cell.tiles; ++tile) {
       if (tile) {
@@ -52,10 +53,12 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
 #pragma unroll
       for (int e = 0; e < 4; ++e) d.x[e] = -d.x[e];
 #pragma unroll
-    for (int bits = 4; bits < 32; bits *= 2)
-      across.x += shuffle_xor(across.x, bits), across.y += shuffle_xor(across.y, bits);
-    int const channel = warp * 8 + lane * 2;
-    if (lane < 4 && channel < kKeyTile) s.across[channel] = across.x, s.across[channel + 1] = across.y;
+    for (int i = 0; i < kOctets; ++i) {
+#pragma unroll
+      for (int bits = 4; bits < 32; bits *= 2)
+        across[i].x += shuffle_xor(across[i].x, bits), across[i].y += shuffle_xor(across[i].y, bits);
+      if (lane < 4) *reinterpret_cast<float2*>(&s.across[(warp * kOctets + i) * 8 + lane * 2]) = across[i];
+    }
   }
   /// Score gradients and the first tile of V.
   KDA_DEVICE void load_cell() {
@@ -125,15 +128,17 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
       }
     }
   }
-  /// A warp has eight channels, a lane two of them and every eighth row.
-  KDA_DEVICE void add_across(float2& sum) const {
-    int const channel = warp * 8 + lane % 4 * 2;
-    if (channel >= kKeyTile) return;
+  /// A warp has some eights of channels, a lane two of each and every eighth row.
+  KDA_DEVICE void add_across(float2 (&sum)[kOctets]) const {
 #pragma unroll
-    for (int v = 0; v < kValueTile; v += 8) {
-      float2 const a = tile::to_float2<E>(tile::load_pair<E>(&s.tile.state.at(v + lane / 4, channel))),
-                   b = tile::to_float2<E>(tile::load_pair<E>(&s.tile.d_state.at(v + lane / 4, channel)));
-      sum = sum + a * b;
+    for (int i = 0; i < kOctets; ++i) {
+      int const channel = (warp * kOctets + i) * 8 + lane % 4 * 2;
+#pragma unroll
+      for (int v = 0; v < kValueTile; v += 8) {
+        float2 const a = tile::to_float2<E>(tile::load_pair<E>(&s.tile.state.at(v + lane / 4, channel))),
+                     b = tile::to_float2<E>(tile::load_pair<E>(&s.tile.d_state.at(v + lane / 4, channel)));
+        sum[i] = sum[i] + a * b;
+      }
     }
   }
 };

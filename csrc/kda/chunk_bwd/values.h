@@ -25,6 +25,7 @@ struct ValuesStorage {
   typename BackwardCell<Variant>::Values u;
   typename Record::Values d_o, d_x;
   float beta[Shape::kChunk], raw_beta[Shape::kChunk];
+  bool has_small_beta[kConsumerWarps];
   float d_beta[kConsumerWarps][Shape::kChunk];
 };
 
@@ -54,7 +55,7 @@ struct ValueGradients {
       cp_async_commit();
       cp_async_wait<0>();
       sync_block();
-      solve();
+      solve(tile);
       sync_block();
       store_values(tile);
       add_scores();
@@ -73,10 +74,11 @@ struct ValueGradients {
   KDA_DEVICE void load_chunk() {
     load(s.k_tilde, cell.record().k_tilde), load(s.a_qk, cell.record().a_qk);
     load(s.l, cell.inverse().l), load(s.diagonal, cell.inverse().diagonal);
-    if (thread >= kChunk) return;
-    float const raw = thread < chunk.rows ? load_beta<E>(p, chunk, thread) : 0.f;
-    s.raw_beta[thread] = raw;
-    s.beta[thread] = thread < chunk.rows ? at_least<E>(write_strength(p, raw)) : 0.f;
+    bool const live = thread < chunk.rows;
+    float const raw = live ? load_beta<E>(p, chunk, thread) : 0.f, beta = live ? write_strength(p, raw) : 0.f;
+    if (thread < kChunk) s.raw_beta[thread] = raw, s.beta[thread] = beta;
+    bool const small = warp_any(live && at_least<E>(beta) != beta);
+    if (lane == 0) s.has_small_beta[warp] = small;
   }
   KDA_DEVICE void load_tile(int tile) {
     load(s.d_state, cell.d_state(tile)), load(s.u, cell.u(tile));
@@ -84,9 +86,12 @@ struct ValueGradients {
         .template load<kValueTile>(s.d_o, 0, thread, kThreads);
   }
 
-  /// Of this warp's 16 columns of V, transposed: dU, dR and what it adds to dbeta, and dX.
-  KDA_DEVICE void solve() {
+  /// Of this warp's 16 columns of V, transposed: dU, dR and what it adds to dbeta, and dX. Until dbeta is known, U is
+  /// that of a beta which it can be divided by.
+  KDA_DEVICE void solve(int tile) {
     int const row = warp * 16;
+    bool small_beta = false;
+    for (bool small : s.has_small_beta) small_beta = small_beta || small;
     tile::Accumulator x[kBlocks][2] = {};
 #pragma unroll
     for (int d = 0; d < Shape::kKeyTile; d += 16) {
@@ -108,11 +113,17 @@ struct ValueGradients {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int const column = i * 16 + half * 8;
-        tile::Accumulator const u = tile::load_accumulator<E>(s.u, row, column);
+        tile::Accumulator u = tile::load_accumulator<E>(s.u, row, column);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
+          float const beta = s.beta[column + lane % 4 * 2 + e % 2];
           d_beta[2 * i + half][e % 2] += x[i][half].x[e] * u.x[e];
-          x[i][half].x[e] *= s.beta[column + lane % 4 * 2 + e % 2];
+          x[i][half].x[e] *= beta;
+          u.x[e] *= beta / at_least<E>(beta);
+        }
+        if (small_beta) {
+          tile::store_accumulator<E>(s.u, row, column, u);
+          tile::store_accumulator<E>(cell.u(tile), row, column, u);
         }
       }
       tile::store_transposed<E, Shape::kConfig.wgmma>(s.d_x, i * 16, row, x[i][0], x[i][1]);
@@ -156,10 +167,10 @@ struct ValueGradients {
     float sum = 0.f;
 #pragma unroll
     for (auto const& part : s.d_beta) sum += part[thread];
-    sum /= s.beta[thread];
+    sum /= at_least<E>(s.beta[thread]);
     if (p.beta_sigmoid) {
-      float const y = sigmoid(s.raw_beta[thread]);
-      sum *= (p.neg_eigval ? 2.f : 1.f) * y * (1.f - y);
+      float const x = s.raw_beta[thread];
+      sum *= (p.neg_eigval ? 2.f : 1.f) * sigmoid(x) * sigmoid(-x);
     }
     RowStrides const& st = p.dbeta.strides;
     int64_t const at = chunk.batch_row * st.batch + (chunk.begin + thread) * st.token + chunk.value_head * st.head;
