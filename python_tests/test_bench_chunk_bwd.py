@@ -1,0 +1,213 @@
+"""The backward's benchmark, whole, on the CPU: peers are called as they want, and what is wrong is never timed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+
+import kda_cuda
+from bench.python import bench_chunk_bwd, peers, shapes, timing, truth
+from bench.python.shapes import Shape
+
+ONE, PACKED = Shape(70, 2, (70,)), Shape(70, 2, (35, 35))
+FUSED_FLAGS = ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel")
+
+
+def fla(q, k, v, g, beta, safe_gate, lower_bound, **rest):
+    """Stands in for fla's function: the bounded kernel is asked for exactly if there is a bound."""
+    assert safe_gate == (lower_bound is not None)
+    assert all(rest[name] is True for name in FUSED_FLAGS) and rest["output_final_state"] is False
+    assert rest["dt_bias"].dim() == 1 and all(x.requires_grad for x in (q, k, v, g, beta, rest["A_log"]))
+    return kda_cuda.chunk_kda(q, k, v, g, beta, lower_bound=lower_bound, **rest)
+
+
+def cudnn(q, k, v, g, beta, cu_seqlens):
+    """Stands in for cudnn-frontend's op: packed tokens, int32 boundaries always, nothing fused, gate and beta fp32."""
+    assert q.dim() == k.dim() == v.dim() == g.dim() == 3 and beta.dim() == 2
+    assert cu_seqlens.dtype == torch.int32 and g.dtype == beta.dtype == torch.float32
+    torch.testing.assert_close(q.float().norm(dim=-1), torch.ones(q.shape[:2]), rtol=0.01, atol=0)
+    o, _ = kda_cuda.chunk_kda(*(x[None] for x in (q, k, v, g, beta)), cu_seqlens=cu_seqlens)
+    return o[0], None
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    autotuner = types.SimpleNamespace(Autotuner=type("Autotuner", (), {}))
+    modules = {
+        "fla": types.ModuleType("fla"),
+        "fla.ops": types.ModuleType("fla.ops"),
+        "fla.ops.kda": types.SimpleNamespace(chunk_kda=fla),
+        "triton": types.ModuleType("triton"),
+        "triton.runtime": types.ModuleType("triton.runtime"),
+        "triton.runtime.autotuner": autotuner,
+        "triton.testing": types.SimpleNamespace(do_bench=None),
+        "cudnn": types.ModuleType("cudnn"),
+        "cudnn.linear_attention": types.ModuleType("linear_attention"),
+        "cudnn.linear_attention.ops": types.SimpleNamespace(kimi_delta_attention=cudnn),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("KDA_CUDA_STRICT", "1")  # which main sets: restored afterwards
+    monkeypatch.setenv("FLA_FLASH_KDA", "1")
+
+
+def test_a_whole_run(tmp_path, capsys):
+    out = tmp_path / "results" / "run.json"
+    given = ["--device", "cpu", "--rounds", "2", "--out", str(out), "--regimes", "long"]
+    bench_chunk_bwd.main([*given, "--shapes", str(ONE), str(PACKED)])
+    result = json.loads(out.read_text())
+    assert {"gpu", "driver", "torch", "cuda", "commit", "date", "copy_bandwidth_tb_s"} <= set(result)
+    assert [(r["form"], r["shape"]) for r in result["rows"]] == [
+        (form, str(shape)) for form in ("fused", "core") for shape in (ONE, PACKED)
+    ]
+    for row in result["rows"]:
+        peer, what = ("fla", {"forward", "backward", "step"}) if row["form"] == "fused" else ("cudnn", {"core"})
+        assert set(row["providers"]) == {"kda_cuda", peer} and set(row["bytes"]) == what and row["regime"] == "long"
+        for said in row["providers"].values():
+            gradients = {"o", "dq", "dk", "dv", "dg", "dbeta"}
+            assert set(said["errors"]) == gradients | ({"dA_log", "ddt_bias"} if peer == "fla" else set())
+            assert 0 < max(said["errors"].values()) < 5e-3
+            for x in what:
+                assert all(said[x][column]["median"] > 0 for column in ("gpu_us", "eager_us", "host_us"))
+                assert said[x]["of_copy"] >= 0
+    printed = capsys.readouterr().out
+    assert printed.count(" x (eager ") == 8, "a ratio for every measurement of a peer"
+
+
+def scaled(factor: float):
+    """A provider whose gradient of q is off by a factor."""
+
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            return factor * dx
+
+    def bind(a):
+        return lambda: kda_cuda.chunk_kda(**a | {"q": Scale.apply(a["q"])})[0]
+
+    return bind
+
+
+def broken(a):
+    raise RuntimeError("no kernel image")
+
+
+def row(providers, what=("step",), form="fused"):
+    return bench_chunk_bwd.bench(form, ONE, "fast", list(what), providers, 1, "cpu", 1e12)
+
+
+def test_a_wrong_or_broken_peer_is_named_and_not_timed():
+    result = row({"kda_cuda": bench_chunk_bwd.ours, "fla": scaled(1.05), "cudnn": broken})
+    fla_said, cudnn_said = (result["providers"][name] for name in ("fla", "cudnn"))
+    assert fla_said["failed"].startswith("wrong, not timed: {'dq': 0.05") and "step" not in fla_said
+    assert cudnn_said == {"failed": "RuntimeError: no kernel image"}
+    lines = bench_chunk_bwd.table_lines(result)
+    assert len(lines) == 1 and "fla wrong, not timed" in lines[0] and "no kernel image" in lines[0]
+
+
+def test_a_peer_that_fails_while_it_is_timed_is_named(monkeypatch):
+    def capture(calls, device, real=timing.graph_of):
+        if any("fla" in repr(call) for call in calls):
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return real(calls, device)
+
+    class Call:
+        def __init__(self, a):
+            self.run = bench_chunk_bwd.ours(a)
+
+        def __call__(self):
+            return self.run()
+
+        def __repr__(self):
+            return "fla"
+
+    monkeypatch.setattr(timing, "graph_of", capture)
+    result = row({"kda_cuda": bench_chunk_bwd.ours, "fla": Call}, ["forward"])
+    assert "stream is capturing" in result["providers"]["fla"]["forward"]["failed"]
+    assert "gpu_us" in result["providers"]["kda_cuda"]["forward"]
+
+
+@pytest.mark.parametrize("provider", [scaled(0.96), broken, lambda a: lambda: 1.1 * kda_cuda.chunk_kda(**a)[0]])
+def test_our_own_fault_ends_the_run_before_anything_is_timed(provider, monkeypatch):
+    monkeypatch.setattr(timing, "elapsed_us", lambda *a: pytest.fail("timed"))
+    with pytest.raises(SystemExit, match=r"kda_cuda (is wrong|failed) in fused, T70_H2_N1, fast"):
+        row({"kda_cuda": provider})
+
+
+def test_small_shapes_are_held_to_the_recurrence(monkeypatch):
+    bench_chunk_bwd.verify_small("fused", "fast", "cpu")
+    monkeypatch.setattr(bench_chunk_bwd, "ours", scaled(1.05))
+    with pytest.raises(SystemExit, match="kda_cuda is wrong in core, T130_H2_N1, long"):
+        bench_chunk_bwd.verify_small("core", "long", "cpu")
+    real = truth.reference
+    monkeypatch.setattr(bench_chunk_bwd, "reference", lambda a, do: real(a, 1.001 * do.float()))
+    with pytest.raises(SystemExit, match="the reference is wrong"):
+        bench_chunk_bwd.verify_small("core", "long", "cpu")
+
+
+def test_what_is_not_finite_is_wrong():
+    x = torch.ones(4)
+    assert truth.relative_error(x, x) == 0
+    assert truth.relative_error(torch.tensor([1, 1, 1, float("nan")]), x) == float("inf")
+    assert bench_chunk_bwd.too_large({"dq": float("nan")}, {}, 1) and not bench_chunk_bwd.too_large({"dq": 0.5}, {}, 1)
+
+
+def test_the_core_is_the_fused_call_without_its_fused_parts():
+    for regime in shapes.REGIMES:
+        a = shapes.inputs(ONE, regime, "cpu", torch.bfloat16) | {"output_final_state": False}
+        do = torch.randn(a["v"].shape)
+        fused, core = truth.reference(a, do), truth.reference(shapes.core_of(a), do)
+        assert truth.relative_error(core["o"], fused["o"]) < 5e-3  # q and k are rounded again
+        assert truth.relative_error(core["dv"], fused["dv"]) < 5e-3
+
+
+def test_bytes_are_each_once():
+    (a,), do = shapes.training_inputs("core", ONE, "fast", "cpu", sets=1)
+    rows = 70 * 2
+    inputs = rows * (3 * 128 * 2 + 128 * 4 + 4)
+    assert bench_chunk_bwd.moved_bytes("forward", a, do) == inputs + rows * 256
+    assert bench_chunk_bwd.moved_bytes("core", a, do) == 2 * inputs + rows * 256
+    assert bench_chunk_bwd.moved_bytes("step", a, do) == 3 * inputs + 2 * rows * 256
+
+
+def test_choices():
+    args = bench_chunk_bwd.arguments(["--quick", "--what", "core", "step", "--regimes", "fast"])
+    assert args.rounds == 5 and [(form, str(shape)) for form, _, shape, _ in bench_chunk_bwd.work(args)] == [
+        ("fused", "T8192_H16_N1"), ("core", "T2048_H16_N1"), ("core", "T8192_H16_N1"),
+    ]  # fmt: skip
+    everything = bench_chunk_bwd.work(bench_chunk_bwd.arguments([]))
+    assert len(everything) == 2 * (len(shapes.FUSED) + len(shapes.CORE)) == 24
+    for bad in (["--what", "sideways"], ["--shapes", "T100_H2_N3"], ["--peers", "flash_kda"]):
+        with pytest.raises(SystemExit):
+            bench_chunk_bwd.arguments(bad)
+
+
+def test_names_of_shapes():
+    assert shapes.named("T8192_H64_N6").lengths == shapes.RAGGED and shapes.named("T12_H3_N4").lengths == (3,) * 4
+    with pytest.raises(ValueError, match="'T12_H3_N5', expected such as"):
+        shapes.named("T12_H3_N5")
+
+
+def test_processes_share_the_configurations_of_a_key():
+    launched = []
+    for share in range(3):
+        launch = peers.launch_share(share, 3)
+        times = [launch(lambda i=i: launched.append(i), (0.5, 0.2)) for i in range(8)]
+        assert min(range(8), key=times.__getitem__) == share and len(times[0]) == 2
+    assert sorted(launched) == list(range(8))
+    tasks = peers.compile_tasks(shapes.FUSED, workers=14)
+    assert len(tasks) == 12 and {(*task[:2],) for task in tasks} == set(peers.tuning_keys(shapes.FUSED))
+    assert len(peers.compile_tasks(shapes.ALL, workers=4)) == len(peers.tuning_keys(shapes.ALL))
+
+
+def test_spread_is_the_middle_half():
+    assert timing.summary([1.0, 2.0, 3.0, 4.0, 100.0]) == {"median": 3.0, "spread": pytest.approx(16.833, abs=0.001)}
+    assert timing.summary([2.0]) == {"median": 2.0, "spread": 0.0}
