@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kda_cuda
-from bench.python import bench_chunk_bwd, peers, shapes, timing, truth
+from bench.python import accuracy_peers, bench_chunk_bwd, peers, shapes, timing, truth
 from bench.python.shapes import Shape
 
 ONE, PACKED = Shape(70, 2, (70,)), Shape(70, 2, (35, 35))
@@ -157,7 +157,11 @@ def test_what_is_not_finite_is_wrong():
     x = torch.ones(4)
     assert truth.relative_error(x, x) == 0
     assert truth.relative_error(torch.tensor([1, 1, 1, float("nan")]), x) == float("inf")
-    assert bench_chunk_bwd.too_large({"dq": float("nan")}, {}, 1) and not bench_chunk_bwd.too_large({"dq": 0.5}, {}, 1)
+    assert truth.errors({"o": 2 * x, "dq": x / 0}, {"o": x, "dq": x}) == {"o": 1.0, "dq": None}
+    assert truth.nonfinite_share({"o": x, "dq": torch.tensor([1, float("nan"), float("inf"), 0])}) == 0.5
+    assert bench_chunk_bwd.too_large({"o": 0.5, "dq": None, "dk": 0.5, "dv": 2.0}, {"o": 0.1}, 1.0) == {
+        "o": 0.5, "dq": None, "dv": 2.0,
+    }  # fmt: skip
 
 
 def test_the_core_is_the_fused_call_without_its_fused_parts():
@@ -211,3 +215,49 @@ def test_processes_share_the_configurations_of_a_key():
 def test_spread_is_the_middle_half():
     assert timing.summary([1.0, 2.0, 3.0, 4.0, 100.0]) == {"median": 3.0, "spread": pytest.approx(16.833, abs=0.001)}
     assert timing.summary([2.0]) == {"median": 2.0, "spread": 0.0}
+
+
+def test_accuracy_beside_peers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FLA_CACHE_RESULTS", "1")
+    out = tmp_path / "accuracy.json"
+    accuracy_peers.main(["--device", "cpu", "--tokens", "70", "--heads", "1", "--out", str(out)])
+    result = json.loads(out.read_text())
+    rows = {(row["regime"], row["form"], row["provider"]): row for row in result["rows"]}
+    assert len(rows) == 16 and {key[0] for key in rows} == set(accuracy_peers.REGIMES)
+    for (_, form, provider), row in rows.items():
+        assert row["repeats_bitwise"] and row["nonfinite_share"] == 0
+        assert all(error < 1e-2 for error in row["errors"].values())
+        assert ("dA_log" in row["errors"]) == (form == "fused")
+        assert ("over_best" in row) == (provider == "kda_cuda")
+    fast = rows["fast", "fused", "kda_cuda"]["over_best"]
+    assert fast["dA_log"] == 1.0, "the stand-in for fla is our reference, and no other peer has dA_log"
+    assert fast["dg"] > 100, "the best peer's dg is that of the core, in fp32"
+    assert "dg " in capsys.readouterr().out
+
+
+def test_regimes_of_gates_are_what_they_are_called():
+    decays = {}
+    for regime in accuracy_peers.REGIMES:
+        a, _ = accuracy_peers.inputs(regime, 50, 16, "cpu")
+        decays[regime] = -shapes.core_of(a)["g"]
+    assert decays["fast"].mean() > 2.5 and decays["fast"].max() <= 5
+    assert 0.02 < decays["long"].median() < 0.3
+    assert decays["heavy"].median() < 2 and decays["heavy"].quantile(0.995) > 200
+    assert decays["collinear"].max() < 1e-2
+    k = a["k"].float()
+    assert torch.nn.functional.cosine_similarity(k[:, :1], k, dim=-1).min() > 0.999
+    assert a["beta"].sigmoid().min() > 0.9
+
+
+def test_what_is_said_of_a_peer_that_fails_or_gives_no_numbers():
+    def infinite(a):
+        return lambda: kda_cuda.chunk_kda(**a | {"v": a["v"] / 0})[0]
+
+    providers = {"fused": {"kda_cuda": bench_chunk_bwd.ours, "fla": broken}, "core": {"cudnn": infinite}}
+    fused, failed, core = accuracy_peers.rows_of("long", providers, 20, 1, "cpu")
+    assert fused["over_best"] == {} and failed["failed"] == "RuntimeError: no kernel image"
+    assert core["errors"]["o"] is None and core["nonfinite_share"] == 1
+    assert accuracy_peers.table_line(failed).endswith("no kernel image")
+    assert "o -" in accuracy_peers.table_line(core) and "100% not finite" in accuracy_peers.table_line(core)
+    with pytest.raises(SystemExit, match="kda_cuda failed in fused, long"):
+        accuracy_peers.rows_of("long", {"fused": {"kda_cuda": broken}, "core": {}}, 20, 1, "cpu")

@@ -47,8 +47,8 @@ def ours(a: dict) -> Call:
     return lambda: kda_cuda.chunk_kda(**a)[0]
 
 
-def too_large(found: dict[str, float], limits: dict[str, float], otherwise: float) -> dict[str, float]:
-    return {name: error for name, error in found.items() if not error <= limits.get(name, otherwise)}
+def too_large(found: dict[str, float | None], limits: dict[str, float], otherwise: float) -> dict[str, float | None]:
+    return {name: e for name, e in found.items() if e is None or e > limits.get(name, otherwise)}
 
 
 def verify_small(form: str, regime: str, device: str) -> None:

@@ -190,6 +190,16 @@ def launch_share(share: int, shares: int) -> Callable:
     return launch
 
 
+def launch_first() -> None:
+    """From here on Triton's autotuner takes the first configuration of each kernel, and times and compiles no other."""
+    from triton.runtime.autotuner import Autotuner
+
+    def untimed(kernel_call, quantiles):
+        return [1.0] * len(quantiles)
+
+    Autotuner.do_bench = staticmethod(untimed)
+
+
 def run_once(bind: Callable[[dict], Call], form: str, shape: Shape, regime: str, backward: bool) -> None:
     (arguments,), do = shapes.training_inputs(form, shape, regime, "cuda", sets=1)
     if backward:

@@ -6,6 +6,7 @@ token and is for short sequences; the reference serves every length and is itsel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -88,8 +89,10 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
     return difference.item() if difference.isfinite() else float("inf")
 
 
-def errors(results: dict[str, Tensor], truths: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float(f"{relative_error(results[name], x):.2e}") for name, x in truths.items()}
+def errors(results: dict[str, Tensor], truths: dict[str, Tensor]) -> dict[str, float | None]:
+    """Three digits of each; None, which JSON has, if any value is not finite."""
+    found = {name: relative_error(results[name], x) for name, x in truths.items()}
+    return {name: float(f"{error:.2e}") if math.isfinite(error) else None for name, error in found.items()}
 
 
 def nonfinite_share(results: dict[str, Tensor]) -> float:
