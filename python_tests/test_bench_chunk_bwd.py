@@ -62,7 +62,7 @@ def test_a_whole_run(tmp_path, capsys):
     result = json.loads(out.read_text())
     assert {"gpu", "driver", "torch", "cuda", "commit", "date", "copy_bandwidth_tb_s"} <= set(result)
     assert [(r["form"], r["shape"]) for r in result["rows"]] == [
-        (form, str(shape)) for form in ("fused", "core") for shape in (ONE, PACKED)
+        (form, str(shape)) for form in ("core", "fused") for shape in (ONE, PACKED)
     ]
     for row in result["rows"]:
         peer, what = ("fla", {"forward", "backward", "step"}) if row["form"] == "fused" else ("cudnn", {"core"})
@@ -185,7 +185,7 @@ def test_bytes_are_each_once():
 def test_choices():
     args = bench_chunk_bwd.arguments(["--quick", "--what", "core", "step", "--regimes", "fast"])
     assert args.rounds == 5 and [(form, str(shape)) for form, _, shape, _ in bench_chunk_bwd.work(args)] == [
-        ("fused", "T8192_H16_N1"), ("core", "T2048_H16_N1"), ("core", "T8192_H16_N1"),
+        ("core", "T2048_H16_N1"), ("core", "T8192_H16_N1"), ("fused", "T8192_H16_N1"),
     ]  # fmt: skip
     everything = bench_chunk_bwd.work(bench_chunk_bwd.arguments([]))
     assert len(everything) == 2 * (len(shapes.FUSED) + len(shapes.CORE)) == 24

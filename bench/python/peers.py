@@ -1,11 +1,12 @@
 """The peers of the chunkwise forward and backward: how each is called, and what it cannot do, said rather than skipped.
 
-python -m bench.python.peers compile-fla [--backward] [--shapes ten|large|all] [--only SHAPE ...] [--workers N]
+python -m bench.python.peers compile-fla [--backward] [--tuned] [--shapes ten|large|all] [--only SHAPE ...]
 python -m bench.python.peers compile-cudnn
 
 compile-fla compiles fla's kernels for every configuration that its autotuner will try, in as many processes as there
 are cores: Triton compiles on one core, and fla's autotuning keys contain the heads and whether there is cu_seqlens. The
-processes of one key share its configurations. The benchmark in the same TRITON_CACHE_DIR then only times them.
+processes of one key share its configurations. The benchmark in the same TRITON_CACHE_DIR then only times them. --tuned
+compiles what an earlier run found best, where that folder has its *.autotune.json, and nothing else.
 compile-cudnn lets cudnn-frontend compile the kernels of its core, forward and backward, into its own cache.
 """
 
@@ -211,14 +212,19 @@ def run_once(bind: Callable[[dict], Call], form: str, shape: Shape, regime: str,
     torch.cuda.synchronize()
 
 
-def compile_one(shape: Shape, regime: str, share: int, shares: int, backward: bool) -> None:
-    """A share of the configurations; no result is timed, so nothing is remembered but the compiled code."""
-    os.environ["FLA_CACHE_RESULTS"] = "0"
+def compile_one(shape: Shape, regime: str, share: int, shares: int, backward: bool, tuned: bool) -> None:
+    """A share of the configurations, none of them timed, so that nothing is remembered but the compiled code. If tuned,
+    the configuration that an earlier run found best, and an error where none did."""
+    os.environ["FLA_CACHE_RESULTS"] = "1" if tuned else "0"
     bind = load_fla()
     from triton.runtime.autotuner import Autotuner
 
-    Autotuner.do_bench = staticmethod(launch_share(share, shares))
+    Autotuner.do_bench = staticmethod(refuse_to_tune if tuned else launch_share(share, shares))
     run_once(bind, "fused", shape, regime, backward)
+
+
+def refuse_to_tune(kernel_call, quantiles):
+    raise RuntimeError("a kernel has no result of an earlier run in TRITON_CACHE_DIR, expected one with --tuned")
 
 
 def compile_tasks(chosen: tuple[Shape, ...], workers: int) -> list[tuple[Shape, str, int, int]]:
@@ -228,19 +234,19 @@ def compile_tasks(chosen: tuple[Shape, ...], workers: int) -> list[tuple[Shape, 
     return [(*key, share, shares) for key in keys for share in range(shares)]
 
 
-def compile_fla(chosen: tuple[Shape, ...], workers: int, backward: bool) -> int:
+def compile_fla(chosen: tuple[Shape, ...], workers: int, flags: list[str]) -> int:
     """Returns the number of processes that failed."""
 
     def work(task: tuple[Shape, str, int, int]) -> int:
         begin = time.perf_counter()
-        command = [sys.executable, "-m", "bench.python.peers", "compile-one", *(str(x) for x in task)]
-        done = subprocess.run([*command, *["--backward"] * backward], capture_output=True, text=True)
+        command = [sys.executable, "-m", "bench.python.peers", "compile-one", *(str(x) for x in task), *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
         error = "" if done.returncode == 0 else f", failed: {done.stderr.strip()[-300:]}"
         print(f"{' '.join(command[4:])}: {time.perf_counter() - begin:.0f} s{error}", flush=True)
         return done.returncode != 0
 
     with ThreadPoolExecutor(workers) as pool:
-        return sum(pool.map(work, compile_tasks(chosen, workers)))
+        return sum(pool.map(work, compile_tasks(chosen, 1 if "--tuned" in flags else workers)))
 
 
 def main() -> None:
@@ -257,15 +263,17 @@ def main() -> None:
     one.add_argument("shares", type=int)
     for command in (everything, one):
         command.add_argument("--backward", action="store_true", help="forward and backward, as in training")
+        command.add_argument("--tuned", action="store_true", help="only what an earlier run found best")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("peers' kernels are compiled for a CUDA device, and there is none")
     if args.command == "compile-one":
-        return compile_one(args.shape, args.regime, args.share, args.shares, args.backward)
+        return compile_one(args.shape, args.regime, args.share, args.shares, args.backward, args.tuned)
     if args.command == "compile-cudnn":
         return run_once(load_cudnn_core(), "core", shapes.CORE[0], "fast", backward=True)
     chosen = shapes.FUSED if args.backward and not args.only else shapes.from_arguments(args)
-    sys.exit(compile_fla(chosen, args.workers, args.backward) != 0)
+    flags = [f"--{name}" for name in ("backward", "tuned") if getattr(args, name)]
+    sys.exit(compile_fla(chosen, args.workers, flags) != 0)
 
 
 if __name__ == "__main__":
