@@ -55,7 +55,8 @@ def stand_ins(monkeypatch):
     monkeypatch.setenv("FLA_FLASH_KDA", "1")
 
 
-def test_a_whole_run(tmp_path, capsys):
+def test_a_whole_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_chunk_bwd, "L2_BYTES", 0)  # two sets of inputs
     out = tmp_path / "results" / "run.json"
     given = ["--device", "cpu", "--rounds", "2", "--out", str(out), "--regimes", "long"]
     bench_chunk_bwd.main([*given, "--shapes", str(ONE), str(PACKED)])
