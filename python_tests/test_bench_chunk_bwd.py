@@ -76,7 +76,7 @@ def test_a_whole_run(tmp_path, capsys, monkeypatch):
                 assert all(said[x][column]["median"] > 0 for column in ("gpu_us", "eager_us", "host_us"))
                 assert said[x]["of_copy"] >= 0
     printed = capsys.readouterr().out
-    assert printed.count(" x (eager ") == 8, "a ratio for every measurement of a peer"
+    assert printed.count(" x)") == 3 * 8, "three ratios for every measurement of a peer"
 
 
 def scaled(factor: float):
@@ -101,8 +101,8 @@ def broken(a):
     raise RuntimeError("no kernel image")
 
 
-def row(providers, what=("step",), form="fused"):
-    return bench_chunk_bwd.bench(form, ONE, "fast", list(what), providers, 1, "cpu", 1e12)
+def row(providers, what=("step",), form="fused", gradients="all"):
+    return bench_chunk_bwd.bench((form, list(what), ONE, "fast"), providers, gradients, 1, "cpu", 1e12)
 
 
 def test_a_wrong_or_broken_peer_is_named_and_not_timed():
@@ -181,6 +181,43 @@ def test_bytes_are_each_once():
     assert bench_chunk_bwd.moved_bytes("forward", a, do) == inputs + rows * 256
     assert bench_chunk_bwd.moved_bytes("core", a, do) == 2 * inputs + rows * 256
     assert bench_chunk_bwd.moved_bytes("step", a, do) == 3 * inputs + 2 * rows * 256
+    assert bench_chunk_bwd.moved_bytes("backward", a, do, ("v",)) == inputs + 2 * rows * 256
+
+
+@pytest.mark.parametrize("gradients", ["no_gate", "v"])
+def test_only_the_gradients_asked_for(gradients):
+    result = row({"kda_cuda": bench_chunk_bwd.ours, "fla": without_v}, gradients=gradients)
+    assert result["gradients"] == gradients
+    expected = {"o"} | {f"d{name}" for name in bench_chunk_bwd.GRADIENTS[gradients]}
+    assert set(result["providers"]["kda_cuda"]["errors"]) == expected
+    assert "wrong, not timed: {'dv': 1.0" in result["providers"]["fla"]["failed"]
+
+
+def without_v(a):
+    """A provider that gives no gradient of v, and refuses leaves that were not asked for."""
+    assert not a["g"].requires_grad and not a["A_log"].requires_grad
+    return lambda: kda_cuda.chunk_kda(**a | {"v": a["v"].detach()})[0] + 0 * a["v"]
+
+
+def test_long_sequences_are_verified_on_some_heads(monkeypatch):
+    assert bench_chunk_bwd.sampled_heads(8192, 64) == list(range(64))
+    assert bench_chunk_bwd.sampled_heads(1 << 18, 32) == [0, 10, 20, 31]
+    assert bench_chunk_bwd.sampled_heads(1 << 20, 32) == bench_chunk_bwd.sampled_heads(1 << 22, 8) == [0]
+    monkeypatch.setattr(bench_chunk_bwd, "VERIFIED", 70)
+
+    def only_first_head(factor):
+        def bind(a):
+            scale = torch.tensor([1.0, factor]).reshape(2, 1)
+            return lambda: (kda_cuda.chunk_kda(**a)[0] * scale).bfloat16()
+
+        return bind
+
+    assert "failed" not in row({"kda_cuda": only_first_head(3.0)})["providers"]["kda_cuda"]
+    monkeypatch.setattr(bench_chunk_bwd, "sampled_heads", lambda *shape: [1])
+    errors = row({"kda_cuda": bench_chunk_bwd.ours})["providers"]["kda_cuda"]["errors"]
+    assert 0 < max(errors.values()) < 5e-3 and "ddt_bias" in errors
+    with pytest.raises(SystemExit, match="is wrong"):
+        row({"kda_cuda": only_first_head(3.0)})
 
 
 def test_choices():

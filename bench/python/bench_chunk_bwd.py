@@ -1,7 +1,7 @@
 """Training, side by side with its peers: o and every gradient are verified before anything is timed.
 
 python -m bench.python.bench_chunk_bwd [--out FILE] [--what forward|backward|step|core ...] [--regimes fast|long ...]
-                                       [--shapes SHAPE ...] [--peers [NAME ...]] [--quick]
+                                       [--shapes SHAPE ...] [--peers [NAME ...]] [--gradients all|no_gate|v] [--quick]
 
 forward, backward and step (both) have everything fused: raw gate, normalisation of q and k, logits of beta. Their peer
 is fla. core is the backward of the recurrence alone, with log-decay and beta in fp32 and q, k normalised. Its peer is
@@ -10,7 +10,8 @@ cudnn-frontend. A peer that is missing or fails is named with the reason; a wron
 gpu_us: a call inside a CUDA graph; eager_us: a call until the GPU is done; host_us: until the host is free again. Each
 has the median of rounds in which all providers take turns, and the width of the middle half over the median as spread.
 peak_mib: a warmed-up step, gradients included, above what is there before the leaves; do is there before.
-bytes: inputs, do and o or gradients, each once; of_copy: the share of the copy bandwidth at which they move.
+bytes: inputs, do and o or the gradients asked for, each once; of_copy: at what share of the copy bandwidth they move.
+Results of more than a million tokens times heads are verified on heads spread over all of them.
 Compile the peers' kernels first (bench/python/peers.py).
 """
 
@@ -32,13 +33,15 @@ import kda_cuda
 from . import timing
 from .peers import BACKWARD_PEERS, Call, load_peers
 from .shapes import FORMS, REGIMES, Shape, named, traffic_bytes, training_inputs
-from .truth import errors, leaves_of, recurrence, reference, step
+from .truth import LEAVES, errors, leaves_of, only_heads, recurrence, reference, step
 
 LIMITS = {"o": 2e-2}  # relative RMS error of bf16 results
 GRADIENT_LIMIT = 3e-2
 REFERENCE_LIMIT = 1e-4  # of the fp32 reference itself
 SMALL = (Shape(130, 2, (130,)), Shape(130, 2, (37, 93)))  # for the recurrence, token by token
 L2_BYTES = 150 << 20  # the sets of inputs are larger together
+VERIFIED = 1 << 20  # tokens times heads for which the reference fits
+GRADIENTS = {"all": LEAVES, "no_gate": ("q", "k", "v", "beta"), "v": ("v",)}
 WHAT = ("forward", "backward", "step", "core")
 QUICK = {"fused": ("T8192_H16_N1",), "core": ("T2048_H16_N1", "T8192_H16_N1")}
 
@@ -63,16 +66,23 @@ def verify_small(form: str, regime: str, device: str) -> None:
             raise SystemExit(f"kda_cuda is wrong in {form}, {shape}, {regime}, nothing is timed: {wrong}")
 
 
+def sampled_heads(tokens: int, heads: int) -> list[int]:
+    """All heads, or as many as the reference can take: the first, the last, and others at equal distances."""
+    count = max(1, min(heads, VERIFIED // tokens))
+    return [i * (heads - 1) // max(1, count - 1) for i in range(count)]
+
+
 class Trainer:
     """One provider on all sets of inputs: the calls of each measurement, on the stream that is current throughout."""
 
-    def __init__(self, bind: Callable[[dict], Call], sets: list[dict], do: Tensor):
+    def __init__(self, bind: Callable[[dict], Call], sets: list[dict], do: Tensor, wanted: tuple[str, ...] = LEAVES):
         self.do = do
-        self.leaves = [leaves_of(a) for a in sets]
+        self.leaves = [leaves_of(a, wanted) for a in sets]
         self.forwards = [bind(a | leaves) for a, leaves in zip(sets, self.leaves, strict=True)]
 
-    def verified(self, truths: dict[str, Tensor]) -> dict[str, float]:
-        return errors(step(self.forwards[0], self.leaves[0], self.do), truths)
+    def verified(self, truths: dict[str, Tensor], heads: list[int]) -> dict[str, float | None]:
+        results = step(self.forwards[0], self.leaves[0], self.do)
+        return errors(only_heads(results, heads, self.do.shape[2]), truths)
 
     def calls(self, what: str) -> list[Call]:
         """For the backward, the forwards run here, once; each call then differentiates one of them."""
@@ -88,18 +98,19 @@ def differentiate(o: Tensor, leaves: dict[str, Tensor], do: Tensor) -> dict[str,
     return step(lambda: o, leaves, do, keep=True)
 
 
-def moved_bytes(what: str, a: dict, do: Tensor) -> int:
-    leaves = sum(x.nbytes for x in leaves_of(a).values())
-    forward, backward = leaves + do.nbytes, 2 * leaves + do.nbytes
+def moved_bytes(what: str, a: dict, do: Tensor, wanted: tuple[str, ...] = LEAVES) -> int:
+    given, gradients = (sum(x.nbytes for x in leaves_of(a, names).values()) for names in (LEAVES, wanted))
+    forward, backward = given + do.nbytes, given + gradients + do.nbytes
     return {"forward": forward, "step": forward + backward}.get(what, backward)
 
 
-def peak_mib(bind: Callable[[dict], Call], a: dict, do: Tensor, device: str) -> float | None:
+def peak_mib(bind: Callable[[dict], Call], a: dict, do: Tensor, wanted: tuple[str, ...], device: str) -> float | None:
     if device != "cuda":
         return None
     gc.collect()
     before = torch.cuda.memory_allocated()
-    leaves = leaves_of(a, copies=True)
+    a = a | {name: x.detach() for name, x in leaves_of(a, copies=True).items()}
+    leaves = leaves_of(a, wanted)
     forward = bind(a | leaves)
     for _ in range(2):
         torch.cuda.synchronize()
@@ -141,15 +152,17 @@ def failure(name: str, where: str, e: Exception) -> dict:
 
 
 def verified_trainers(
-    providers: dict[str, Callable[[dict], Call]], sets: list[dict], do: Tensor, where: str
+    providers: dict[str, Callable[[dict], Call]], sets: list[dict], do: Tensor, wanted: tuple[str, ...], where: str
 ) -> tuple[dict[str, Trainer], dict[str, dict]]:
     """Those whose results are right, and what is said of each."""
-    truths = reference(sets[0], do)
+    tokens, of = do.shape[1:3]
+    heads = sampled_heads(tokens, of)
+    truths = reference(only_heads(sets[0], heads, of), only_heads({"do": do}, heads, of)["do"])
     trainers, said = {}, {}
     for name, bind in providers.items():
         try:
-            trainer = Trainer(bind, sets, do)
-            said[name] = {"errors": trainer.verified(truths)}
+            trainer = Trainer(bind, sets, do, wanted)
+            said[name] = {"errors": trainer.verified(truths, heads)}
         except Exception as e:
             said[name] = failure(name, where, e)
             continue
@@ -163,39 +176,45 @@ def verified_trainers(
 
 
 def bench(
-    form: str, shape: Shape, regime: str, what: list[str], providers: dict[str, Callable[[dict], Call]], rounds: int,
+    row: tuple[str, list[str], Shape, str], providers: dict[str, Callable[[dict], Call]], gradients: str, rounds: int,
     device: str, bandwidth: float,
 ) -> dict:  # fmt: skip
+    """One row of :func:`work`."""
+    form, what, shape, regime = row
+    wanted = GRADIENTS[gradients]
     count = max(2, min(8, L2_BYTES // traffic_bytes(shape, 128, 2)))
     sets, do = training_inputs(form, shape, regime, device, count)
-    moved = {x: moved_bytes(x, sets[0], do) for x in what}
+    moved = {x: moved_bytes(x, sets[0], do, wanted) for x in what}
     with timing.side_stream(device):
-        trainers, said = verified_trainers(providers, sets, do, f"{form}, {shape}, {regime}")
+        trainers, said = verified_trainers(providers, sets, do, wanted, f"{form}, {shape}, {regime}")
         for name in trainers:
-            said[name]["peak_mib"] = peak_mib(providers[name], sets[0], do, device)
+            said[name]["peak_mib"] = peak_mib(providers[name], sets[0], do, wanted, device)
         for x in what:
             for name, columns in timed(trainers, x, rounds, device).items():
                 if "gpu_us" in columns:
                     seconds = 1e-6 * columns["gpu_us"]["median"]
                     columns["of_copy"] = round(moved[x] / seconds / bandwidth, 3)
                 said[name][x] = columns
-    return {"form": form, "shape": str(shape), "regime": regime, "sets": count, "bytes": moved, "providers": said}
+    labels = {"form": form, "shape": str(shape), "regime": regime, "gradients": gradients}
+    return {**labels, "sets": count, "bytes": moved, "providers": said}
 
 
 def table_lines(row: dict) -> list[str]:
-    """A line for each measurement: microseconds of the GPU, and how many times ours each peer takes."""
+    """A line for each measurement: microseconds, and in brackets how many times ours each peer takes."""
     lines = []
     for what in row["bytes"]:
+        first = row["providers"]["kda_cuda"][what]
         cells = []
-        ours_us = row["providers"]["kda_cuda"][what]["gpu_us"]["median"]
         for name, said in row["providers"].items():
             columns = said.get(what, said)
             if "gpu_us" not in columns:
                 cells.append(f"{name} {columns.get('failed', 'not timed')[:60]}")
                 continue
-            gpu, eager, host = (columns[x]["median"] for x in ("gpu_us", "eager_us", "host_us"))
-            ratio = "" if name == "kda_cuda" else f" = {gpu / ours_us:.2f} x"
-            cells.append(f"{name} {gpu:.0f}{ratio} (eager {eager:.0f}, host {host:.0f}, {said['peak_mib']} MiB)")
+            times = []
+            for column in ("gpu_us", "eager_us", "host_us"):
+                us, ratio = columns[column]["median"], columns[column]["median"] / first[column]["median"]
+                times.append(f"{column[:-3]} {us:.0f}" + ("" if name == "kda_cuda" else f" ({ratio:.2f} x)"))
+            cells.append(f"{name} {', '.join(times)}, {said['peak_mib']} MiB")
         lines.append(f"{what:8} {row['shape']:14} {row['regime']:4} " + " | ".join(cells))
     return lines
 
@@ -218,6 +237,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
     parser.add_argument("--shapes", nargs="+", type=named, help="such as T8192_H64_N1, for every form asked for")
     parser.add_argument("--peers", nargs="*", choices=names, default=names)
+    parser.add_argument("--gradients", choices=GRADIENTS, default="all", help="which are asked for")
     parser.add_argument("--quick", action="store_true", help="few shapes, few rounds")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the reference, to try this out")
@@ -245,11 +265,12 @@ def main(given: list[str] | None = None) -> None:
     }  # fmt: skip
     print(f"{result['gpu']}, commit {result['commit']}, peers: {said}", flush=True)
     small = set()
-    for form, what, shape, regime in work(args):
+    for row in work(args):
+        form, _, _, regime = row
         if (form, regime) not in small:
             verify_small(form, regime, args.device)
             small.add((form, regime))
-        rows.append(bench(form, shape, regime, what, providers[form], args.rounds, args.device, bandwidth))
+        rows.append(bench(row, providers[form], args.gradients, args.rounds, args.device, bandwidth))
         print("\n".join(table_lines(rows[-1])), flush=True)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)

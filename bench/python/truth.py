@@ -19,9 +19,9 @@ LEAVES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias")
 STREAMS = LEAVES[:5]
 
 
-def leaves_of(arguments: dict, copies: bool = False) -> dict[str, Tensor]:
+def leaves_of(arguments: dict, wanted: tuple[str, ...] = LEAVES, copies: bool = False) -> dict[str, Tensor]:
     """The tensors that get gradients, as leaves of their own; they share memory with the arguments unless copied."""
-    given = {name: arguments[name].detach() for name in LEAVES if arguments.get(name) is not None}
+    given = {name: arguments[name].detach() for name in wanted if arguments.get(name) is not None}
     return {name: (x.clone() if copies else x).requires_grad_() for name, x in given.items()}
 
 
@@ -83,6 +83,19 @@ def recurrence(arguments: dict, do: Tensor) -> dict[str, Tensor]:
     return {"o": truth.o} | {f"d{name}": y for name, y in gradients.items()}
 
 
+def only_heads(tensors: dict, heads: list[int], of: int) -> dict:
+    """Arguments or results of some heads of so many; what is not a tensor with heads stays."""
+
+    def pick(name: str, x: object) -> object:
+        if not isinstance(x, Tensor) or name == "cu_seqlens":
+            return x
+        if name.endswith(("A_log", "dt_bias")):
+            return x.view(of, -1)[heads].flatten()
+        return x[:, :, heads]
+
+    return tensors if len(heads) == of else {name: pick(name, x) for name, x in tensors.items()}
+
+
 def relative_error(x: Tensor, truth: Tensor) -> float:
     """Relative RMS; infinite if any value is not finite."""
     difference = (x.double() - truth.double().view_as(x)).norm() / truth.double().norm()
@@ -91,7 +104,7 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
 
 def errors(results: dict[str, Tensor], truths: dict[str, Tensor]) -> dict[str, float | None]:
     """Three digits of each; None, which JSON has, if any value is not finite."""
-    found = {name: relative_error(results[name], x) for name, x in truths.items()}
+    found = {name: relative_error(x, truths[name]) for name, x in results.items()}
     return {name: float(f"{error:.2e}") if math.isfinite(error) else None for name, error in found.items()}
 
 
