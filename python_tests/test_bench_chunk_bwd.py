@@ -137,20 +137,32 @@ def test_a_peer_that_fails_while_it_is_timed_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("provider", [scaled(0.96), broken, lambda a: lambda: 1.1 * kda_cuda.chunk_kda(**a)[0]])
-def test_our_own_fault_ends_the_run_before_anything_is_timed(provider, monkeypatch):
+def test_of_a_row_with_our_own_fault_nothing_is_timed(provider, monkeypatch):
     monkeypatch.setattr(timing, "elapsed_us", lambda *a: pytest.fail("timed"))
-    with pytest.raises(SystemExit, match=r"kda_cuda (is wrong|failed) in fused, T70_H2_N1, fast"):
+    with pytest.raises(bench_chunk_bwd.OurFault, match=r"kda_cuda (is wrong|failed) in fused, T70_H2_N1, fast"):
         row({"kda_cuda": provider})
+
+
+def test_a_run_with_our_own_fault_goes_on_and_fails_in_the_end(tmp_path, monkeypatch, capsys):
+    real = bench_chunk_bwd.ours
+    monkeypatch.setattr(bench_chunk_bwd, "ours", lambda a: broken(a) if a["cu_seqlens"] is not None else real(a))
+    monkeypatch.setattr(bench_chunk_bwd, "SMALL", bench_chunk_bwd.SMALL[:1])
+    given = ["--device", "cpu", "--rounds", "1", "--regimes", "fast", "--what", "core", "--peers"]
+    with pytest.raises(SystemExit, match="1 of 2 rows failed, the first: kda_cuda failed in core, T70_H2_N2, fast"):
+        bench_chunk_bwd.main([*given, "--out", str(tmp_path / "run.json"), "--shapes", str(PACKED), str(ONE)])
+    failed, good = json.loads((tmp_path / "run.json").read_text())["rows"]
+    assert "no kernel image" in failed["failed"] and "core" in good["providers"]["kda_cuda"]
+    assert "FAILED   kda_cuda failed" in capsys.readouterr().out
 
 
 def test_small_shapes_are_held_to_the_recurrence(monkeypatch):
     bench_chunk_bwd.verify_small("fused", "fast", "cpu")
     monkeypatch.setattr(bench_chunk_bwd, "ours", scaled(1.05))
-    with pytest.raises(SystemExit, match="kda_cuda is wrong in core, T130_H2_N1, long"):
+    with pytest.raises(bench_chunk_bwd.OurFault, match="kda_cuda is wrong in core, T130_H2_N1, long"):
         bench_chunk_bwd.verify_small("core", "long", "cpu")
     real = truth.reference
     monkeypatch.setattr(bench_chunk_bwd, "reference", lambda a, do: real(a, 1.001 * do.float()))
-    with pytest.raises(SystemExit, match="the reference is wrong"):
+    with pytest.raises(bench_chunk_bwd.OurFault, match="the reference is wrong"):
         bench_chunk_bwd.verify_small("core", "long", "cpu")
 
 
@@ -216,7 +228,7 @@ def test_long_sequences_are_verified_on_some_heads(monkeypatch):
     monkeypatch.setattr(bench_chunk_bwd, "sampled_heads", lambda *shape: [1])
     errors = row({"kda_cuda": bench_chunk_bwd.ours})["providers"]["kda_cuda"]["errors"]
     assert 0 < max(errors.values()) < 5e-3 and "ddt_bias" in errors
-    with pytest.raises(SystemExit, match="is wrong"):
+    with pytest.raises(bench_chunk_bwd.OurFault, match="is wrong"):
         row({"kda_cuda": only_first_head(3.0)})
 
 
@@ -297,5 +309,5 @@ def test_what_is_said_of_a_peer_that_fails_or_gives_no_numbers():
     assert core["errors"]["o"] is None and core["nonfinite_share"] == 1
     assert accuracy_peers.table_line(failed).endswith("no kernel image")
     assert "o -" in accuracy_peers.table_line(core) and "100% not finite" in accuracy_peers.table_line(core)
-    with pytest.raises(SystemExit, match="kda_cuda failed in fused, long"):
+    with pytest.raises(bench_chunk_bwd.OurFault, match="kda_cuda failed in fused, long"):
         accuracy_peers.rows_of("long", {"fused": {"kda_cuda": broken}, "core": {}}, 20, 1, "cpu")

@@ -73,7 +73,7 @@ def main(given: list[str] | None = None) -> None:
     cases = commands.add_parser("cases")
     cases.add_argument("--names", nargs="+", choices=CASES, default=NAMES)
     large = commands.add_parser("shape")
-    large.add_argument("shape", type=shapes.named)
+    large.add_argument("shape", type=shapes.shape_argument)
     large.add_argument("--form", choices=shapes.FORMS, default="fused")
     large.add_argument("--regime", choices=shapes.REGIMES, default="long")
     args = parser.parse_args(given)

@@ -76,7 +76,7 @@ compile_peers() {
 }
 
 step_bwd() {
-  limited 60 check.log "$PYTHON" -m bench.device.backward cases || { tail -n 12 "$OUT/check.log"; return; }
+  limited 90 check.log "$PYTHON" -m bench.device.backward cases || { tail -n 12 "$OUT/check.log"; return; }
   unpack_wheels
   compile_peers
   local left=$((480 - SECONDS)) tuned

@@ -5,7 +5,8 @@ python -m bench.python.bench_chunk_bwd [--out FILE] [--what forward|backward|ste
 
 forward, backward and step (both) have everything fused: raw gate, normalisation of q and k, logits of beta. Their peer
 is fla. core is the backward of the recurrence alone, with log-decay and beta in fp32 and q, k normalised. Its peer is
-cudnn-frontend. A peer that is missing or fails is named with the reason; a wrong result of ours ends the run.
+cudnn-frontend. A peer that is missing or fails is named with the reason. What is wrong is not timed; if it is ours, the
+run goes on with the next row and fails in the end.
 
 gpu_us: a call inside a CUDA graph; eager_us: a call until the GPU is done; host_us: until the host is free again. Each
 has the median of rounds in which all providers take turns, and the width of the middle half over the median as spread.
@@ -32,7 +33,7 @@ import kda_cuda
 
 from . import timing
 from .peers import BACKWARD_PEERS, Call, load_peers
-from .shapes import FORMS, REGIMES, Shape, named, traffic_bytes, training_inputs
+from .shapes import FORMS, REGIMES, Shape, named, shape_argument, traffic_bytes, training_inputs
 from .truth import LEAVES, errors, leaves_of, only_heads, recurrence, reference, step
 
 LIMITS = {"o": 2e-2}  # relative RMS error of bf16 results
@@ -44,6 +45,10 @@ VERIFIED = 1 << 20  # tokens times heads for which the reference fits
 GRADIENTS = {"all": LEAVES, "no_gate": ("q", "k", "v", "beta"), "v": ("v",)}
 WHAT = ("forward", "backward", "step", "core")
 QUICK = {"fused": ("T8192_H16_N1",), "core": ("T2048_H16_N1", "T8192_H16_N1")}
+
+
+class OurFault(Exception):
+    """Something of ours is wrong or failed: nothing of its row is timed, and the run ends in an error."""
 
 
 def ours(a: dict) -> Call:
@@ -60,10 +65,10 @@ def verify_small(form: str, regime: str, device: str) -> None:
         (a,), do = training_inputs(form, shape, regime, device, sets=1)
         truths = recurrence(a, do)
         if wrong := too_large(errors(reference(a, do), truths), {}, REFERENCE_LIMIT):
-            raise SystemExit(f"the reference is wrong in {form}, {shape}, {regime}: {wrong}")
+            raise OurFault(f"the reference is wrong in {form}, {shape}, {regime}: {wrong}")
         leaves = leaves_of(a)
         if wrong := too_large(errors(step(ours(a | leaves), leaves, do), truths), LIMITS, GRADIENT_LIMIT):
-            raise SystemExit(f"kda_cuda is wrong in {form}, {shape}, {regime}, nothing is timed: {wrong}")
+            raise OurFault(f"kda_cuda is wrong in {form}, {shape}, {regime}, nothing is timed: {wrong}")
 
 
 def sampled_heads(tokens: int, heads: int) -> list[int]:
@@ -145,9 +150,9 @@ def timed(trainers: dict[str, Trainer], what: str, rounds: int, device: str) -> 
 
 
 def failure(name: str, where: str, e: Exception) -> dict:
-    """What a row says of a peer that cannot do it; our own failure ends the run."""
+    """What a row says of a peer that cannot do it; our own is raised."""
     if name == "kda_cuda":
-        raise SystemExit(f"kda_cuda failed in {where}: {type(e).__name__}: {e}") from e
+        raise OurFault(f"kda_cuda failed in {where}: {type(e).__name__}: {e}") from e
     return {"failed": f"{type(e).__name__}: {str(e)[:200]}"}
 
 
@@ -168,7 +173,7 @@ def verified_trainers(
             continue
         if wrong := too_large(said[name]["errors"], LIMITS, GRADIENT_LIMIT):
             if name == "kda_cuda":
-                raise SystemExit(f"kda_cuda is wrong in {where}, nothing is timed: {wrong}")
+                raise OurFault(f"kda_cuda is wrong in {where}, nothing is timed: {wrong}")
             said[name]["failed"] = f"wrong, not timed: {wrong}"
             continue
         trainers[name] = trainer
@@ -201,6 +206,8 @@ def bench(
 
 def table_lines(row: dict) -> list[str]:
     """A line for each measurement: microseconds, and in brackets how many times ours each peer takes."""
+    if "failed" in row:
+        return [f"FAILED   {row['failed']}"]
     lines = []
     for what in row["bytes"]:
         first = row["providers"]["kda_cuda"][what]
@@ -235,7 +242,9 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
-    parser.add_argument("--shapes", nargs="+", type=named, help="such as T8192_H64_N1, for every form asked for")
+    parser.add_argument(
+        "--shapes", nargs="+", type=shape_argument, help="such as T8192_H64_N1, for every form asked for"
+    )
     parser.add_argument("--peers", nargs="*", choices=names, default=names)
     parser.add_argument("--gradients", choices=GRADIENTS, default="all", help="which are asked for")
     parser.add_argument("--quick", action="store_true", help="few shapes, few rounds")
@@ -264,13 +273,9 @@ def main(given: list[str] | None = None) -> None:
         "columns": __doc__[__doc__.index("gpu_us:") : __doc__.index("Compile")].strip(), "rows": rows,
     }  # fmt: skip
     print(f"{result['gpu']}, commit {result['commit']}, peers: {said}", flush=True)
-    small = set()
+    small: set[tuple[str, str]] = set()
     for row in work(args):
-        form, _, _, regime = row
-        if (form, regime) not in small:
-            verify_small(form, regime, args.device)
-            small.add((form, regime))
-        rows.append(bench(row, providers[form], args.gradients, args.rounds, args.device, bandwidth))
+        rows.append(row_or_fault(row, small, providers, args, bandwidth))
         print("\n".join(table_lines(rows[-1])), flush=True)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -278,6 +283,23 @@ def main(given: list[str] | None = None) -> None:
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()
+    if faults := [row["failed"] for row in rows if "failed" in row]:
+        raise SystemExit(f"{len(faults)} of {len(rows)} rows failed, the first: {faults[0]}")
+
+
+def row_or_fault(
+    row: tuple[str, list[str], Shape, str], small: set[tuple[str, str]], providers: dict[str, dict],
+    args: argparse.Namespace, bandwidth: float,
+) -> dict:  # fmt: skip
+    """A row, after the small shapes of its form and regime were verified once."""
+    form, _, shape, regime = row
+    try:
+        if (form, regime) not in small:
+            verify_small(form, regime, args.device)
+            small.add((form, regime))
+        return bench(row, providers[form], args.gradients, args.rounds, args.device, bandwidth)
+    except OurFault as e:
+        return {"form": form, "shape": str(shape), "regime": regime, "failed": str(e)}
 
 
 if __name__ == "__main__":

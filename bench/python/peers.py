@@ -258,7 +258,7 @@ def main() -> None:
     everything.add_argument("--workers", type=int, default=os.cpu_count())
     commands.add_parser("compile-cudnn")
     one = commands.add_parser("compile-one", help="what each process of compile-fla runs")
-    one.add_argument("shape", type=shapes.named)
+    one.add_argument("shape", type=shapes.shape_argument)
     one.add_argument("regime", choices=shapes.REGIMES)
     one.add_argument("share", type=int)
     one.add_argument("shares", type=int)

@@ -53,10 +53,18 @@ def named(name: str) -> Shape:
     return even(tokens, heads, sequences)
 
 
+def shape_argument(name: str) -> Shape:
+    """:func:`named` for argparse, which shows no message of a ValueError."""
+    try:
+        return named(name)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What every benchmark of these shapes lets one choose."""
     parser.add_argument("--shapes", choices=("ten", "large", "all"), default="all")
-    parser.add_argument("--only", nargs="*", metavar="SHAPE", type=named, help="such as T8192_H64_N1")
+    parser.add_argument("--only", nargs="*", metavar="SHAPE", type=shape_argument, help="such as T8192_H64_N1")
 
 
 def from_arguments(args: argparse.Namespace) -> tuple[Shape, ...]:
