@@ -42,7 +42,7 @@ def test_gradients_behind_a_forward_kernel(name, device):
     case = CASES[name]
     x = case.inputs(device)
     results, kernels = device.run(lambda: train(x))
-    assert {"chunk_fwd_prepare", "chunk_fwd_scan"} <= set(kernels)
+    assert {"chunk_prepare", "chunk_fwd_scan"} <= set(kernels)
     inputs = case.inputs()
     truth, rounded = oracle.named(*oracle.gradients(inputs.double())), accuracy.low_precision_reference(inputs)
     assert set(truth) - {"h"} == set(results)
