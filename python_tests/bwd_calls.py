@@ -18,12 +18,14 @@ from .cases import Case, Inputs
 from .devices import Device
 
 # Every kernel of the backward, in the order of their launches; a call runs those that its gradients need.
-KERNELS = ("chunk_bwd_prepare", "chunk_bwd_scan", "chunk_bwd_values", "chunk_bwd_keys", "chunk_bwd_reduce")
+# The first one of all, chunk_prepare, is the forward's.
+KERNELS = ("chunk_bwd_scan", "chunk_bwd_values", "chunk_bwd_keys", "chunk_bwd_sum_heads", "chunk_bwd_reduce")
 # What must not run where only these gradients are asked for.
 UNNEEDED = {
     (): set(KERNELS),
-    ("dinitial_state",): {"chunk_bwd_values", "chunk_bwd_keys", "chunk_bwd_reduce"},
-    ("dv",): {"chunk_bwd_keys", "chunk_bwd_reduce"},
+    ("dinitial_state",): set(KERNELS) - {"chunk_bwd_scan"},
+    ("dv",): {"chunk_bwd_keys", "chunk_bwd_sum_heads", "chunk_bwd_reduce"},
+    ("dq", "dk", "dv", "dbeta"): {"chunk_bwd_reduce"},
 }
 TOKEN_GRADIENTS = ("dq", "dk", "dv", "dg", "dbeta")
 NAMESPACES = {
