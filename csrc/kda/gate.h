@@ -67,17 +67,6 @@ struct ChannelGate {
     float const z = amplitude * y, slope = lower_bound * sigmoid(z) * sigmoid(-z) * amplitude;
     return {slope, slope * y};
   }
-  /// The same as precisely as elements E can use.
-  template <class E>
-  KDA_DEVICE float2 derivatives_for(float x) const {
-    if constexpr (sizeof(E) == 4) return derivatives(x);
-    constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-    float const y = x + bias;
-    if (kind == GateKind::kSoftplus)
-      return {-amplitude * sigmoid_fast(kLog2e * y), -amplitude * kLn2 * log2_softplus_fast(kLog2e * y)};
-    float const z = kLog2e * amplitude * y, slope = lower_bound * amplitude * sigmoid_fast(z) * sigmoid_fast(-z);
-    return {slope, slope * y};
-  }
 };
 
 /// 2^x for decays: accurate for fp32 elements, by the special function units for coarser ones.
@@ -106,6 +95,35 @@ KDA_DEVICE void log2_decays(float (&x)[kCount], ChannelGate const& gate) {
   } else {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) x[j] *= kLog2e;
+  }
+}
+
+/// x[j] <- d log_decay / dx of two channels, and d log_decay / dA_log, as precisely as elements E can use.
+template <class E, int kCount>
+KDA_DEVICE void gate_derivatives(float2 (&x)[kCount], float2 (&of_amplitude)[kCount], ChannelGate const& gate0,
+                                 ChannelGate const& gate1) {
+  constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+  auto const set = [&](int j, float2 first, float2 second) {
+    x[j] = {first.x, second.x}, of_amplitude[j] = {first.y, second.y};
+  };
+  if constexpr (sizeof(E) == 4) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) set(j, gate0.derivatives(x[j].x), gate1.derivatives(x[j].y));
+  } else if (gate0.kind == GateKind::kSoftplus) {
+    auto const softplus_at = [](ChannelGate const& gate, float x) {
+      float const y = kLog2e * (x + gate.bias);
+      return float2{-gate.amplitude * sigmoid_fast(y), -gate.amplitude * kLn2 * log2_softplus_fast(y)};
+    };
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) set(j, softplus_at(gate0, x[j].x), softplus_at(gate1, x[j].y));
+  } else {
+    auto const bounded_at = [](ChannelGate const& gate, float x) {
+      float const y = x + gate.bias, z = kLog2e * gate.amplitude * y;
+      float const slope = gate.lower_bound * gate.amplitude * sigmoid_fast(z) * sigmoid_fast(-z);
+      return float2{slope, slope * y};
+    };
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) set(j, bounded_at(gate0, x[j].x), bounded_at(gate1, x[j].y));
   }
 }
 

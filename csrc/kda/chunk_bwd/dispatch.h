@@ -12,11 +12,10 @@ inline std::vector<ChunkBwdVariant> const& chunk_bwd_variants() {
       describe_chunk_bwd<Bf16K64Sm90>(),  describe_chunk_bwd<Bf16K128Sm90>(), describe_chunk_bwd<Fp16K64Sm90>(),
       describe_chunk_bwd<Fp16K128Sm90>(),
 #endif
-      describe_chunk_bwd<Bf16K64>(),      describe_chunk_bwd<Bf16K64C32>(),   describe_chunk_bwd<Bf16K128>(),
-      describe_chunk_bwd<Bf16K128C32>(),  describe_chunk_bwd<Bf16K256>(),     describe_chunk_bwd<Fp16K64>(),
-      describe_chunk_bwd<Fp16K64C32>(),   describe_chunk_bwd<Fp16K128>(),     describe_chunk_bwd<Fp16K128C32>(),
-      describe_chunk_bwd<Fp16K256>(),     describe_chunk_bwd<Fp32K64>(),      describe_chunk_bwd<Fp32K128>(),
-      describe_chunk_bwd<Fp32K256>()};
+      describe_chunk_bwd<Bf16K64>(),      describe_chunk_bwd<Bf16K128>(),     describe_chunk_bwd<Bf16K128C32>(),
+      describe_chunk_bwd<Bf16K256>(),     describe_chunk_bwd<Fp16K64>(),      describe_chunk_bwd<Fp16K128>(),
+      describe_chunk_bwd<Fp16K128C32>(),  describe_chunk_bwd<Fp16K256>(),     describe_chunk_bwd<Fp32K64>(),
+      describe_chunk_bwd<Fp32K128>(),     describe_chunk_bwd<Fp32K256>()};
   return table;
 }
 

@@ -39,7 +39,8 @@ KDA_GLOBAL void __launch_bounds__(ScanShape<Variant, ScanPass::kReverse>::kThrea
 
 /// Block x: a slot; block y: a value head.
 template <class Variant>
-KDA_GLOBAL void __launch_bounds__(ValueGradients<Variant>::kThreads) chunk_bwd_values_kernel(ChunkBwdParams const p) {
+KDA_GLOBAL void __launch_bounds__(ValueGradients<Variant>::kThreads, ValueGradients<Variant>::kBlocksPerSm)
+    chunk_bwd_values_kernel(ChunkBwdParams const p) {
   using Storage = ValuesStorage<Variant>;
   KDA_DYNAMIC_SHARED(Storage, storage);
   int const value_head = p.first_head + int(blockIdx.y);

@@ -20,8 +20,6 @@ struct AnchoredGradients {
   KDA_DEVICE void run() {
     write_operands();
     write_decays();
-    c.sync_team();  // a wide gate lies where the loads go
-    c.load_cell();
     c.multiply_states();
     gather();
     c.sync_team();

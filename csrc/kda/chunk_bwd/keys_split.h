@@ -16,8 +16,6 @@ struct SplitGradients {
   Thread& c;
 
   KDA_DEVICE void run() {
-    c.sync_team();  // a wide gate lies where the loads go
-    c.load_cell();
     c.multiply_states();
     c.columns.exponentiate();
     c.sync_team();

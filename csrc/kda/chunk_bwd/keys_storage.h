@@ -1,6 +1,6 @@
 // The shared memory of the keys kernel, phase by phase, and what its threads have in common.
 //
-//   phase        blocks                        tile / results
+//   phase        blocks                        tiles / results
 //   inputs       q, k, g as given              an fp32 gate beside 16-bit elements
 //   states       decayed operands              dO, dX, U, S_0, dS_C of 64 columns of V
 //   hand-over    decayed operands              fp32 results of products, for the threads that have the channels
@@ -22,6 +22,7 @@ struct KeysStorage {
   static constexpr int kChunk = Shape::kChunk, kKeyTile = Shape::kKeyTile, kBlocks = Shape::kBlocks;
   static constexpr int kGroups = Shape::kGroups, kPairs = Shape::kPairs, kWarps = Shape::kColumnThreads / 32;
   using Result = tile::SharedTile<float, kChunk, kKeyTile>;
+  static constexpr int kTiles = Shape::kConfig.wgmma ? 2 : 1;  // of V, on their way or in use
 
   struct Blocks {
     Wide q, k;       // rows: scale q and k, decayed from an anchor
@@ -34,7 +35,7 @@ struct KeysStorage {
   };
   ScoreGradients<Variant> scores;
   union {
-    ValueTile tile;
+    ValueTile tiles[kTiles];
     Result results[2];
     tile::SharedTile<float, kChunk, kKeyTile> wide_gate;
   };

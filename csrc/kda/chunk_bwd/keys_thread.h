@@ -11,6 +11,8 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
   using Base::group, Base::kBlocks, Base::kChunk, Base::kGroups, Base::kKeyTile, Base::kThreads, Base::kWarps,
       Base::lane, Base::pair, Base::s, Base::thread, Base::warp;
   using typename Base::E;
+  using ValueTile = typename KeysStorage<Variant>::ValueTile;
+  static constexpr int kTiles = KeysStorage<Variant>::kTiles;
   static constexpr int kOctets = kKeyTile / 8 / kWarps;
   static_assert(kWarps == kBlocks * (kKeyTile / kResultColumns) && kOctets * kWarps * 8 == kKeyTile);
 
@@ -34,19 +36,25 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
   }
   KDA_DEVICE float2 scaled_q(int j) const { return this->q(j, raw_q[j]) * Base::both(this->p.scale); }
 
-  /// results <- dO S_0^T, -dX S_0^T and U dS_C^T, and s.across. The first tile of V may still be on its way.
+  /// Score gradients and the first tiles of V, each a group of its own. A wide gate lies where these go.
+  KDA_DEVICE void load_cell() {
+    load(s.scores, cell.score_gradients());
+    for (int tile = 0; tile < kTiles && tile < cell.tiles; ++tile) load_tile(tile);
+  }
+
+  /// results <- dO S_0^T, -dX S_0^T and U dS_C^T, and s.across. Tiles of V may still be on their way.
   KDA_DEVICE void multiply_states() {
     float2 across[kOctets] = {};
     results = {};
     for (int tile = 0; tile < cell.tiles; ++tile) {
-      if (tile) {
-        this->sync_team();
-        load_tile(tile);
-      }
-      cp_async_wait<0>();
+      if (kTiles > 1 && tile + 1 < cell.tiles) cp_async_wait<1>();
+      else cp_async_wait<0>();
       this->sync_team();
-      multiply_tile();
-      add_across(across);
+      multiply_tile(s.tiles[tile % kTiles]);
+      add_across(s.tiles[tile % kTiles], across);
+      if (tile + kTiles >= cell.tiles) continue;
+      this->sync_team();
+      load_tile(tile + kTiles);
     }
 #pragma unroll
     for (auto& d : results.k)
@@ -60,12 +68,6 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
       if (lane < 4) *reinterpret_cast<float2*>(&s.across[(warp * kOctets + i) * 8 + lane * 2]) = across[i];
     }
   }
-  /// Score gradients and the first tile of V.
-  KDA_DEVICE void load_cell() {
-    load(s.scores, cell.score_gradients());
-    load_tile(0);
-  }
-
   /// The result of one product for token j, as the thread that has its channels sees it.
   KDA_DEVICE float2 result(int buffer, int j) const {
     return *reinterpret_cast<float2 const*>(&s.results[buffer].at(this->row(j), 2 * pair));
@@ -102,7 +104,7 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
       cp_async_16(reinterpret_cast<char*>(&to) + i, reinterpret_cast<char const*>(&from) + i);
   }
   KDA_DEVICE void load_tile(int tile) {
-    auto& to = s.tile;
+    auto& to = s.tiles[tile % kTiles];
     int const first = tile * kValueTile, columns = call.value_dim - first;
     tile_rows<E>(call.d_o, chunk, chunk.value_head, first, columns)
         .template load<kValueTile>(to.d_o, 0, thread, kThreads);
@@ -111,8 +113,7 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
     load(to.u, cell.u(tile)), load(to.state, cell.state(tile)), load(to.d_state, cell.d_state(tile));
     cp_async_commit();
   }
-  KDA_DEVICE void multiply_tile() {
-    auto const& in = s.tile;
+  KDA_DEVICE void multiply_tile(ValueTile const& in) {
     int const row = block() * 16;
 #pragma unroll
     for (int d = 0; d < kValueTile; d += 16) {
@@ -129,14 +130,14 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
     }
   }
   /// A warp has some eights of channels, a lane two of each and every eighth row.
-  KDA_DEVICE void add_across(float2 (&sum)[kOctets]) const {
+  KDA_DEVICE void add_across(ValueTile const& in, float2 (&sum)[kOctets]) const {
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
       int const channel = (warp * kOctets + i) * 8 + lane % 4 * 2;
 #pragma unroll
       for (int v = 0; v < kValueTile; v += 8) {
-        float2 const a = tile::to_float2<E>(tile::load_pair<E>(&s.tile.state.at(v + lane / 4, channel))),
-                     b = tile::to_float2<E>(tile::load_pair<E>(&s.tile.d_state.at(v + lane / 4, channel)));
+        float2 const a = tile::to_float2<E>(tile::load_pair<E>(&in.state.at(v + lane / 4, channel))),
+                     b = tile::to_float2<E>(tile::load_pair<E>(&in.d_state.at(v + lane / 4, channel)));
         sum[i] = sum[i] + a * b;
       }
     }

@@ -21,9 +21,12 @@ struct ValuesStorage {
   typename Record::Wide k_tilde;
   typename Record::Square a_qk, l;  // then dA_qk and dA_kk
   tile::DiagonalBlock diagonal[Shape::kBlocks];
-  typename BackwardCell<Variant>::State d_state;  // of the tile of V in hand, as u, d_o and d_x
+  union {  // of the tile of V in hand, as u and d_o
+    typename BackwardCell<Variant>::State d_state;
+    typename Record::Values d_x;
+  };
   typename BackwardCell<Variant>::Values u;
-  typename Record::Values d_o, d_x;
+  typename Record::Values d_o;
   float beta[Shape::kChunk], raw_beta[Shape::kChunk];
   bool has_small_beta[kConsumerWarps];
   float d_beta[kConsumerWarps][Shape::kChunk];
@@ -36,6 +39,7 @@ struct ValueGradients {
   using Storage = ValuesStorage<Variant>;
   using DiagonalElement = std::conditional_t<sizeof(E) == 4, float, tile::Tf32>;
   static constexpr int kThreads = 32 * kConsumerWarps, kChunk = Shape::kChunk, kBlocks = Shape::kBlocks;
+  static constexpr int kBlocksPerSm = sizeof(E) == 4 ? 2 : 3;
   static_assert(kBlocks <= kConsumerWarps);
 
   ChunkBwdParams const& p;
@@ -126,8 +130,11 @@ struct ValueGradients {
           tile::store_accumulator<E>(cell.u(tile), row, column, u);
         }
       }
-      tile::store_transposed<E, Shape::kConfig.wgmma>(s.d_x, i * 16, row, x[i][0], x[i][1]);
     }
+    sync_block();  // dX lies where dS_C was
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i)
+      tile::store_transposed<E, Shape::kConfig.wgmma>(s.d_x, i * 16, row, x[i][0], x[i][1]);
   }
 
   KDA_DEVICE void store_values(int tile) {
