@@ -14,8 +14,8 @@ from torch import Tensor
 from . import calls, variants
 from .build_info import ops_library
 from .checks import MAX_KEY_DIM, Checker
-from .library import NAMESPACE_EMULATED
 from .reference.chunk_bwd import ALL_GRADIENTS
+from .schemas import NAMESPACE_EMULATED
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/kda/dtype.h
 

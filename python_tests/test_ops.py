@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import pytest
 import torch
 
 import kda_cuda
-from kda_cuda import library
+from kda_cuda import library, schemas
 
 B, T, H, HV, K, V = 2, 40, 1, 2, 32, 16
 SEQUENCES = [0, 11, 11, 40]
@@ -84,6 +85,15 @@ def test_every_op_has_a_sample():
     """Ops of one step have their own test file (they write in place), and so their own samples."""
     assert set(op_samples()) <= set(library.SCHEMAS)
     assert {name for name in library.SCHEMAS if name.startswith(("chunk", "kda_gate"))} <= set(op_samples())
+
+
+@pytest.mark.parametrize("name", list(library.REFERENCE))
+def test_names_of_arguments(name):
+    """Those of the schema are those of the reference, in order and with the same defaults."""
+    parameters = inspect.signature(library.REFERENCE[name]).parameters.values()
+    assert [p.name for p in parameters] == list(schemas.ARGUMENTS[name]._fields)
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    assert defaults == schemas.ARGUMENTS[name]._field_defaults
 
 
 def with_gradients(arguments: tuple) -> tuple:
