@@ -10,7 +10,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ RECURRENT_KWARGS = (
 )  # fmt: skip
 CHUNK_SIZES = (32, 64)
 DETERMINISTIC = (True, "batch_invariant")
+P = ParamSpec("P")
 _CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -47,7 +48,7 @@ class Call(NamedTuple):
     returned: Callable[[Any], Any]  # from the op's results to the function's
 
 
-def public(bind: Callable[..., Call]) -> Callable[..., Any]:
+def public(bind: Callable[P, Call]) -> Callable[P, Any]:
     """The function that checks its arguments by ``bind`` and runs the call that this returns."""
 
     @functools.wraps(bind)
@@ -141,29 +142,34 @@ def under_autocast(q, k, v, g, beta) -> tuple:
     return q, k, v, g, beta
 
 
-TRANSFORMS = ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel", "allow_neg_eigval")
+class Transforms(NamedTuple):
+    """What the ops do to their inputs, as the public functions name it."""
+
+    use_qk_l2norm_in_kernel: bool
+    use_gate_in_kernel: bool
+    use_beta_sigmoid_in_kernel: bool
+    allow_neg_eigval: bool
 
 
 def common_arguments(
-    c: Checker, q, k, v, g, beta, A_log, dt_bias, scale, transforms: tuple, lower_bound, state_v_first, cu_seqlens,
+    c: Checker, q, k, v, g, beta, A_log, dt_bias, scale, transforms: Transforms, lower_bound, state_v_first, cu_seqlens,
     cu_seqlens_cpu=None, initial_state=None, padded: bool = False, **booleans,
 ) -> Inputs:  # fmt: skip
     """All checks that the functions on sequences share; returns the arguments that their ops share.
 
-    ``transforms``: the values of ``TRANSFORMS``. ``booleans``: other arguments, which must be bools. ``padded``: tokens
-    may follow the last sequence. ``initial_state`` is checked alone."""
+    ``booleans``: other arguments, which must be bools. ``padded``: tokens may follow the last sequence.
+    ``initial_state`` is checked, and not returned."""
     q, k, v, g, beta = under_autocast(q, k, v, g, beta)
     check_qkvgb(c, q, k, v, g, beta)
     key_dim, value_heads = q.shape[3], v.shape[2]
-    use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval = transforms
-    for name, flag in zip(TRANSFORMS, transforms, strict=True):
+    for name, flag in zip(transforms._fields, transforms, strict=True):
         c.boolean(name, flag)
     c.boolean("state_v_first", state_v_first)
     for name, flag in booleans.items():
         c.boolean(name, flag)
-    if allow_neg_eigval and not use_beta_sigmoid:
+    if transforms.allow_neg_eigval and not transforms.use_beta_sigmoid_in_kernel:
         raise c.value_error("allow_neg_eigval is True and use_beta_sigmoid_in_kernel is False, expected both True")
-    if use_gate:
+    if transforms.use_gate_in_kernel:
         A_log, dt_bias, lower_bound = check_gate_parameters(c, g, value_heads, key_dim, A_log, dt_bias, lower_bound)
     else:
         A_log = dt_bias = lower_bound = None
@@ -184,10 +190,10 @@ def common_arguments(
         dt_bias=dt_bias,
         cu_seqlens=cu_seqlens,
         scale=key_dim**-0.5 if scale is None else c.number("scale", scale),
-        use_qk_l2norm=use_qk_l2norm,
-        use_gate=use_gate,
-        use_beta_sigmoid=use_beta_sigmoid,
-        allow_neg_eigval=allow_neg_eigval,
+        use_qk_l2norm=transforms.use_qk_l2norm_in_kernel,
+        use_gate=transforms.use_gate_in_kernel,
+        use_beta_sigmoid=transforms.use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=transforms.allow_neg_eigval,
         lower_bound=lower_bound,
         state_v_first=state_v_first,
     )

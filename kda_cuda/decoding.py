@@ -124,7 +124,9 @@ def decode(
         (torch.Size([3, 1, 2, 64]), False, [True, False, False, False, False, True, False, False])
     """
     c = Checker("decode")
-    transforms = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    transforms = calls.Transforms(
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval
+    )
     x = calls.common_arguments(
         c, q, k, v, g, beta, A_log, dt_bias, scale, transforms, lower_bound, state_v_first, cu_seqlens,
         state_per_token=state_per_token, zero_is_null=zero_is_null,

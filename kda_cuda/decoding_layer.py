@@ -144,5 +144,4 @@ def serves(x: Tensor, head_dim: int, conv_size: int) -> bool:
     """Whether a kernel does a step of a layer whose projections are like ``x``."""
     if conv_size != CONV_TAPS or head_dim > 256 or torch.is_grad_enabled():
         return False
-    wants_kernel = x.device.type == "cuda" or (x.device.type == "cpu" and variants.emulating())
-    return wants_kernel and variants.unserved("decode_layer", x) is None
+    return variants.serves("decode_layer", x)

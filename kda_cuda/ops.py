@@ -75,6 +75,8 @@ def chunk_kda(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it. Nothing has run then.
+        NotImplementedError: a derivative by forward mode or by torch.func is asked for; there is that by
+            torch.autograd, the first one.
 
     Example:
         >>> import torch, kda_cuda
@@ -88,7 +90,9 @@ def chunk_kda(
     c = Checker("chunk_kda")
     calls.take_kwargs(c, kwargs, calls.CHUNK_KWARGS)
     state_v_first = calls.state_layout(c, state_v_first, kwargs)
-    transforms = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    transforms = calls.Transforms(
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval
+    )
     x = calls.common_arguments(
         c, q, k, v, g, beta, kwargs.get("A_log"), kwargs.get("dt_bias"), scale, transforms, lower_bound, state_v_first,
         cu_seqlens, cu_seqlens_cpu, initial_state, output_final_state=output_final_state, safe_gate=safe_gate,
@@ -155,7 +159,9 @@ def fused_recurrent_kda(
     c = Checker("fused_recurrent_kda")
     calls.take_kwargs(c, kwargs, calls.RECURRENT_KWARGS)
     state_v_first = calls.state_layout(c, state_v_first, kwargs)
-    transforms = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    transforms = calls.Transforms(
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval
+    )
     in_pool = decoding.takes_pool(c, kwargs)
     x = calls.common_arguments(
         c, q, k, v, g, beta, A_log, dt_bias, scale, transforms, lower_bound, state_v_first, cu_seqlens,
@@ -193,6 +199,7 @@ def kda_gate(
 
     Raises:
         ValueError, TypeError: an argument does not fit.
+        NotImplementedError: a derivative by forward mode or by torch.func is asked for.
 
     Example:
         >>> import torch, kda_cuda

@@ -98,7 +98,9 @@ def prefill(
         (torch.Size([1, 200, 2, 64]), [False, True, True, False, False, True, True, True])
     """
     c = Checker("prefill")
-    transforms = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    transforms = calls.Transforms(
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval
+    )
     x = calls.common_arguments(
         c, q, k, v, g, beta, A_log, dt_bias, scale, transforms, lower_bound, state_v_first, cu_seqlens, cu_seqlens_cpu,
         padded=True, zero_is_null=zero_is_null,

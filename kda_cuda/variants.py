@@ -109,7 +109,12 @@ def is_kernel(namespace: str, x: Tensor) -> bool:
     return namespace == NAMESPACE_EMULATED or (namespace == NAMESPACE and x.is_cuda)
 
 
+def serves(op: str, x: Tensor) -> bool:
+    """Whether a kernel runs ``op`` on tensors like ``x``."""
+    wants_kernel = x.device.type == "cuda" or (x.device.type == "cpu" and emulating())
+    return wants_kernel and unserved(op, x) is None
+
+
 def prefers_chunks(x: Tensor) -> bool:
     """Whether a few tokens like ``x`` have a chunkwise kernel but no decoding one."""
-    wants_kernel = x.device.type == "cuda" or (x.device.type == "cpu" and emulating())
-    return wants_kernel and unserved("decode", x) is not None and unserved("chunk_fwd", x) is None
+    return serves("chunk_fwd", x) and not serves("decode", x)

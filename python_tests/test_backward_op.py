@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import kda_cuda
-from kda_cuda import plans, variants
+from kda_cuda import library, plans, schemas, variants
 from kda_cuda.reference.chunk_bwd import ALL_GRADIENTS, GRADIENTS
 
 from .test_ops import ALL_TRANSFORMS, chunk_arguments, gate, state, streams
@@ -116,16 +117,28 @@ def test_autograd_asks_for_what_is_needed(device, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*runs the PyTorch reference instead of a kernel")
-def test_gradients_of_outputs_may_be_strided(device):
-    """A sum's gradient is one number, expanded; a view's is strided."""
+def test_gradients_of_outputs_may_be_strided(device, monkeypatch):
+    """A sum's gradient is one number, expanded; a view's is strided. Kernels take rows without gaps."""
+    spy = Spy(monkeypatch)
     x = {name: y.requires_grad_() for name, y in everything(device).items()}
     o, final_state = kda_cuda.chunk_kda(**x, **ALL_TRANSFORMS, output_final_state=True)
     do, d_state = (torch.ones((), device=device).expand(y.shape) for y in (o, final_state))
     strided = [torch.stack([d, d], -1)[..., 0] for d in (do, d_state)]
     results = [torch.autograd.grad((o, final_state), list(x.values()), (a, b), retain_graph=True)
                for a, b in ((do, d_state), strided, (do.contiguous(), d_state.contiguous()))]  # fmt: skip
+    assert all(x[0].stride(-1) == 1 and x[1].is_contiguous() for op, x in spy.calls if op == "chunk_bwd")
     for of_expanded, of_strided, of_contiguous in zip(*results, strict=True):
         assert torch.equal(of_expanded, of_contiguous) and torch.equal(of_strided, of_contiguous)
+
+
+def test_nothing_runs_where_nothing_is_wanted(monkeypatch):
+    spy = Spy(monkeypatch)
+    x = schemas.Chunk(*chunk_arguments(), True, 64, False)
+    ctx = SimpleNamespace(needs_input_grad=(False,) * len(x), save_for_backward=lambda *_: None,
+                          set_materialize_grads=lambda _: None)  # fmt: skip
+    backward, setup_context = library._AUTOGRAD["chunk"]
+    setup_context(ctx, x, None)
+    assert backward("kda_cuda", ctx, torch.ones_like(x.v), None, None) == (None,) * len(x) and spy.calls == []
 
 
 # ---- derivatives that there are not ----------------------------------------------------------------------------------
@@ -219,7 +232,7 @@ class Library:
 
 
 @pytest.fixture
-def library(monkeypatch, device) -> Library:
+def serving_library(monkeypatch, device) -> Library:
     """As if the backward kernel were compiled in."""
     library = Library()
     monkeypatch.setattr(plans, "compiled", lambda namespace: library)
@@ -232,11 +245,11 @@ SIZES = {"tokens": 100, "value_heads": 6, "key_dim": 64, "value_dim": 32, "dtype
 
 
 @pytest.mark.devices("emulator", "cuda")
-def test_workspace_of_the_backward(device, library):
+def test_workspace_of_the_backward(device, serving_library):
     size = kda_cuda.workspace_size(**SIZES, device=str(device), heads=2, sequences=7, backward=True)
-    assert size == 100 and library.asked == [(2, 1, 100, 7, 2, 6, 64, 32, ALL_GRADIENTS)]
+    assert size == 100 and serving_library.asked == [(2, 1, 100, 7, 2, 6, 64, 32, ALL_GRADIENTS)]
     size = kda_cuda.workspace_size(**SIZES, device=str(device), batch=3, backward=True)
-    assert size == 300 and library.asked[1] == (2, 3, 100, -1, 6, 6, 64, 32, ALL_GRADIENTS)
+    assert size == 300 and serving_library.asked[1] == (2, 3, 100, -1, 6, 6, 64, 32, ALL_GRADIENTS)
 
 
 @pytest.mark.devices("emulator", "cuda")
@@ -244,14 +257,14 @@ def test_workspace_of_the_backward(device, library):
     ("written", "reason"),
     [(0, "none: no variant fits this device"), (-1, "unknown: the device cannot be asked")],
 )
-def test_workspace_of_a_backward_that_no_variant_serves(device, library, monkeypatch, written, reason):
+def test_workspace_of_a_backward_that_no_variant_serves(device, serving_library, monkeypatch, written, reason):
     monkeypatch.setattr(plans, "compiled", lambda namespace: Library(written))
     with pytest.raises(RuntimeError, match=f"^kda_cuda::workspace_size: {reason}$"):
         kda_cuda.workspace_size(**SIZES, device=str(device), backward=True)
 
 
 @pytest.mark.devices("emulator", "cuda")
-def test_workspace_of_an_older_library(device, library, monkeypatch):
+def test_workspace_of_an_older_library(device, serving_library, monkeypatch):
     monkeypatch.setattr(plans, "compiled", lambda namespace: object())
     with pytest.raises(RuntimeError, match="unknown: the library was built before it could be asked"):
         kda_cuda.workspace_size(**SIZES, device=str(device), backward=True)
@@ -280,8 +293,8 @@ PLANNED = {"variant": "any", "rounds": "2", "workspace_bytes": "80"}
 
 
 @pytest.mark.devices("emulator", "cuda")
-def test_explain_shows_how_the_backward_is_launched(device, library):
-    library.kda_plan_chunk_fwd = library.kda_plan_chunk_bwd  # whatever it says
+def test_explain_shows_how_the_backward_is_launched(device, serving_library):
+    serving_library.kda_plan_chunk_fwd = serving_library.kda_plan_chunk_bwd  # whatever it says
     x = everything(device)
     x["k"].requires_grad_(), x["A_log"].requires_grad_()
     for needs_grad, options, wanted in ((True, {}, 0b100010), (True, {"backward": True}, 0b100010),
@@ -289,10 +302,10 @@ def test_explain_shows_how_the_backward_is_launched(device, library):
         with torch.set_grad_enabled(needs_grad):
             told = kda_cuda.explain(**x, **ALL_TRANSFORMS, **options)
         assert told.backward.kernel and told.backward.plan == PLANNED and "rounds 2" in str(told)
-        assert library.asked[-1] == (0, 2, 40, -1, 1, 2, 32, 16, wanted)
+        assert serving_library.asked[-1] == (0, 2, 40, -1, 1, 2, 32, 16, wanted)
     del x["A_log"], x["dt_bias"], x["initial_state"]
     kda_cuda.explain(**{name: y.detach() for name, y in x.items()}, backward=True)
-    assert library.asked[-1][-1] == 0b11111
+    assert serving_library.asked[-1][-1] == 0b11111
     with torch.no_grad():
         assert kda_cuda.explain(**x).backward is None
 
