@@ -35,7 +35,7 @@ KDA_GLOBAL void __launch_bounds__(kClearThreads) chunk_fwd_clear_kernel(ChunkFwd
   using E = typename Variant::Element;
   Sequence const range = unowned(p.plan, int32_t(blockIdx.x));
   int64_t const row = int64_t(p.value_heads) * p.value_dim, count = range.length * row;
-  E* const o = static_cast<E*>(p.o) + (range.batch_row * p.plan.tokens + range.begin) * row;
+  E* const o = static_cast<E*>(p.o.data) + (range.batch_row * p.plan.tokens + range.begin) * row;
   for (int64_t i = blockIdx.y * kClearThreads + thread_index(); i < count; i += kClearBlocks * kClearThreads)
     o[i] = from_float<E>(0.f);
 }
