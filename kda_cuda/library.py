@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from . import reference, variants
-from .checks import rows_contiguous
 from .reference.chunk_bwd import GRADIENTS, mask_of
 from .reference.gates import compute_dtype
 from .schemas import (
@@ -182,9 +181,9 @@ def _chunk_backward(namespace: str, ctx, do, dfinal_state, dh):
         return (None,) * len(Chunk._fields)
     saved = _CHUNK.of(ctx)
     v = saved["v"]
-    do = v.new_zeros(v.shape) if do is None else rows_contiguous(do)
-    if dfinal_state is not None:
-        dfinal_state = dfinal_state.contiguous() if dfinal_state.numel() else None
+    do = v.new_zeros(v.shape) if do is None else do
+    if dfinal_state is not None and dfinal_state.numel() == 0:
+        dfinal_state = None
     arguments = ChunkBwd(do=do, dfinal_state=dfinal_state, wanted=wanted, **saved)
     return _CHUNK.gradients(ctx, _backward(namespace, "chunk_bwd", v, arguments))
 
