@@ -104,7 +104,7 @@ def _chunk_fwd_plan(namespace: str, x: Chunk) -> dict[str, str]:
 
 
 def _chunk_bwd_plan(namespace: str, x: Chunk) -> dict[str, str]:
-    """Of the gradients that are required; where none is, of all that there are."""
+    """The plan for the gradients that are required; if none is, for those of all arguments given."""
     given = [isinstance(getattr(x, name), Tensor) for name in GRADIENTS]
     required = [there and getattr(x, name).requires_grad for name, there in zip(GRADIENTS, given, strict=True)]
     wanted = mask_of(required if torch.is_grad_enabled() and any(required) else given)

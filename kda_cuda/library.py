@@ -154,7 +154,7 @@ class _Saved:
         return dict(zip(self._tensors, ctx.saved_tensors, strict=True)) | ctx.options
 
     def needed(self, ctx) -> list[bool]:
-        """Of each differentiable argument."""
+        """Whether each differentiable argument needs a gradient."""
         needs = self._forward(*ctx.needs_input_grad)
         return [getattr(needs, name) for name in self._differentiable]
 

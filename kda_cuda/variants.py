@@ -21,7 +21,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class _Emulation(threading.local):
-    """Each thread its own. Not a context variable: torch.compile cannot read those, and guards this."""
+    """Whether a thread emulates. A context variable would not do: torch.compile cannot read one, and guards this."""
 
     def __init__(self):
         self.on = _EMULATE
