@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q "$(TORCH)" numpy setuptools wheel pybind11 ninja "cmake>=3.24" pytest matplotlib ruff==0.17.6 clang-format==23.1.5
+	$(BIN)/python -m pip install -q "$(TORCH)" numpy setuptools wheel pybind11 ninja "cmake>=3.24" pytest hypothesis matplotlib ruff==0.17.6 clang-format==23.1.5
 	@command -v nvcc >/dev/null || [ -n "$$CUDA_HOME" ] || $(BIN)/python -m pip install -q $$($(BIN)/python csrc/python/nvcc_packages.py)
 	touch $@
 

@@ -92,14 +92,17 @@ inline StateRef state_ref(CaseFile const& c, CaseTensor const& x) {
   return {x.data(), {{}, x.shape[0], false}, slot, kernel_dtype(x), c.scalar("state_v_first") != 0};
 }
 
+inline void set_plan(ChunkCall& p, CaseFile const& c, int chunk, int64_t sequences) {
+  p.plan.tokens = c["q"].shape[1], p.plan.sequences = int32_t(sequences), p.plan.chunk = chunk;
+  p.plan.cu_seqlens = c.pointer_or_null<void>("cu_seqlens");
+  p.plan.cu_seqlens_is_int64 = c.has("cu_seqlens") && c["cu_seqlens"].dtype == FileDtype::kInt64;
+}
 /// Everything but states, and no workspace yet, for the first `sequences` sequences.
 inline ChunkFwdParams chunk_fwd_params(CaseFile const& c, CaseTensor const& o, ChunkFwdVariant const& variant,
                                        int64_t sequences) {
   ChunkFwdParams p{};
   set_streams(p, c, o);
-  p.plan.tokens = c["q"].shape[1], p.plan.sequences = int32_t(sequences), p.plan.chunk = variant.chunk;
-  p.plan.cu_seqlens = c.pointer_or_null<void>("cu_seqlens");
-  p.plan.cu_seqlens_is_int64 = c.has("cu_seqlens") && c["cu_seqlens"].dtype == FileDtype::kInt64;
+  set_plan(p, c, variant.chunk, sequences);
   return p;
 }
 /// In a poisoned workspace of the size that it asks for.

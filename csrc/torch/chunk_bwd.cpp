@@ -16,16 +16,14 @@ struct Gradients {
   Tensor q, k, v, g, beta, A_log, dt_bias, initial_state;
 };
 
-/// Allocates gradients like the arguments. Tokens that no sequence has get zeros.
+/// Allocates gradients like the arguments.
 struct Allocation {
   Tensor const& owner;
   int64_t wanted;
-  bool may_leave_tokens;
 
   Tensor none(ScalarType dtype) const { return torch::stable::new_empty(owner, {0}, dtype); }
   Tensor tokens(Wanted bit, Tensor const& x) const {
-    if (!(wanted & bit)) return none(x.scalar_type());
-    return may_leave_tokens ? torch::stable::new_zeros(x, x.sizes()) : torch::stable::new_empty(x, x.sizes());
+    return wanted & bit ? torch::stable::new_empty(x, x.sizes()) : none(x.scalar_type());
   }
   Tensor optional(Wanted bit, OptionalTensor const& x) const {
     return x && (wanted & bit) ? torch::stable::new_empty(*x, x->sizes()) : none(ScalarType::Float);
@@ -55,12 +53,9 @@ struct Destinations {
   }
 
  private:
-  /// Zero where no sequence has the token: the sum over heads reads it.
   static Tensor scratch(Tensor const& like, ChunkBwdParams const& p, int64_t columns, std::optional<ScalarType> dtype) {
     int64_t const batch = p.plan.cu_seqlens ? 1 : p.plan.sequences;
-    std::initializer_list<int64_t> const shape{batch, p.plan.tokens, p.value_heads, columns};
-    return p.plan.cu_seqlens ? torch::stable::new_zeros(like, shape, dtype)
-                             : torch::stable::new_empty(like, shape, dtype);
+    return torch::stable::new_empty(like, {batch, p.plan.tokens, p.value_heads, columns}, dtype);
   }
 };
 
@@ -108,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
   Tensor const d_output = d_o.stride(3) == 1 || d_o.size(3) <= 1 ? d_o : torch::stable::contiguous(d_o);
   p.d_o = rows_of(kOp, "do", d_output);
 
-  Allocation const allocate{q, wanted, cu_seqlens.has_value()};
+  Allocation const allocate{q, wanted};
   Gradients d{allocate.tokens(kQ, q),
               allocate.tokens(kK, k),
               allocate.tokens(kV, v),

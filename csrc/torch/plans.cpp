@@ -132,7 +132,8 @@ extern "C" __attribute__((visibility("default"))) int kda_plan_chunk_bwd(int dty
                             choice.backward->chunk,
                             {}};
   kda::ChunkBwdSchedule const schedule = choice.backward->schedule(plan, heads, value_heads, value_dim);
-  std::string kernels = "chunk_prepare, chunk_bwd_scan";
+  std::string kernels = sequences >= 0 && (wanted & ~0x80) ? "chunk_bwd_clear, " : "";
+  kernels += "chunk_prepare, chunk_bwd_scan";
   if (wanted & ~0x80) kernels += ", chunk_bwd_values";
   if (wanted & 0x6b) kernels += ", chunk_bwd_keys";
   if (wanted & 0x60) kernels += ", chunk_bwd_reduce";

@@ -1,8 +1,7 @@
 // The shared memory of one team of the prepare kernel.
 #pragma once
 #include "kda/chunk/column_thread.h"
-#include "kda/chunk/record.h"
-#include "tile/solve.h"
+#include "kda/chunk/inverse.h"
 
 namespace kda {
 

@@ -3,7 +3,6 @@
 #include "kda/chunk/inputs.h"
 #include "kda/chunk/shape.h"
 #include "tile/shared_tile.h"
-#include "tile/solve.h"
 
 namespace kda {
 
@@ -27,13 +26,6 @@ template <class Variant>
 struct ChunkRecord : ChunkTransition<Variant> {
   typename ChunkTransition<Variant>::Wide gamma_q;  // scale * Gamma.Q
   typename ChunkTransition<Variant>::Square a_qk;   // scale * A_qk, zero above the diagonal
-};
-
-/// What solves with I + Diag(beta) A_kk: the backward needs it once more.
-template <class Variant>
-struct ChunkInverse {
-  typename ChunkTransition<Variant>::Square l;                 // Diag(beta) A_kk below its diagonal blocks
-  tile::DiagonalBlock diagonal[ChunkShape<Variant>::kBlocks];  // the inverses of its diagonal blocks
 };
 
 /// How far the records and the carried states have come, where the kernels of all parts run beside each other: counters

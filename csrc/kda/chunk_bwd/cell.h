@@ -6,7 +6,7 @@
 //   keys       reads U, S_0, dS_C and the gradients of the scores; writes what one chunk adds to dA_log and ddt_bias
 //   reduce     sums these
 #pragma once
-#include "kda/chunk/record.h"
+#include "kda/chunk/inverse.h"
 
 namespace kda {
 

@@ -2,6 +2,7 @@
 #pragma once
 #include "kda/chunk/launch_prepare.h"
 #include "kda/chunk/variants.h"
+#include "kda/chunk_bwd/clear.h"
 #include "kda/chunk_bwd/kernel.h"
 #include "kda/chunk_bwd/launch.h"
 
@@ -11,6 +12,9 @@ namespace kda {
 template <class Variant>
 struct ChunkBwdKernels {
   using K = Kernel<ChunkBwdParams>;
+  static K clear() {
+    return {{"chunk_bwd_clear", &typeid(Variant), kClearThreads, 0}, chunk_bwd_clear_kernel<Variant>};
+  }
   static K scan() {
     return {{"chunk_bwd_scan", &typeid(Variant), ScanShape<Variant, ScanPass::kReverse>::kThreads,
              sizeof(ScanPairStorage<Variant>)},
@@ -31,7 +35,7 @@ struct ChunkBwdKernels {
   static Kernel<ChunkBwdParams, int64_t> sum_heads() {
     return {{"chunk_bwd_sum_heads", &typeid(Variant), kReduceThreads, 0}, chunk_bwd_sum_heads_kernel<Variant>};
   }
-  static std::vector<KernelLaunch> all() { return {scan(), values(), keys(), reduce(), sum_heads()}; }
+  static std::vector<KernelLaunch> all() { return {clear(), scan(), values(), keys(), reduce(), sum_heads()}; }
 };
 
 /// Everything of the value heads [p.first_head, p.first_head + p.part_heads).
@@ -60,6 +64,7 @@ void launch_chunk_bwd(ChunkBwdParams p, ChunkBwdSchedule const& schedule, ChunkF
   p.inverse_offset = int32_t(BackwardCell<Variant>::inverse_offset(tiles));
   p.first_slot = 0, p.part = 0, p.part_slots = int32_t(p.plan.slots());
   p.segment_tokens = (p.plan.chunks_of(p.plan.tokens) + 1) * p.plan.chunk;
+  if (p.plan.cu_seqlens && p.dv.data) launch(ChunkBwdKernels<Variant>::clear(), dim3(2, kClearBlocks), stream, p);
   for (int round = 0; round < schedule.rounds; ++round) {
     p.first_head = round * schedule.heads_per_round;
     p.part_heads = std::min(schedule.heads_per_round, p.value_heads - p.first_head);
