@@ -1,9 +1,16 @@
-"""What the public functions share between their signatures and the ops: handling of arguments, and the call itself."""
+"""What the public functions share: how they are checked and run, and the arguments that they have in common.
+
+A public function is written as its checks: it returns a :class:`Call`, and runs nothing. :func:`public` makes of it the
+function that users see, which runs the call; the checks alone stay reachable as ``function.bind``.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -19,6 +26,7 @@ from .checks import (
     cu_seqlens_list,
     rows_contiguous,
 )
+from .schemas import NAMESPACE_REFERENCE, Chunk, Inputs, raw_op
 
 CHUNK_KWARGS = ("A_log", "dt_bias", "chunk_size", "transpose_state_layout", "use_graph", "max_num_seqs",
                 "deterministic")  # fmt: skip
@@ -27,7 +35,41 @@ RECURRENT_KWARGS = (
 )  # fmt: skip
 CHUNK_SIZES = (32, 64)
 DETERMINISTIC = (True, "batch_invariant")
+P = ParamSpec("P")
 _CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Call(NamedTuple):
+    """A checked call of a public function."""
+
+    op: str  # with autograd where an input requires a gradient
+    arguments: tuple  # of the op, by name
+    owner: Tensor  # whose device and dtype decide who serves the op
+    returned: Callable[[Any], Any]  # from the op's results to the function's
+
+
+def public(bind: Callable[P, Call]) -> Callable[P, Any]:
+    """The function that checks its arguments by ``bind`` and runs the call that this returns."""
+
+    @functools.wraps(bind)
+    def function(*args, **kwargs):
+        return run(bind(*args, **kwargs))
+
+    function.bind = bind
+    return function
+
+
+def run(call: Call) -> Any:
+    """Runs the op in the namespace that serves it."""
+    raw, x = raw_op(call.op), call.owner
+    namespace, reason = variants.choose(raw, x)
+    if namespace == NAMESPACE_REFERENCE and x.device.type == "cuda":
+        variants.warn_no_kernel(raw, reason)
+    return call.returned(variants.op_in(namespace, call.op)(*call.arguments))
+
+
+def as_it_is(results: Any) -> Any:
+    return results
 
 
 def take_kwargs(c: Checker, kwargs: dict, known: tuple[str, ...]) -> None:
@@ -47,7 +89,7 @@ def state_layout(c: Checker, state_v_first: bool, kwargs: dict) -> bool:
     old = kwargs["transpose_state_layout"]
     c.boolean("transpose_state_layout", old)
     if not torch.compiler.is_compiling():
-        warnings.warn("transpose_state_layout is deprecated: use state_v_first", DeprecationWarning, stacklevel=3)
+        warnings.warn("transpose_state_layout is deprecated: use state_v_first", DeprecationWarning, stacklevel=4)
     return old
 
 
@@ -100,26 +142,34 @@ def under_autocast(q, k, v, g, beta) -> tuple:
     return q, k, v, g, beta
 
 
-TRANSFORMS = ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel", "allow_neg_eigval")
+class Transforms(NamedTuple):
+    """What the ops do to their inputs, as the public functions name it."""
+
+    use_qk_l2norm_in_kernel: bool
+    use_gate_in_kernel: bool
+    use_beta_sigmoid_in_kernel: bool
+    allow_neg_eigval: bool
 
 
 def common_arguments(
-    c: Checker, q, k, v, g, beta, A_log, dt_bias, scale, transforms: tuple, lower_bound, state_v_first, cu_seqlens,
+    c: Checker, q, k, v, g, beta, A_log, dt_bias, scale, transforms: Transforms, lower_bound, state_v_first, cu_seqlens,
     cu_seqlens_cpu=None, initial_state=None, padded: bool = False, **booleans,
-) -> tuple:  # fmt: skip
+) -> Inputs:  # fmt: skip
     """All checks that the functions on sequences share; returns the arguments that their ops share.
 
-    ``transforms``: the values of ``TRANSFORMS``. ``booleans``: other arguments, which must be bools. ``padded``: tokens
-    may follow the last sequence."""
+    ``booleans``: other arguments, which must be bools. ``padded``: tokens may follow the last sequence.
+    ``initial_state`` is checked, and not returned."""
     q, k, v, g, beta = under_autocast(q, k, v, g, beta)
     check_qkvgb(c, q, k, v, g, beta)
     key_dim, value_heads = q.shape[3], v.shape[2]
-    flags = dict(zip(TRANSFORMS, transforms, strict=True))
-    for name, flag in (flags | {"state_v_first": state_v_first} | booleans).items():
+    for name, flag in zip(transforms._fields, transforms, strict=True):
         c.boolean(name, flag)
-    if flags["allow_neg_eigval"] and not flags["use_beta_sigmoid_in_kernel"]:
+    c.boolean("state_v_first", state_v_first)
+    for name, flag in booleans.items():
+        c.boolean(name, flag)
+    if transforms.allow_neg_eigval and not transforms.use_beta_sigmoid_in_kernel:
         raise c.value_error("allow_neg_eigval is True and use_beta_sigmoid_in_kernel is False, expected both True")
-    if flags["use_gate_in_kernel"]:
+    if transforms.use_gate_in_kernel:
         A_log, dt_bias, lower_bound = check_gate_parameters(c, g, value_heads, key_dim, A_log, dt_bias, lower_bound)
     else:
         A_log = dt_bias = lower_bound = None
@@ -130,9 +180,23 @@ def common_arguments(
         raise c.value_error("cu_seqlens is None and cu_seqlens_cpu is not, expected both or cu_seqlens alone")
     if initial_state is not None:
         check_initial_state(c, initial_state, q, v, cu_seqlens, state_v_first)
-    scale = key_dim**-0.5 if scale is None else c.number("scale", scale)
-    q, k, v, g = (rows_contiguous(x) for x in (q, k, v, g))
-    return (q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, *transforms, lower_bound, state_v_first)
+    return Inputs(
+        q=rows_contiguous(q),
+        k=rows_contiguous(k),
+        v=rows_contiguous(v),
+        g=rows_contiguous(g),
+        beta=beta,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        cu_seqlens=cu_seqlens,
+        scale=key_dim**-0.5 if scale is None else c.number("scale", scale),
+        use_qk_l2norm=transforms.use_qk_l2norm_in_kernel,
+        use_gate=transforms.use_gate_in_kernel,
+        use_beta_sigmoid=transforms.use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=transforms.allow_neg_eigval,
+        lower_bound=lower_bound,
+        state_v_first=state_v_first,
+    )
 
 
 def sequences_of(x: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -170,12 +234,24 @@ def chunk_state_rows(c: Checker, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tens
     return sum((end - begin + chunk - 1) // chunk for begin, end in itertools.pairwise(bounds))
 
 
-def run_chunk(
-    c: Checker, common: tuple, output_final_state: bool, chunk_size: int = 64, keep_states: bool = False, rows=None,
-    batch_invariant: bool = False,
-):  # fmt: skip
-    """o, final_state (None where not asked for) and the chunk states, with autograd if any input needs a gradient."""
-    op = "chunk" if needs_grad(c, *common) else "chunk_fwd"
-    arguments = (*common, output_final_state, chunk_size, keep_states, rows, batch_invariant)
-    o, final_state, h = variants.run(op, "chunk_fwd", arguments)
-    return o, final_state if output_final_state else None, h
+def chunk_call(
+    c: Checker, x: Inputs, initial_state: Tensor | None, output_final_state: bool, *, chunk_size: int = 64,
+    keep_states: bool = False, state_rows: int | None = None, batch_invariant: bool = False,
+) -> Call:  # fmt: skip
+    """Returns o and final_state (None where not asked for), and the chunk states where they are kept."""
+    arguments = Chunk(
+        **x._asdict(),
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        chunk_size=chunk_size,
+        output_chunk_states=keep_states,
+        chunk_state_rows=state_rows,
+        batch_invariant=batch_invariant,
+    )
+
+    def returned(results: tuple[Tensor, Tensor, Tensor]) -> tuple:
+        o, final_state, h = results
+        final_state = final_state if output_final_state else None
+        return (o, final_state, h) if keep_states else (o, final_state)
+
+    return Call("chunk" if needs_grad(c, *arguments) else "chunk_fwd", arguments, x.q, returned)

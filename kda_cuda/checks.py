@@ -46,7 +46,7 @@ class Checker:
             raise self.value_error(f"{name} is on {x.device}, expected {device}{like}")
 
     def rank(self, name: str, x: Tensor, dims: str) -> None:
-        expected = len(dims.split(", "))
+        expected = dims.count(",") + 1
         if x.dim() != expected:
             raise self.value_error(f"{name} has shape {list(x.shape)}, expected {expected} dimensions [{dims}]")
 
@@ -55,7 +55,7 @@ class Checker:
             raise self.type_error(f"{name} has dtype {name_of([x.dtype])}, expected {name_of(allowed)}")
 
     def shape(self, name: str, x: Tensor, **dims: int) -> None:
-        if tuple(x.shape) != tuple(dims.values()):
+        if x.shape != tuple(dims.values()):
             expected = ", ".join(f"{d}={n}" for d, n in dims.items())
             raise self.value_error(f"{name} has shape {list(x.shape)}, expected [{expected}]")
 
@@ -189,7 +189,8 @@ def check_gate_parameters(
         c.dtype(name, x, FLOAT_DTYPES)
         if x.numel() != math.prod(sizes):
             c.shape(name, x, **dims)
-        return (x if x.dtype in computed else x.float()).reshape(sizes).contiguous()
+        x = x if x.dtype in computed else x.float()
+        return (x if x.shape == sizes else x.reshape(sizes)).contiguous()
 
     A_log = as_shape("A_log", A_log, value_heads, HV=value_heads)
     dt_bias = as_shape("dt_bias", dt_bias, value_heads, key_dim, HV=value_heads, K=key_dim)
@@ -198,4 +199,4 @@ def check_gate_parameters(
 
 def rows_contiguous(x: Tensor) -> Tensor:
     """Kernels take any strides but the last; only such an input is copied."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

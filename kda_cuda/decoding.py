@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from . import calls, variants
+from .calls import Call
 from .checks import Checker, check_contents, check_cu_seqlens
 from .reference.gates import compute_dtype
+from .schemas import Commit, Decode, Inputs
 from .state_pools import StatePools, check_accepted, check_like, check_records
 
 FEW_TOKENS = 16  # a sequence; up to here the recurrence is faster than a chunk
@@ -43,6 +45,7 @@ class DraftRecords(NamedTuple):
         )
 
 
+@calls.public
 def decode(
     q: Tensor,
     k: Tensor,
@@ -69,7 +72,7 @@ def decode(
     cu_seqlens: Tensor | None = None,
     records: DraftRecords | None = None,
     out: Tensor | None = None,
-) -> Tensor:
+):
     r"""One or a few tokens per sequence on top of its state, which is updated in place. Without gradients.
 
     .. math:: S_t = (I - \beta_t k_t k_t^T) Diag(e^{g_t}) S_{t-1} + \beta_t k_t v_t^T, \quad o_t = scale \, S_t^T q_t
@@ -121,42 +124,30 @@ def decode(
         (torch.Size([3, 1, 2, 64]), False, [True, False, False, False, False, True, False, False])
     """
     c = Checker("decode")
-    transforms = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval)
-    common = calls.common_arguments(
-        c,
-        q,
-        k,
-        v,
-        g,
-        beta,
-        A_log,
-        dt_bias,
-        scale,
-        transforms,
-        lower_bound,
-        state_v_first,
-        cu_seqlens,
-        state_per_token=state_per_token,
-        zero_is_null=zero_is_null,
+    transforms = calls.Transforms(
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval
     )
-    if calls.needs_grad(c, *common, state):
+    x = calls.common_arguments(
+        c, q, k, v, g, beta, A_log, dt_bias, scale, transforms, lower_bound, state_v_first, cu_seqlens,
+        state_per_token=state_per_token, zero_is_null=zero_is_null,
+    )  # fmt: skip
+    if calls.needs_grad(c, *x, state):
         raise c.value_error("an argument requires a gradient, expected none: decode has no gradients (use chunk_kda)")
-    return run_decode(
-        c, common, state=state, slot_of=slot_of, num_accepted_tokens=num_accepted_tokens,
-        new_state=new_state, new_slot_of=new_slot_of, in_place=new_state is None and records is None,
-        state_per_token=state_per_token, zero_is_null=zero_is_null, records=records, out=out,
+    return decode_call(
+        c, x, state=state, slot_of=slot_of, num_accepted_tokens=num_accepted_tokens, new_state=new_state,
+        new_slot_of=new_slot_of, in_place=new_state is None and records is None, state_per_token=state_per_token,
+        zero_is_null=zero_is_null, records=records, out=out,
     )  # fmt: skip
 
 
-def run_decode(
-    c: Checker, common: tuple, *, state=None, slot_of=None, num_accepted_tokens=None, new_state=None,
-    new_slot_of=None, in_place=False, state_per_token=False, zero_is_null=False, records=None, out=None,
-    names=("state", "slot_of"),
-) -> Tensor:  # fmt: skip
-    """Checks what :func:`calls.common_arguments` did not, and runs the op. ``common``: its result."""
-    q, k, v, g, beta, A_log, dt_bias, _, cu_seqlens, *options, state_v_first = common
+def decode_call(
+    c: Checker, x: Inputs, *, state=None, slot_of=None, num_accepted_tokens=None, new_state=None, new_slot_of=None,
+    in_place=False, state_per_token=False, zero_is_null=False, records=None, out=None, names=("state", "slot_of"),
+) -> Call:  # fmt: skip
+    """Checks what :func:`calls.common_arguments` did not. The call returns ``out``."""
+    q, v, cu_seqlens = x.q, x.v, x.cu_seqlens
     in_place = in_place and state is not None
-    pools = StatePools(c, q, calls.sequences_of(q, cu_seqlens), calls.state_sizes(q, v, state_v_first))
+    pools = StatePools(c, q, calls.sequences_of(q, cu_seqlens), calls.state_sizes(q, v, x.state_v_first))
     pools.check(names[0], state, names[1], slot_of)
     pools.check("new_state", new_state, "new_slot_of", new_slot_of)
     if state is not None and new_state is not None:
@@ -183,14 +174,16 @@ def run_decode(
     if not torch.compiler.is_compiling() and check_contents(q):
         pools.check_contents(state, slot_of, num_accepted_tokens, written, slots_name, slots, state_per_token,
                              zero_is_null)  # fmt: skip
-    variants.run("decode", "decode", (
-        q, k, v, g, beta, A_log, dt_bias, out, state, slot_of, new_state, new_slot_of, num_accepted_tokens,
-        cu_seqlens, *(records or (None, None, None)), *options, state_v_first, in_place, state_per_token,
-        zero_is_null,
-    ))  # fmt: skip
-    return out
+    record_k, record_u, record_g = records or (None, None, None)
+    arguments = Decode(
+        **x._asdict(), out=out, state=state, slot_of=slot_of, new_state=new_state, new_slot_of=new_slot_of,
+        num_accepted_tokens=num_accepted_tokens, record_k=record_k, record_u=record_u, record_g=record_g,
+        in_place=in_place, state_per_token=state_per_token, zero_is_null=zero_is_null,
+    )  # fmt: skip
+    return Call("decode", arguments, q, lambda _: out)
 
 
+@calls.public
 def commit(
     records: DraftRecords,
     num_accepted_tokens: Tensor,
@@ -202,7 +195,7 @@ def commit(
     state_v_first: bool = False,
     zero_is_null: bool = False,
     cu_seqlens: Tensor | None = None,
-) -> None:
+):
     """Brings states forward past the accepted tokens of a draft that :func:`decode` only read them for.
 
     ``S <- Diag(e^g) S + k u^T`` for the first ``num_accepted_tokens`` of each sequence (Kimi Linear report, section 3):
@@ -247,10 +240,12 @@ def commit(
     if not torch.compiler.is_compiling() and check_contents(k):
         pools.check_contents(state, slot_of, None, written, slots_name, slots, False, zero_is_null)
         check_accepted(c, num_accepted_tokens, k.shape[1], cu_seqlens)
-    variants.run("decode_commit", "decode_commit", (
-        state, slot_of, new_state, new_slot_of, *records, num_accepted_tokens, cu_seqlens, state_v_first,
-        zero_is_null,
-    ))  # fmt: skip
+    arguments = Commit(
+        state=state, slot_of=slot_of, new_state=new_state, new_slot_of=new_slot_of, record_k=k, record_u=v,
+        record_g=records.g, num_accepted_tokens=num_accepted_tokens, cu_seqlens=cu_seqlens,
+        state_v_first=state_v_first, zero_is_null=zero_is_null,
+    )  # fmt: skip
+    return Call("decode_commit", arguments, state, calls.as_it_is)
 
 
 # ---- fused_recurrent_kda ---------------------------------------------------------------------------------------------
@@ -265,41 +260,46 @@ def takes_pool(c: Checker, kwargs: dict) -> bool:
     return bool(in_place) or any(kwargs.get(name) is not None for name in others)
 
 
-def run_in_pool(c: Checker, common: tuple, initial_state, output_final_state: bool, kwargs: dict):
-    """o, and the final states: the pool itself where they are written in place."""
+def in_pool_call(c: Checker, x: Inputs, initial_state, output_final_state: bool, kwargs: dict) -> Call:
+    """Returns o, and the final states: the pool itself where they are written in place."""
     names = ("ssm_state_indices", "num_accepted_tokens", "out")
     slots, accepted, out = (kwargs.get(name) for name in names)
     in_place = bool(kwargs.get("inplace_final_state"))
-    if calls.needs_grad(c, *common, initial_state):
+    if calls.needs_grad(c, *x, initial_state):
         given = next(name for name in (*names, "inplace_final_state") if kwargs.get(name) is not None)
         raise c.value_error(f"{given} is given and an argument requires a gradient, expected one of them")
     if in_place and initial_state is None:
         raise c.value_error("inplace_final_state is True and initial_state is None, expected a state to write to")
     final_state = None
     if output_final_state and not in_place:
-        final_state = new_states(common, torch.float32 if initial_state is None else initial_state.dtype)
+        final_state = new_states(x, torch.float32 if initial_state is None else initial_state.dtype)
     with_columns = isinstance(slots, Tensor) and slots.dim() == 2
-    o = run_decode(
-        c, common, state=initial_state, slot_of=slots, num_accepted_tokens=accepted, new_state=final_state,
+    call = decode_call(
+        c, x, state=initial_state, slot_of=slots, num_accepted_tokens=accepted, new_state=final_state,
         in_place=in_place, state_per_token=in_place and with_columns, out=out,
         names=("initial_state", "ssm_state_indices"),
     )  # fmt: skip
-    return o, initial_state if in_place else final_state
+    return with_state(call, initial_state if in_place else final_state)
 
 
-def run_recurrent(c: Checker, common: tuple, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
-    """A few tokens without gradients, by whatever is fastest; else in chunks."""
-    q, initial_state, cu_seqlens = common[0], common[7], common[8]
-    tokens = q.shape[1] if cu_seqlens is None else -(-q.shape[1] // calls.sequences_of(q, cu_seqlens))
-    if calls.needs_grad(c, *common) or tokens > FEW_TOKENS or variants.prefers_chunks(q):
-        return calls.run_chunk(c, common, output_final_state)[:2]
-    final_state = new_states(common, compute_dtype(q.dtype)) if output_final_state else None
+def recurrent_call(c: Checker, x: Inputs, initial_state: Tensor | None, output_final_state: bool) -> Call:
+    """A few tokens without gradients, by whatever is fastest; else in chunks. Returns o and the final states."""
+    q = x.q
+    tokens = q.shape[1] if x.cu_seqlens is None else -(-q.shape[1] // calls.sequences_of(q, x.cu_seqlens))
+    if calls.needs_grad(c, *x, initial_state) or tokens > FEW_TOKENS or variants.prefers_chunks(q):
+        return calls.chunk_call(c, x, initial_state, output_final_state)
+    final_state = new_states(x, compute_dtype(q.dtype)) if output_final_state else None
     state = None if initial_state is None else initial_state.contiguous()
-    return run_decode(c, common, state=state, new_state=final_state), final_state
+    return with_state(decode_call(c, x, state=state, new_state=final_state), final_state)
 
 
-def new_states(common: tuple, dtype: torch.dtype) -> Tensor:
+def with_state(call: Call, state: Tensor | None) -> Call:
+    """The call of ``decode``, which then returns its output and ``state``."""
+    out = call.arguments.out
+    return Call(call.op, call.arguments, call.owner, lambda _: (out, state))
+
+
+def new_states(x: Inputs, dtype: torch.dtype) -> Tensor:
     """One state per sequence, in the layout of the call. Zero: null slots leave theirs as it is."""
-    q, v, cu_seqlens, v_first = common[0], common[2], common[8], common[-1]
-    sizes = calls.state_sizes(q, v, v_first).values()
-    return q.new_zeros((calls.sequences_of(q, cu_seqlens), *sizes), dtype=dtype)
+    sizes = calls.state_sizes(x.q, x.v, x.state_v_first).values()
+    return x.q.new_zeros((calls.sequences_of(x.q, x.cu_seqlens), *sizes), dtype=dtype)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import calls, variants
 from .checks import Checker, check_contents, check_gate_parameters, check_qkvgb, rows_contiguous
+from .schemas import DecodeLayer
 from .state_pools import StatePools, check_like
 
 CONV_TAPS = 4
@@ -14,6 +15,7 @@ CONV_TAPS = 4
 __all__ = ["decode_layer"]
 
 
+@calls.public
 def decode_layer(
     q: Tensor,
     k: Tensor,
@@ -35,7 +37,7 @@ def decode_layer(
     norm_eps: float = 1e-5,
     zero_is_null: bool = False,
     out: Tensor | None = None,
-) -> Tensor:
+):
     r"""One token per sequence through a whole KDA layer, from its projections to its output projection. No gradients.
 
     q, k and v pass a causal convolution of four taps and SiLU; q and k are l2-normalised; the recurrence of
@@ -103,11 +105,15 @@ def decode_layer(
         pools.check_contents(state, slot_of, None, state, "slot_of", slot_of, False, zero_is_null)
     scale = dim**-0.5 if scale is None else c.number("scale", scale)
     q, k, v, g = (rows_contiguous(x) for x in (q, k, v, g))
-    variants.run("decode_layer", "decode_layer", (
-        q, k, v, g, beta, output_gate, conv_state, *weights, A_log, dt_bias, norm_weight.contiguous(), state, slot_of,
-        out, scale, allow_neg_eigval, lower_bound, c.number("norm_eps", norm_eps), zero_is_null,
-    ))  # fmt: skip
-    return out
+    q_weight, k_weight, v_weight = weights
+    arguments = DecodeLayer(
+        q=q, k=k, v=v, g=g, beta=beta, output_gate=output_gate, conv_state=conv_state, q_conv_weight=q_weight,
+        k_conv_weight=k_weight, v_conv_weight=v_weight, A_log=A_log, dt_bias=dt_bias,
+        norm_weight=norm_weight.contiguous(), state=state, slot_of=slot_of, out=out, scale=scale,
+        allow_neg_eigval=allow_neg_eigval, lower_bound=lower_bound, norm_eps=c.number("norm_eps", norm_eps),
+        zero_is_null=zero_is_null,
+    )  # fmt: skip
+    return calls.Call("decode_layer", arguments, q, lambda _: out)
 
 
 def check_convolution(c: Checker, q: Tensor, conv_state, conv_weights, slots: int | None) -> list[Tensor]:
@@ -138,5 +144,4 @@ def serves(x: Tensor, head_dim: int, conv_size: int) -> bool:
     """Whether a kernel does a step of a layer whose projections are like ``x``."""
     if conv_size != CONV_TAPS or head_dim > 256 or torch.is_grad_enabled():
         return False
-    wants_kernel = x.device.type == "cuda" or (x.device.type == "cpu" and variants.emulating())
-    return wants_kernel and variants.unserved("decode_layer", x) is None
+    return variants.serves("decode_layer", x)

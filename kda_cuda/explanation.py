@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from . import calls, decoding, decoding_layer, ops, prefilling, variants
-from .library import FUNCTIONAL
+from .calls import Call
 from .plans import ChunkShape, decode_plan
-from .reference.chunk_bwd import mask_of
+from .reference.chunk_bwd import GRADIENTS, mask_of
+from .schemas import Chunk, Commit, Decode, DecodeLayer, Prefill, raw_op
 
-_BACKWARD = {forward: f"{op}_bwd" for op, raw in FUNCTIONAL.items() for forward in (op, raw)}  # op -> its backward
 _FUNCTIONS = {
     **{name: getattr(ops, name) for name in ops.__all__},
     "prefill": prefilling.prefill,
@@ -80,67 +80,59 @@ def explain(*args: Any, op: str = "chunk_kda", backward: bool = False, **kwargs:
     """
     if op not in _FUNCTIONS:
         raise ValueError(f"kda_cuda::explain: op is {op!r}, expected one of {list(_FUNCTIONS)}")
-    try:
-        with variants.planning():
-            _FUNCTIONS[op](*args, **kwargs)
-    except variants.Planned as planned:
-        call = planned
-    x = call.arguments[0]
-    namespace, reason = variants.choose(call.raw, x)
-    kernel = variants.is_kernel(namespace, x)
-    plan = _PLANS[call.raw](namespace, call.arguments) if kernel and call.raw in _PLANS else {}
-    forward = Step(call.raw, namespace, kernel, reason, plan)
-    if backward and call.raw not in _BACKWARD:
-        raise ValueError(f"kda_cuda::explain: backward is True, expected False: {call.raw} has no backward")
-    return Explanation(op, forward, _backward_step(call, namespace) if backward or call.op in FUNCTIONAL else None)
+    call = _FUNCTIONS[op].bind(*args, **kwargs)
+    raw = raw_op(call.op)
+    namespace, reason = variants.choose(raw, call.owner)
+    kernel = variants.is_kernel(namespace, call.owner)
+    plan = _PLANS[raw](namespace, call.arguments) if kernel and raw in _PLANS else {}
+    forward = Step(raw, namespace, kernel, reason, plan)
+    if backward and raw not in _BACKWARD:
+        raise ValueError(f"kda_cuda::explain: backward is True, expected False: {raw} has no backward")
+    return Explanation(op, forward, _backward_step(call, namespace) if backward or call.op != raw else None)
 
 
-def _backward_step(call: variants.Planned, namespace: str) -> Step:
-    name, x = _BACKWARD[call.raw], call.arguments[0]
-    served_by, reason = variants.choose_backward(name, namespace, x)
-    kernel = variants.is_kernel(served_by, x)
-    plan = {}
-    if kernel and name == "chunk_bwd":
-        q, _, v = call.arguments[:3]
-        plan = ChunkShape.of(q, v, call.arguments[8]).backward_plan(served_by, _wanted(call.arguments[:8]))
+def _backward_step(call: Call, namespace: str) -> Step:
+    name = _BACKWARD[raw_op(call.op)]
+    served_by, reason = variants.choose_backward(name, namespace, call.owner)
+    kernel = variants.is_kernel(served_by, call.owner)
+    plan = _chunk_bwd_plan(served_by, call.arguments) if kernel and name == "chunk_bwd" else {}
     return Step(name, served_by, kernel, reason, plan)
 
 
-def _wanted(differentiable: tuple) -> int:
-    """The mask of those that require a gradient; where none does, of all that are there."""
-    given = [isinstance(x, Tensor) for x in differentiable]
-    required = [there and x.requires_grad for there, x in zip(given, differentiable, strict=True)]
-    return mask_of(required if torch.is_grad_enabled() and any(required) else given)
+def _chunk_fwd_plan(namespace: str, x: Chunk) -> dict[str, str]:
+    return ChunkShape.of(x.q, x.v, x.cu_seqlens).forward_plan(namespace, x.chunk_size, x.batch_invariant)
 
 
-def _chunk_fwd_plan(namespace: str, arguments: tuple) -> dict[str, str]:
-    q, _, v, *_ = arguments
-    return ChunkShape.of(q, v, arguments[8]).forward_plan(namespace, arguments[17], arguments[20])
+def _chunk_bwd_plan(namespace: str, x: Chunk) -> dict[str, str]:
+    """The plan for the gradients that are required; if none is, for those of all arguments given."""
+    given = [isinstance(getattr(x, name), Tensor) for name in GRADIENTS]
+    required = [there and getattr(x, name).requires_grad for name, there in zip(GRADIENTS, given, strict=True)]
+    wanted = mask_of(required if torch.is_grad_enabled() and any(required) else given)
+    return ChunkShape.of(x.q, x.v, x.cu_seqlens).backward_plan(namespace, wanted)
 
 
-def _prefill_plan(namespace: str, arguments: tuple) -> dict[str, str]:
-    q, _, v, *_ = arguments
-    return ChunkShape.of(q, v, arguments[13]).forward_plan(namespace, prefilling.CHECKPOINT_TOKENS, arguments[24])
+def _prefill_plan(namespace: str, x: Prefill) -> dict[str, str]:
+    shape = ChunkShape.of(x.q, x.v, x.cu_seqlens)
+    return shape.forward_plan(namespace, prefilling.CHECKPOINT_TOKENS, x.batch_invariant)
 
 
-def _decode_plan(namespace: str, arguments: tuple) -> dict[str, str]:
-    q, _, v = arguments[:3]
-    state, new_state, cu_seqlens, v_first = (arguments[i] for i in (8, 10, 13, 23))
-    sizes = (q.shape[1], calls.sequences_of(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
-    return decode_plan(namespace, sizes, state, new_state, v_first)
+def _decode_plan(namespace: str, x: Decode) -> dict[str, str]:
+    sizes = (x.q.shape[1], calls.sequences_of(x.q, x.cu_seqlens), x.v.shape[2], x.q.shape[3], x.v.shape[3])
+    return decode_plan(namespace, sizes, x.state, x.new_state, x.state_v_first)
 
 
-def _commit_plan(namespace: str, arguments: tuple) -> dict[str, str]:
-    state, _, new_state, _, k, u, _, _, cu_seqlens, v_first, _ = arguments
-    sizes = (k.shape[1], calls.sequences_of(k, cu_seqlens), u.shape[2], k.shape[3], u.shape[3])
-    return decode_plan(namespace, sizes, state, new_state, v_first)
+def _commit_plan(namespace: str, x: Commit) -> dict[str, str]:
+    k, u = x.record_k, x.record_u
+    sizes = (k.shape[1], calls.sequences_of(k, x.cu_seqlens), u.shape[2], k.shape[3], u.shape[3])
+    return decode_plan(namespace, sizes, x.state, x.new_state, x.state_v_first)
 
 
-def _layer_plan(namespace: str, arguments: tuple) -> dict[str, str]:
-    batch, tokens, heads, dim = arguments[0].shape
-    return decode_plan(namespace, (tokens, batch, heads, dim, dim), arguments[13], None, True, layer=True)
+def _layer_plan(namespace: str, x: DecodeLayer) -> dict[str, str]:
+    batch, tokens, heads, dim = x.q.shape
+    return decode_plan(namespace, (tokens, batch, heads, dim, dim), x.state, None, True, layer=True)
 
 
+_BACKWARD = {"chunk_fwd": "chunk_bwd", "kda_gate_fwd": "kda_gate_bwd"}  # raw op -> its backward
 _PLANS = {  # raw op -> what its library says of a launch
     "chunk_fwd": _chunk_fwd_plan,
     "prefill": _prefill_plan,

@@ -1,4 +1,4 @@
-"""The torch ops: schemas, fakes and autograd, said once for three namespaces.
+"""The torch ops: fakes, autograd and registration, said once for three namespaces.
 
 ``kda_cuda``            CPU key: the reference; CUDA key: the kernels of ``_ops.so`` (implementations only, no schemas)
 ``kda_cuda_reference``  the reference on any device: what CUDA tensors run where no kernel serves them
@@ -15,142 +15,86 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import reference
-from .checks import rows_contiguous
-from .reference.chunk_bwd import ALL_GRADIENTS, GRADIENTS, mask_of
+from . import reference, variants
+from .reference.chunk_bwd import GRADIENTS, mask_of
 from .reference.gates import compute_dtype
+from .schemas import (
+    FUNCTIONAL,
+    NAMESPACE,
+    NAMESPACE_EMULATED,
+    NAMESPACE_REFERENCE,
+    SCHEMAS,
+    Chunk,
+    ChunkBwd,
+    Gate,
+    GateBwd,
+    Prefill,
+)
 
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor? initial_state, "
-    "Tensor? cu_seqlens, float scale, bool use_qk_l2norm, bool use_gate, bool use_beta_sigmoid, "
-    "bool allow_neg_eigval, float? lower_bound, bool state_v_first"
-)
-_CHUNK = (
-    f"({_INPUTS}, bool output_final_state, int chunk_size, bool output_chunk_states, SymInt? chunk_state_rows=None, "
-    "bool batch_invariant=False) -> (Tensor, Tensor, Tensor)"
-)
-_PREFILL = (
-    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor(a!) state_pool, "
-    "Tensor? slot_of, Tensor? initial_slot_of, Tensor? has_initial_state, Tensor(b!)? checkpoint_pool, "
-    "Tensor? checkpoint_slots, Tensor? cu_seqlens, Tensor(c!)? workspace, float scale, bool use_qk_l2norm, "
-    "bool use_gate, bool use_beta_sigmoid, bool allow_neg_eigval, float? lower_bound, bool state_v_first, "
-    "bool zero_is_null, int checkpoint_interval, bool batch_invariant) -> Tensor"
-)
-_DECODE = (  # every state is [slots, HV, V, K] or [slots, HV, K, V]; nothing is allocated
-    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor(a!) out, "
-    "Tensor(b!)? state, Tensor? slot_of, Tensor(c!)? new_state, Tensor? new_slot_of, "
-    "Tensor? num_accepted_tokens, Tensor? cu_seqlens, Tensor(d!)? record_k, Tensor(e!)? record_u, "
-    "Tensor(f!)? record_g, float scale, bool use_qk_l2norm, bool use_gate, bool use_beta_sigmoid, "
-    "bool allow_neg_eigval, float? lower_bound, bool state_v_first, bool in_place, bool state_per_token, "
-    "bool zero_is_null) -> ()"
-)
-_COMMIT = (
-    "(Tensor(a!) state, Tensor? slot_of, Tensor(b!)? new_state, Tensor? new_slot_of, Tensor record_k, "
-    "Tensor record_u, Tensor record_g, Tensor num_accepted_tokens, Tensor? cu_seqlens, bool state_v_first, "
-    "bool zero_is_null) -> ()"
-)
-_DECODE_LAYER = (
-    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor output_gate, Tensor(a!) conv_state, "
-    "Tensor q_conv_weight, Tensor k_conv_weight, Tensor v_conv_weight, Tensor? A_log, Tensor? dt_bias, "
-    "Tensor norm_weight, Tensor(b!) state, Tensor? slot_of, Tensor(c!) out, float scale, bool allow_neg_eigval, "
-    "float? lower_bound, float norm_eps, bool zero_is_null) -> ()"
-)
-# Gradients of GRADIENTS. Bit i of `wanted` asks for the i-th; one that is not wanted, or whose argument is absent, is
-# empty, in the dtype it would have (that of the argument; absent: fp32, float64 for float64).
-_CHUNK_BWD = (
-    f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, int chunk_size, int wanted={ALL_GRADIENTS}, "
-    "bool batch_invariant=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_GATE = "(Tensor g, Tensor? A_log, Tensor? dt_bias, float? lower_bound, ScalarType dtype) -> Tensor"
+__all__ = ["FUNCTIONAL", "NAMESPACE", "NAMESPACE_EMULATED", "NAMESPACE_REFERENCE", "SCHEMAS", "define_namespace"]
 
-SCHEMAS = {
-    "kda_gate_fwd": _GATE,
-    "kda_gate_bwd": "(Tensor dy, Tensor g, Tensor? A_log, Tensor? dt_bias, float? lower_bound) "
-    "-> (Tensor, Tensor, Tensor)",
-    "kda_gate": _GATE,
-    "chunk_fwd": _CHUNK,
-    "chunk_bwd": _CHUNK_BWD,
-    "chunk": _CHUNK,
-    "prefill": _PREFILL,
-    "decode": _DECODE,
-    "decode_commit": _COMMIT,
-    "decode_layer": _DECODE_LAYER,
-}
 REFERENCE = {
     "kda_gate_fwd": reference.kda_gate_fwd,
     "kda_gate_bwd": reference.kda_gate_bwd,
-    "kda_gate": reference.kda_gate_fwd,
     "chunk_fwd": reference.chunk_fwd,
     "chunk_bwd": reference.chunk_bwd,
-    "chunk": reference.chunk_fwd,
     "prefill": reference.prefill,
     "decode": reference.decode,
     "decode_commit": reference.decode_commit,
     "decode_layer": reference.decode_layer,
 }
-FUNCTIONAL = {"chunk": "chunk_fwd", "kda_gate": "kda_gate_fwd"}  # op with autograd -> its raw forward
-
-NAMESPACE, NAMESPACE_REFERENCE, NAMESPACE_EMULATED = "kda_cuda", "kda_cuda_reference", "kda_cuda_emulated"
 _libraries: list[torch.library.Library] = []  # an implementation lives as long as its library
 
 
 # ---- fakes ---------------------------------------------------------------------------------------------------------
 
 
-def _fake_gate_fwd(g, A_log, dt_bias, lower_bound, dtype):
-    return g.new_empty(g.shape, dtype=dtype)
+def _fake_gate_fwd(*arguments):
+    x = Gate(*arguments)
+    return x.g.new_empty(x.g.shape, dtype=x.dtype)
 
 
 def _like_or_empty(x: Tensor | None, owner: Tensor) -> Tensor:
     return owner.new_empty(0, dtype=compute_dtype(owner.dtype)) if x is None else x.new_empty(x.shape)
 
 
-def _fake_gate_bwd(dy, g, A_log, dt_bias, lower_bound):
-    return g.new_empty(g.shape), _like_or_empty(A_log, g), _like_or_empty(dt_bias, g)
+def _fake_gate_bwd(*arguments):
+    x = GateBwd(*arguments)
+    return tuple(_like_or_empty(y, x.g) for y in (x.g, x.A_log, x.dt_bias))
 
 
-def _state_shape(q, v, cu_seqlens, v_first):
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dims = (v.shape[-1], q.shape[-1]) if v_first else (q.shape[-1], v.shape[-1])
-    return (sequences, v.shape[2], *dims)
-
-
-def _fake_chunk_fwd(
-    q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, use_qk_l2norm, use_gate, use_beta_sigmoid,
-    allow_neg_eigval, lower_bound, state_v_first, output_final_state, chunk_size, output_chunk_states,
-    chunk_state_rows=None, batch_invariant=False,
-):  # fmt: skip
+def _fake_chunk_fwd(*arguments):
+    x = Chunk(*arguments)
+    q, k, v = x.q, x.k, x.v
     dtype = compute_dtype(q.dtype)
-    final_state = q.new_empty(0, dtype=dtype)
-    if output_final_state:
-        final_state = q.new_empty(_state_shape(q, v, cu_seqlens, state_v_first), dtype=dtype)
-    h = k.new_empty(0)
-    if output_chunk_states:
-        _, *state = _state_shape(q, v, cu_seqlens, state_v_first)
-        if cu_seqlens is None:
-            rows = (q.shape[0], -(-q.shape[1] // chunk_size))
+    matrix = (v.shape[-1], q.shape[-1]) if x.state_v_first else (q.shape[-1], v.shape[-1])
+    final_state, h = q.new_empty(0, dtype=dtype), k.new_empty(0)
+    if x.output_final_state:
+        sequences = q.shape[0] if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+        final_state = q.new_empty((sequences, v.shape[2], *matrix), dtype=dtype)
+    if x.output_chunk_states:
+        if x.cu_seqlens is None:
+            rows = (q.shape[0], -(-q.shape[1] // x.chunk_size))
         else:
-            rows = (1, chunk_state_rows if chunk_state_rows is not None else torch.library.get_ctx().new_dynamic_size())
-        h = k.new_empty((*rows, *state))
+            known = x.chunk_state_rows
+            rows = (1, known if known is not None else torch.library.get_ctx().new_dynamic_size())
+        h = k.new_empty((*rows, v.shape[2], *matrix))
     return v.new_empty(v.shape), final_state, h
 
 
-def _fake_prefill(q, k, v, *rest):
+def _fake_chunk_bwd(*arguments):
+    x = ChunkBwd(*arguments)
+    like = (_like_or_empty(getattr(x, name), x.q) for name in GRADIENTS)
+    return tuple(d if x.wanted >> bit & 1 else d.new_empty(0) for bit, d in enumerate(like))
+
+
+def _fake_prefill(*arguments):
+    v = Prefill(*arguments).v
     return v.new_empty(v.shape)
 
 
-def _fake_in_place(*args):
+def _fake_in_place(*arguments):
     """Ops that return nothing and write only into their arguments."""
-
-
-def _fake_chunk_bwd(
-    do, dfinal_state, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, use_qk_l2norm, use_gate,
-    use_beta_sigmoid, allow_neg_eigval, lower_bound, state_v_first, chunk_size, wanted=ALL_GRADIENTS,
-    batch_invariant=False,
-):  # fmt: skip
-    arguments = (q, k, v, g, beta, A_log, dt_bias, initial_state)
-    like = (_like_or_empty(x, q) for x in arguments)
-    return tuple(d if wanted >> bit & 1 else d.new_empty(0) for bit, d in enumerate(like))
 
 
 FAKES: dict[str, Callable] = {
@@ -169,10 +113,6 @@ FAKES: dict[str, Callable] = {
 # ---- autograd ------------------------------------------------------------------------------------------------------
 
 
-def _present(gradient: Tensor, argument) -> Tensor | None:
-    return gradient if isinstance(argument, Tensor) else None
-
-
 class _OnceDifferentiable(torch.autograd.Function):
     """Runs a backward under ``create_graph=True``: an error where its result is differentiated, never a wrong zero."""
 
@@ -186,50 +126,69 @@ class _OnceDifferentiable(torch.autograd.Function):
         raise RuntimeError(f"{ctx.op} has no derivative: second derivatives of kda_cuda's ops are not implemented")
 
 
-def _backward(namespace: str, name: str, x: Tensor, args: tuple) -> tuple[Tensor, ...]:
+def _backward(namespace: str, name: str, x: Tensor, arguments: tuple) -> tuple[Tensor, ...]:
     """The backward of the same namespace where it has one for this device, else the reference's."""
-    from . import variants  # which imports this module for the names
-
     served_by, reason = variants.choose_backward(name, namespace, x)
     if served_by == NAMESPACE_REFERENCE != namespace:
         variants.warn_no_kernel(name, reason)
     op = variants.op_in(served_by, name)
-    return _OnceDifferentiable.apply(op, *args) if torch.is_grad_enabled() else op(*args)
+    return _OnceDifferentiable.apply(op, *arguments) if torch.is_grad_enabled() else op(*arguments)
 
 
-def _save_gate(ctx, inputs, output):
-    g, A_log, dt_bias, ctx.lower_bound, _ = inputs
-    ctx.save_for_backward(g, A_log, dt_bias)
+class _Saved:
+    """What a backward takes of its forward's arguments, by name, and the order in which gradients go back to them."""
+
+    def __init__(self, forward: type[tuple], backward: type[tuple], differentiable: tuple[str, ...]):
+        shared = [name for name in forward._fields if name in backward._fields]
+        self._forward, self._differentiable = forward, differentiable
+        self._tensors = [name for name in shared if name in (*differentiable, "cu_seqlens")]
+        self._options = [name for name in shared if name not in self._tensors]
+
+    def save(self, ctx, inputs, output) -> None:
+        x = self._forward(*inputs)
+        ctx.save_for_backward(*(getattr(x, name) for name in self._tensors))
+        ctx.options = {name: getattr(x, name) for name in self._options}
+        ctx.set_materialize_grads(False)
+
+    def of(self, ctx) -> dict[str, object]:
+        return dict(zip(self._tensors, ctx.saved_tensors, strict=True)) | ctx.options
+
+    def needed(self, ctx) -> list[bool]:
+        """Whether each differentiable argument needs a gradient."""
+        needs = self._forward(*ctx.needs_input_grad)
+        return [getattr(needs, name) for name in self._differentiable]
+
+    def gradients(self, ctx, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """One for each argument of the forward; None where none is needed."""
+        triples = zip(self._differentiable, self.needed(ctx), gradients, strict=True)
+        by_name = {name: d for name, needs, d in triples if needs}
+        return tuple(by_name.get(name) for name in self._forward._fields)
+
+
+_GATE, _CHUNK = _Saved(Gate, GateBwd, ("g", "A_log", "dt_bias")), _Saved(Chunk, ChunkBwd, GRADIENTS)
 
 
 def _gate_backward(namespace: str, ctx, dy):
-    g, A_log, dt_bias = ctx.saved_tensors
-    gradients = _backward(namespace, "kda_gate_bwd", g, (dy, g, A_log, dt_bias, ctx.lower_bound))
-    return *(_present(d, x) for d, x in zip(gradients, (g, A_log, dt_bias), strict=True)), None, None
-
-
-def _save_chunk(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:9])
-    *ctx.options, _, ctx.chunk_size, _, _, ctx.batch_invariant = inputs[9:]
-    ctx.set_materialize_grads(False)
+    if dy is None:
+        return (None,) * len(Gate._fields)
+    arguments = GateBwd(dy=dy, **_GATE.of(ctx))
+    return _GATE.gradients(ctx, _backward(namespace, "kda_gate_bwd", arguments.g, arguments))
 
 
 def _chunk_backward(namespace: str, ctx, do, dfinal_state, dh):
-    tensors = ctx.saved_tensors
-    needed = ctx.needs_input_grad[: len(GRADIENTS)]
-    wanted = mask_of(needed)
-    if not wanted:
-        return (None,) * len(ctx.needs_input_grad)
-    v = tensors[2]
-    do = v.new_zeros(v.shape) if do is None else rows_contiguous(do)
-    if dfinal_state is not None:
-        dfinal_state = dfinal_state.contiguous() if dfinal_state.numel() else None
-    args = (do, dfinal_state, *tensors, *ctx.options, ctx.chunk_size, wanted, ctx.batch_invariant)
-    gradients = _backward(namespace, "chunk_bwd", tensors[0], args)
-    return *(d if needs else None for d, needs in zip(gradients, needed, strict=True)), *([None] * 13)
+    wanted = mask_of(_CHUNK.needed(ctx))
+    if not wanted or (do is None and dfinal_state is None):
+        return (None,) * len(Chunk._fields)
+    saved = _CHUNK.of(ctx)
+    v = saved["v"]
+    do = v.new_zeros(v.shape) if do is None else do
+    if dfinal_state is not None and dfinal_state.numel() == 0:
+        dfinal_state = None
+    arguments = ChunkBwd(do=do, dfinal_state=dfinal_state, wanted=wanted, **saved)
+    return _CHUNK.gradients(ctx, _backward(namespace, "chunk_bwd", v, arguments))
 
 
-_AUTOGRAD = {"chunk": (_chunk_backward, _save_chunk), "kda_gate": (_gate_backward, _save_gate)}
+_AUTOGRAD = {"chunk": (_chunk_backward, _CHUNK.save), "kda_gate": (_gate_backward, _GATE.save)}
 
 
 # ---- registration --------------------------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import calls, decoding, variants
+from . import calls, decoding
 from .checks import FLOAT_DTYPES, Checker, check_gate_parameters
+from .schemas import Gate
 
 __all__ = ["chunk_kda", "fused_recurrent_kda", "kda_gate"]
 
 
+@calls.public
 def chunk_kda(
     q: Tensor,
     k: Tensor,
@@ -73,6 +75,8 @@ def chunk_kda(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it. Nothing has run then.
+        NotImplementedError: a derivative by forward mode or by torch.func is asked for; there is that by
+            torch.autograd, the first one.
 
     Example:
         >>> import torch, kda_cuda
@@ -86,8 +90,10 @@ def chunk_kda(
     c = Checker("chunk_kda")
     calls.take_kwargs(c, kwargs, calls.CHUNK_KWARGS)
     state_v_first = calls.state_layout(c, state_v_first, kwargs)
-    transforms = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval)
-    common = calls.common_arguments(
+    transforms = calls.Transforms(
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval
+    )
+    x = calls.common_arguments(
         c, q, k, v, g, beta, kwargs.get("A_log"), kwargs.get("dt_bias"), scale, transforms, lower_bound, state_v_first,
         cu_seqlens, cu_seqlens_cpu, initial_state, output_final_state=output_final_state, safe_gate=safe_gate,
         disable_recompute=disable_recompute, return_intermediate_states=return_intermediate_states,
@@ -97,14 +103,16 @@ def chunk_kda(
     invariant = calls.batch_invariant(c, kwargs.get("deterministic", True))
     if cp_context is not None:
         raise c.value_error(f"cp_context is a {type(cp_context).__name__}, expected None: no context parallelism here")
-    if not return_intermediate_states:
-        return calls.run_chunk(c, common, output_final_state, chunk_size, batch_invariant=invariant)[:2]
-    if not calls.in_inference_mode():
-        raise c.value_error("return_intermediate_states is True outside of torch.inference_mode(), expected inside")
-    rows = calls.chunk_state_rows(c, cu_seqlens, cu_seqlens_cpu, chunk_size)
-    return calls.run_chunk(c, common, output_final_state, chunk_size, True, rows, invariant)
+    options = {"chunk_size": chunk_size, "batch_invariant": invariant}
+    if return_intermediate_states:
+        if not calls.in_inference_mode():
+            raise c.value_error("return_intermediate_states is True outside of torch.inference_mode(), expected inside")
+        rows = calls.chunk_state_rows(c, cu_seqlens, cu_seqlens_cpu, chunk_size)
+        options |= {"keep_states": True, "state_rows": rows}
+    return calls.chunk_call(c, x, initial_state, output_final_state, **options)
 
 
+@calls.public
 def fused_recurrent_kda(
     q: Tensor,
     k: Tensor,
@@ -151,17 +159,20 @@ def fused_recurrent_kda(
     c = Checker("fused_recurrent_kda")
     calls.take_kwargs(c, kwargs, calls.RECURRENT_KWARGS)
     state_v_first = calls.state_layout(c, state_v_first, kwargs)
-    transforms = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    transforms = calls.Transforms(
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval
+    )
     in_pool = decoding.takes_pool(c, kwargs)
-    common = calls.common_arguments(
+    x = calls.common_arguments(
         c, q, k, v, g, beta, A_log, dt_bias, scale, transforms, lower_bound, state_v_first, cu_seqlens,
         initial_state=None if in_pool else initial_state, output_final_state=output_final_state,
     )  # fmt: skip
     if in_pool:
-        return decoding.run_in_pool(c, common, initial_state, output_final_state, kwargs)
-    return decoding.run_recurrent(c, common, output_final_state)
+        return decoding.in_pool_call(c, x, initial_state, output_final_state, kwargs)
+    return decoding.recurrent_call(c, x, initial_state, output_final_state)
 
 
+@calls.public
 def kda_gate(
     g: Tensor,
     A_log: Tensor | None = None,
@@ -169,7 +180,7 @@ def kda_gate(
     lower_bound: float | None = None,
     head_dim: int | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Tensor:
+):
     """The gate of KDA by itself, with gradients: what vLLM and fla call ``fused_kda_gate``.
 
     ``-exp(A_log) softplus(g + dt_bias)``, or with ``lower_bound`` ``lower_bound sigmoid(exp(A_log) (g + dt_bias))``
@@ -188,6 +199,7 @@ def kda_gate(
 
     Raises:
         ValueError, TypeError: an argument does not fit.
+        NotImplementedError: a derivative by forward mode or by torch.func is asked for.
 
     Example:
         >>> import torch, kda_cuda
@@ -207,5 +219,6 @@ def kda_gate(
         raise c.value_error(f"g has shape {list(g.shape)}, expected [..., HV, K], or [..., HV*K] with head_dim=K")
     A_log, dt_bias, lower_bound = check_gate_parameters(c, g, *g.shape[-2:], A_log, dt_bias, lower_bound)
     c.choice("dtype", dtype, dtypes)
+    arguments = Gate(g=g, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound, dtype=dtype)
     op = "kda_gate" if calls.needs_grad(c, g, A_log, dt_bias) else "kda_gate_fwd"
-    return variants.run(op, "kda_gate_fwd", (g, A_log, dt_bias, lower_bound, dtype))
+    return calls.Call(op, arguments, g, calls.as_it_is)

@@ -14,8 +14,8 @@ from torch import Tensor
 from . import calls, variants
 from .build_info import ops_library
 from .checks import MAX_KEY_DIM, Checker
-from .library import NAMESPACE_EMULATED
 from .reference.chunk_bwd import ALL_GRADIENTS
+from .schemas import NAMESPACE_EMULATED
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/kda/dtype.h
 
@@ -135,7 +135,7 @@ def workspace_size(
     value head, and, where heads are few, room for the states of segments: at most a quarter of the first and 32 MB, or
     16 MB. ``explain`` tells the last as ``segment_bytes``.
 
-    With ``backward`` the bytes that the backward of :func:`chunk_kda` allocates for itself, beside the gradients.
+    With ``backward``: the bytes that the backward of :func:`chunk_kda` allocates for itself, beside the gradients.
 
     Args:
         tokens: T, per batch row.

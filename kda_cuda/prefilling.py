@@ -8,14 +8,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import calls, variants
+from . import calls
 from .checks import Checker, check_contents, cu_seqlens_list
+from .schemas import Prefill
 from .state_pools import StatePools, check_like
 
 CHECKPOINT_TOKENS = 64
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@calls.public
 def prefill(
     q: Tensor,
     k: Tensor,
@@ -44,7 +46,7 @@ def prefill(
     state_v_first: bool = False,
     deterministic: bool | str = True,
     workspace: Tensor | None = None,
-) -> Tensor:
+):
     """:func:`chunk_kda` on a pool of states: reads, writes and checkpoints them in place. No gradients.
 
     Sequence n starts from slot ``initial_slot_of[n]``, by default ``slot_of[n]``, and leaves its final state in slot
@@ -96,13 +98,15 @@ def prefill(
         (torch.Size([1, 200, 2, 64]), [False, True, True, False, False, True, True, True])
     """
     c = Checker("prefill")
-    transforms = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval)
-    common = calls.common_arguments(
+    transforms = calls.Transforms(
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval
+    )
+    x = calls.common_arguments(
         c, q, k, v, g, beta, A_log, dt_bias, scale, transforms, lower_bound, state_v_first, cu_seqlens, cu_seqlens_cpu,
         padded=True, zero_is_null=zero_is_null,
     )  # fmt: skip
-    *streams, _, cu_seqlens = common[:9]
-    if calls.needs_grad(c, *streams, state_pool, checkpoint_pool):
+    q, v, cu_seqlens = x.q, x.v, x.cu_seqlens
+    if calls.needs_grad(c, *x, state_pool, checkpoint_pool):
         raise c.value_error("an input requires a gradient, expected none: states in a pool have no gradients")
     pools = StatePools(c, q, calls.sequences_of(q, cu_seqlens), calls.state_sizes(q, v, state_v_first))
     pools.check_pool("state_pool", state_pool, STATE_DTYPES)
@@ -124,11 +128,15 @@ def prefill(
     if workspace is not None:
         check_workspace(c, workspace, q)
     invariant = calls.batch_invariant(c, deterministic)
-    slots = (state_pool, slot_of, initial_slot_of, has_initial_state, checkpoint_pool, checkpoint_slots)
+    arguments = Prefill(
+        **x._asdict(), state_pool=state_pool, slot_of=slot_of, initial_slot_of=initial_slot_of,
+        has_initial_state=has_initial_state, checkpoint_pool=checkpoint_pool, checkpoint_slots=checkpoint_slots,
+        workspace=workspace, zero_is_null=zero_is_null, checkpoint_interval=checkpoint_interval,
+        batch_invariant=invariant,
+    )  # fmt: skip
     if check_contents(q):
-        SlotContents(c, *slots, lengths_of(q, cu_seqlens), checkpoint_interval, zero_is_null).check()
-    arguments = (*streams, *slots, cu_seqlens, workspace, *common[9:], zero_is_null, checkpoint_interval, invariant)
-    return variants.run("prefill", "prefill", arguments)
+        SlotContents(c, arguments).check()
+    return calls.Call("prefill", arguments, q, calls.as_it_is)
 
 
 def check_slots(
@@ -168,18 +176,16 @@ def check_workspace(c: Checker, workspace: Tensor, q: Tensor) -> None:
 class SlotContents:
     """The slots of a call whose contents may be read: inside the pool, and no two sequences in each other's way."""
 
-    def __init__(
-        self, c: Checker, state_pool: Tensor, slot_of, initial_slot_of, has_initial_state, checkpoint_pool,
-        checkpoint_slots, lengths: list[int], interval: int, zero_is_null: bool,
-    ):  # fmt: skip
-        self._c, self._zero_is_null, self._interval = c, zero_is_null, interval
-        self._slots = state_pool.shape[0]
-        self._other_pool = checkpoint_pool is not None
-        self._checkpoint_slots = (checkpoint_pool if self._other_pool else state_pool).shape[0]
-        self._slot_of = list(range(len(lengths))) if slot_of is None else slot_of.tolist()
-        self._initial = None if initial_slot_of is None else initial_slot_of.tolist()
-        self._has_initial = [True] * len(lengths) if has_initial_state is None else has_initial_state.tolist()
-        self._checkpoints = [[]] * len(lengths) if checkpoint_slots is None else checkpoint_slots.tolist()
+    def __init__(self, c: Checker, x: Prefill):
+        lengths = lengths_of(x.q, x.cu_seqlens)
+        self._c, self._zero_is_null, self._interval = c, x.zero_is_null, x.checkpoint_interval
+        self._slots = x.state_pool.shape[0]
+        self._other_pool = x.checkpoint_pool is not None
+        self._checkpoint_slots = (x.checkpoint_pool if self._other_pool else x.state_pool).shape[0]
+        self._slot_of = list(range(len(lengths))) if x.slot_of is None else x.slot_of.tolist()
+        self._initial = None if x.initial_slot_of is None else x.initial_slot_of.tolist()
+        self._has_initial = [True] * len(lengths) if x.has_initial_state is None else x.has_initial_state.tolist()
+        self._checkpoints = [[]] * len(lengths) if x.checkpoint_slots is None else x.checkpoint_slots.tolist()
         self._sequences = [(n, length) for n, length in enumerate(lengths) if not self._null(self._slot_of[n])]
 
     def check(self) -> None:

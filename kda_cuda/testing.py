@@ -44,6 +44,8 @@ def load_emulator() -> ctypes.CDLL:
 def emulated(seed: int = 0, threads: int = 2, arch: str = "90", multiprocessors: int = 1) -> Iterator[None]:
     """Inside, the public functions serve CPU tensors with the emulated kernels, and raise where there is none.
 
+    In this thread: another one asks for itself. How the emulator runs is set for all of them.
+
     Args:
         seed: 0 runs the threads of a block in order; any other number is a random schedule of its own.
         threads: OS threads that share the blocks of a grid.

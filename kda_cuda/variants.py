@@ -1,36 +1,44 @@
-"""Which implementation serves a call, and why: the one place that decides, and what :func:`explain` prints."""
+"""Which implementation serves a call, and why: the one place that decides, and what ``explain`` prints."""
 
 from __future__ import annotations
 
-import contextlib
 import os
+import threading
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .build_info import ops_library, why_no_ops
-from .library import NAMESPACE, NAMESPACE_EMULATED, NAMESPACE_REFERENCE, SCHEMAS
+from .schemas import NAMESPACE, NAMESPACE_EMULATED, NAMESPACE_REFERENCE, SCHEMAS
 
-_emulating = os.environ.get("KDA_CUDA_EMULATE") == "1"
 _kernels: dict[str, frozenset[str]] = {NAMESPACE: frozenset(), NAMESPACE_EMULATED: frozenset()}
 _warned: set[str] = set()
-_planning = False
 _WITHOUT_OPS = None if ops_library() else why_no_ops()
+_EMULATE = os.environ.get("KDA_CUDA_EMULATE") == "1"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+class _Emulation(threading.local):
+    """Whether a thread emulates. A context variable would not do: torch.compile cannot read one, and guards this."""
+
+    def __init__(self):
+        self.on = _EMULATE
+
+
+_emulation = _Emulation()
+
+
 def set_emulating(on: bool) -> bool:
-    """Whether CPU tensors go to the emulated kernels; returns what was set before. For :mod:`kda_cuda.testing`."""
-    global _emulating
-    before, _emulating = _emulating, on
+    """Whether CPU tensors of this thread go to the emulated kernels; returns what was set before. For
+    :mod:`kda_cuda.testing`."""
+    before, _emulation.on = _emulation.on, on
     return before
 
 
 def emulating() -> bool:
-    return _emulating
+    return _emulation.on
 
 
 def find_kernels(namespace: str) -> None:
@@ -61,7 +69,7 @@ def choose(op: str, x: Tensor) -> tuple[str, str]:
     Raises inside ``emulated()`` where no emulated kernel serves the call.
     """
     if x.device.type == "cpu":
-        if not _emulating:
+        if not emulating():
             return NAMESPACE, "CPU tensors run the PyTorch reference"
         reason = unserved(op, x)
         if reason:
@@ -96,41 +104,17 @@ def op_in(namespace: str, op: str) -> Callable:
     return getattr(getattr(torch.ops, namespace), op).default
 
 
-class Planned(Exception):
-    """Raised in place of a call while :func:`explain` looks at it."""
-
-    def __init__(self, op: str, raw: str, arguments: tuple):
-        self.op, self.raw, self.arguments = op, raw, arguments
-
-
-@contextlib.contextmanager
-def planning() -> Iterator[None]:
-    """Inside, :func:`run` raises :class:`Planned` where it would run an op."""
-    global _planning
-    _planning = True
-    try:
-        yield
-    finally:
-        _planning = False
-
-
-def run(op: str, raw: str, arguments: tuple) -> Any:
-    """Runs ``op``, whose forward is that of ``raw``, in the namespace that serves its first argument."""
-    if _planning:
-        raise Planned(op, raw, arguments)
-    x = arguments[0]
-    namespace, reason = choose(raw, x)
-    if namespace == NAMESPACE_REFERENCE and x.device.type == "cuda":
-        warn_no_kernel(raw, reason)
-    return op_in(namespace, op)(*arguments)
-
-
 def is_kernel(namespace: str, x: Tensor) -> bool:
     """Whether ``namespace`` serves tensors like ``x`` with a compiled kernel."""
     return namespace == NAMESPACE_EMULATED or (namespace == NAMESPACE and x.is_cuda)
 
 
+def serves(op: str, x: Tensor) -> bool:
+    """Whether a kernel runs ``op`` on tensors like ``x``."""
+    wants_kernel = x.device.type == "cuda" or (x.device.type == "cpu" and emulating())
+    return wants_kernel and unserved(op, x) is None
+
+
 def prefers_chunks(x: Tensor) -> bool:
     """Whether a few tokens like ``x`` have a chunkwise kernel but no decoding one."""
-    wants_kernel = x.device.type == "cuda" or (x.device.type == "cpu" and _emulating)
-    return wants_kernel and unserved("decode", x) is not None and unserved("chunk_fwd", x) is None
+    return serves("chunk_fwd", x) and not serves("decode", x)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import kda_cuda
 from kda_cuda import reference
+from kda_cuda.schemas import Decode
 
 from . import oracle
 from .cases import Inputs
@@ -40,12 +41,11 @@ def decode(x: Inputs, state: Tensor | None, tokens: slice = slice(None), **more)
 def reference_step(x: Inputs) -> tuple[Tensor, Tensor]:
     """o and the final state by ``reference.decode``, called as the op is."""
     o, final_state = torch.empty_like(x.v, memory_format=torch.contiguous_format), torch.empty_like(x.dfinal_state)
-    none = (None,) * 3
-    reference.decode(
-        x.q, x.k, x.v, x.g, x.beta, x.A_log, x.dt_bias, o, x.initial_state, None, final_state, None, None,
-        x.cu_seqlens, *none, x.scale, x.use_qk_l2norm, x.use_gate, x.use_beta_sigmoid, x.allow_neg_eigval,
-        x.lower_bound, x.state_v_first, False, False, False,
-    )  # fmt: skip
+    absent = dict.fromkeys(Decode._fields)
+    inputs = {name: getattr(x, name) for name in Decode._fields if hasattr(x, name)}
+    buffers = {"out": o, "state": x.initial_state, "new_state": final_state}
+    flags = dict.fromkeys(("in_place", "state_per_token", "zero_is_null"), False)
+    reference.decode(**absent | inputs | buffers | flags)
     return o, final_state
 
 

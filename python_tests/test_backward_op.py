@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import kda_cuda
-from kda_cuda import plans, variants
+from kda_cuda import library, plans, schemas, variants
 from kda_cuda.reference.chunk_bwd import ALL_GRADIENTS, GRADIENTS
 
-from .test_ops import ALL_TRANSFORMS, chunk_arguments, gate, state, streams
+from .test_ops import ALL_TRANSFORMS, chunk_arguments, gate, plain_arguments, state, streams
 
 SUBSETS = [("q",), ("k", "beta"), ("v",), ("g",), ("beta",), ("A_log",), ("dt_bias", "v"), ("initial_state",), ()]
 REFERENCES = ["kda_cuda", "kda_cuda_reference"]
@@ -23,41 +24,40 @@ REFERENCES = ["kda_cuda", "kda_cuda_reference"]
 # ---- the mask --------------------------------------------------------------------------------------------------------
 
 
-def gradients(arguments: tuple, wanted: int, namespace: str) -> tuple[Tensor, ...]:
+def gradients(x: dict, namespace: str, **wanted: int) -> dict[str, Tensor]:
     make = torch.Generator().manual_seed(3)
-    v, initial = arguments[2], arguments[7]
-    do = torch.randn(v.shape[:1] + v.shape[1:], generator=make).to(v.dtype)
-    d_state = None if initial is None else torch.randn(initial.shape, generator=make)
-    return getattr(torch.ops, namespace).chunk_bwd(do, d_state, *arguments, 32, wanted)
+    do = torch.randn(x["v"].shape, generator=make).to(x["v"].dtype)
+    d_state = None if x["initial_state"] is None else torch.randn(x["initial_state"].shape, generator=make)
+    arguments = schemas.ChunkBwd(**x, do=do, dfinal_state=d_state, chunk_size=32, **wanted)
+    return dict(zip(GRADIENTS, getattr(torch.ops, namespace).chunk_bwd(*arguments), strict=True))
 
 
 @pytest.mark.parametrize("namespace", REFERENCES)
 @pytest.mark.parametrize("varlen", [False, True])
 @pytest.mark.parametrize("names", SUBSETS, ids=" ".join)
 def test_only_what_is_wanted_is_returned(names, varlen, namespace):
-    arguments = chunk_arguments(varlen)
-    wanted = sum(1 << GRADIENTS.index(name) for name in names)
-    everything = gradients(arguments, ALL_GRADIENTS, namespace)
-    for name, d, full in zip(GRADIENTS, gradients(arguments, wanted, namespace), everything, strict=True):
-        assert full.abs().sum() > 0 and full.shape == arguments[GRADIENTS.index(name)].shape
-        assert d.dtype == full.dtype
-        assert torch.equal(d, full) if name in names else d.shape == (0,), name
+    x = chunk_arguments(varlen)
+    everything = gradients(x, namespace, wanted=ALL_GRADIENTS)
+    asked = gradients(x, namespace, wanted=sum(1 << GRADIENTS.index(name) for name in names))
+    for name, full in everything.items():
+        assert full.abs().sum() > 0 and full.shape == x[name].shape
+        assert asked[name].dtype == full.dtype
+        assert torch.equal(asked[name], full) if name in names else asked[name].shape == (0,), name
 
 
 def test_everything_is_wanted_by_default():
-    arguments = chunk_arguments()
-    do = torch.ones_like(arguments[2])
-    default = torch.ops.kda_cuda.chunk_bwd(do, None, *arguments, 64)
-    asked = torch.ops.kda_cuda.chunk_bwd(do, None, *arguments, 64, 255)
-    assert all(torch.equal(a, b) and a.numel() for a, b in zip(default, asked, strict=True))
+    asked = gradients(chunk_arguments(), "kda_cuda", wanted=0b11111111)
+    for name, d in gradients(chunk_arguments(), "kda_cuda").items():
+        assert d.numel() and torch.equal(d, asked[name])
 
 
 def test_absent_arguments_have_empty_gradients():
-    x = streams(dtype=torch.bfloat16)
-    arguments = (*x.values(), None, None, None, None, 0.2, False, False, False, False, None, False)
-    *of_streams, dA_log, ddt_bias, d_initial = gradients(arguments, ALL_GRADIENTS, "kda_cuda")
-    assert [d.shape for d in of_streams] == [y.shape for y in x.values()]
-    assert all(d.shape == (0,) and d.dtype == torch.float32 for d in (dA_log, ddt_bias, d_initial))
+    x = plain_arguments(torch.bfloat16)
+    for name, d in gradients(x, "kda_cuda").items():
+        if x[name] is None:
+            assert d.shape == (0,) and d.dtype == torch.float32
+        else:
+            assert d.shape == x[name].shape and d.dtype == torch.bfloat16
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -87,13 +87,13 @@ class Spy:
     """Stands in for :func:`variants.op_in` and keeps what every op is called with."""
 
     def __init__(self, monkeypatch):
-        self.calls: list[tuple[str, tuple]] = []
+        self.calls: list[tuple[str, tuple]] = []  # op and its arguments, by name
         self._op_in = variants.op_in
         monkeypatch.setattr(variants, "op_in", self)
 
     def __call__(self, namespace: str, op: str) -> Callable:
         def call(*arguments):
-            self.calls.append((op, arguments))
+            self.calls.append((op, schemas.ARGUMENTS[op](*arguments)))
             return self._op_in(namespace, op)(*arguments)
 
         return call
@@ -106,11 +106,9 @@ def test_autograd_asks_for_what_is_needed(device, monkeypatch):
         x = {name: y.requires_grad_(name in names) for name, y in everything(device).items()}
         loss(x, deterministic=deterministic).backward()
         (_, forward), (op, backward) = spy.calls
-        wanted, invariant = backward[-2:]
-        assert op == "chunk_bwd" and [n for bit, n in enumerate(GRADIENTS) if wanted >> bit & 1] == [
-            name for name in GRADIENTS if name in names
-        ]
-        assert invariant is forward[-1] is (deterministic == "batch_invariant")
+        asked = {name for bit, name in enumerate(GRADIENTS) if backward.wanted >> bit & 1}
+        assert op == "chunk_bwd" and asked == set(names)
+        assert backward.batch_invariant is forward.batch_invariant is (deterministic == "batch_invariant")
         assert all((x[name].grad is None) == (name not in names) for name in x)
         spy.calls.clear()
 
@@ -126,6 +124,16 @@ def test_gradients_of_outputs_may_be_strided(device):
                for a, b in ((do, d_state), strided, (do.contiguous(), d_state.contiguous()))]  # fmt: skip
     for of_expanded, of_strided, of_contiguous in zip(*results, strict=True):
         assert torch.equal(of_expanded, of_contiguous) and torch.equal(of_strided, of_contiguous)
+
+
+def test_nothing_runs_where_nothing_is_wanted(monkeypatch):
+    spy = Spy(monkeypatch)
+    x = schemas.Chunk(**chunk_arguments(), output_final_state=True, chunk_size=64, output_chunk_states=False)
+    ctx = SimpleNamespace(needs_input_grad=(False,) * len(x), save_for_backward=lambda *_: None,
+                          set_materialize_grads=lambda _: None)  # fmt: skip
+    backward, setup_context = library._AUTOGRAD["chunk"]
+    setup_context(ctx, x, None)
+    assert backward("kda_cuda", ctx, torch.ones_like(x.v), None, None) == (None,) * len(x) and spy.calls == []
 
 
 # ---- derivatives that there are not ----------------------------------------------------------------------------------
@@ -219,7 +227,7 @@ class Library:
 
 
 @pytest.fixture
-def library(monkeypatch, device) -> Library:
+def serving_library(monkeypatch, device) -> Library:
     """As if the backward kernel were compiled in."""
     library = Library()
     monkeypatch.setattr(plans, "compiled", lambda namespace: library)
@@ -232,11 +240,11 @@ SIZES = {"tokens": 100, "value_heads": 6, "key_dim": 64, "value_dim": 32, "dtype
 
 
 @pytest.mark.devices("emulator", "cuda")
-def test_workspace_of_the_backward(device, library):
+def test_workspace_of_the_backward(device, serving_library):
     size = kda_cuda.workspace_size(**SIZES, device=str(device), heads=2, sequences=7, backward=True)
-    assert size == 100 and library.asked == [(2, 1, 100, 7, 2, 6, 64, 32, ALL_GRADIENTS)]
+    assert size == 100 and serving_library.asked == [(2, 1, 100, 7, 2, 6, 64, 32, ALL_GRADIENTS)]
     size = kda_cuda.workspace_size(**SIZES, device=str(device), batch=3, backward=True)
-    assert size == 300 and library.asked[1] == (2, 3, 100, -1, 6, 6, 64, 32, ALL_GRADIENTS)
+    assert size == 300 and serving_library.asked[1] == (2, 3, 100, -1, 6, 6, 64, 32, ALL_GRADIENTS)
 
 
 @pytest.mark.devices("emulator", "cuda")
@@ -244,14 +252,14 @@ def test_workspace_of_the_backward(device, library):
     ("written", "reason"),
     [(0, "none: no variant fits this device"), (-1, "unknown: the device cannot be asked")],
 )
-def test_workspace_of_a_backward_that_no_variant_serves(device, library, monkeypatch, written, reason):
+def test_workspace_of_a_backward_that_no_variant_serves(device, serving_library, monkeypatch, written, reason):
     monkeypatch.setattr(plans, "compiled", lambda namespace: Library(written))
     with pytest.raises(RuntimeError, match=f"^kda_cuda::workspace_size: {reason}$"):
         kda_cuda.workspace_size(**SIZES, device=str(device), backward=True)
 
 
 @pytest.mark.devices("emulator", "cuda")
-def test_workspace_of_an_older_library(device, library, monkeypatch):
+def test_workspace_of_an_older_library(device, serving_library, monkeypatch):
     monkeypatch.setattr(plans, "compiled", lambda namespace: object())
     with pytest.raises(RuntimeError, match="unknown: the library was built before it could be asked"):
         kda_cuda.workspace_size(**SIZES, device=str(device), backward=True)
@@ -280,8 +288,8 @@ PLANNED = {"variant": "any", "rounds": "2", "workspace_bytes": "80"}
 
 
 @pytest.mark.devices("emulator", "cuda")
-def test_explain_shows_how_the_backward_is_launched(device, library):
-    library.kda_plan_chunk_fwd = library.kda_plan_chunk_bwd  # whatever it says
+def test_explain_shows_how_the_backward_is_launched(device, serving_library):
+    serving_library.kda_plan_chunk_fwd = serving_library.kda_plan_chunk_bwd  # whatever it says
     x = everything(device)
     x["k"].requires_grad_(), x["A_log"].requires_grad_()
     for needs_grad, options, wanted in ((True, {}, 0b100010), (True, {"backward": True}, 0b100010),
@@ -289,12 +297,28 @@ def test_explain_shows_how_the_backward_is_launched(device, library):
         with torch.set_grad_enabled(needs_grad):
             told = kda_cuda.explain(**x, **ALL_TRANSFORMS, **options)
         assert told.backward.kernel and told.backward.plan == PLANNED and "rounds 2" in str(told)
-        assert library.asked[-1] == (0, 2, 40, -1, 1, 2, 32, 16, wanted)
+        assert serving_library.asked[-1] == (0, 2, 40, -1, 1, 2, 32, 16, wanted)
     del x["A_log"], x["dt_bias"], x["initial_state"]
     kda_cuda.explain(**{name: y.detach() for name, y in x.items()}, backward=True)
-    assert library.asked[-1][-1] == 0b11111
+    assert serving_library.asked[-1][-1] == 0b11111
     with torch.no_grad():
         assert kda_cuda.explain(**x).backward is None
+
+
+@pytest.mark.devices("emulator", "cuda")
+def test_what_the_library_says_of_its_backward(device):
+    """workspace_size and explain agree, of the same call."""
+    x = everything(device)
+    told = kda_cuda.explain(**x, **ALL_TRANSFORMS, backward=True).backward
+    batch, tokens, heads, key_dim = x["q"].shape
+    size = kda_cuda.workspace_size(
+        tokens=tokens, batch=batch, heads=heads, value_heads=x["v"].shape[2], key_dim=key_dim,
+        value_dim=x["v"].shape[3], dtype=x["q"].dtype, device=str(device), backward=True,
+    )  # fmt: skip
+    if told.kernel:
+        assert {"variant", "rounds"} <= set(told.plan) and int(told.plan["workspace_bytes"]) == size > 0
+    else:
+        assert told.plan == {} and size == 0
 
 
 def test_explain_of_a_backward_that_there_is_not():

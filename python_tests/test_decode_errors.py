@@ -7,6 +7,7 @@ import torch
 
 import kda_cuda
 from kda_cuda import DraftRecords, testing
+from kda_cuda.schemas import Decode
 
 from .test_errors import HV as HEADS
 from .test_errors import META, B, H, K, T, V, check, gated, good, packed
@@ -178,8 +179,8 @@ def test_nothing_is_launched(device):
     assert testing.take_record() == []
 
 
-def raw_call(device, **change) -> tuple:
-    """Arguments of torch.ops.kda_cuda.decode, in order."""
+def raw_call(device, **change) -> Decode:
+    """Arguments of torch.ops.kda_cuda.decode."""
     call = {name: x.to(device) for name, x in good().items()} | {
         "A_log": None, "dt_bias": None, "out": torch.zeros(B, T, HEADS, V, device=device),
         "state": torch.zeros(SLOTS, HEADS, K, V, device=device), "slot_of": torch.tensor([4, 2], device=device),
@@ -188,7 +189,7 @@ def raw_call(device, **change) -> tuple:
         "use_beta_sigmoid": False, "allow_neg_eigval": False, "lower_bound": None, "state_v_first": False,
         "in_place": True, "state_per_token": False, "zero_is_null": False,
     }  # fmt: skip
-    return tuple((call | change).values())
+    return Decode(**call | change)
 
 
 RAW_CALLS = [

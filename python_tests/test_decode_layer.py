@@ -10,6 +10,7 @@ import torch
 import kda_cuda
 from kda_cuda import decoding_layer, variants
 from kda_cuda.layers import KimiDeltaAttention
+from kda_cuda.schemas import DecodeLayer
 
 from . import accuracy
 from .decode_layer_calls import BF16, FP16, FP32, arguments, truth
@@ -103,10 +104,12 @@ def test_gradients_take_the_layer_apart(device):
 def test_opcheck(device):
     x = arguments(device, dim=16)
     namespace = getattr(torch.ops, "kda_cuda_emulated" if device.name == "emulator" else "kda_cuda")
-    weights = [w.reshape(-1, 4) for w in x["conv_weights"]]
-    call = (x["q"], x["k"], x["v"], x["g"], x["beta"], x["output_gate"], x["conv_state"], *weights, x["A_log"],
-            x["dt_bias"], x["norm_weight"], x["state"], torch.tensor([1, 0], device=device), torch.empty_like(x["v"]),
-            0.25, True, None, 1e-5, False)  # fmt: skip
+    weights = zip(("q_conv_weight", "k_conv_weight", "v_conv_weight"), x.pop("conv_weights"), strict=True)
+    call = DecodeLayer(
+        **x, **{name: weight.reshape(-1, 4) for name, weight in weights}, slot_of=torch.tensor([1, 0], device=device),
+        out=torch.empty_like(x["v"]), scale=0.25, allow_neg_eigval=True, norm_eps=1e-5,
+        zero_is_null=False,
+    )  # fmt: skip
     torch.library.opcheck(namespace.decode_layer.default, call)
     assert "decode_layer" in variants.SCHEMAS
 

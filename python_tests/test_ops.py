@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import pytest
 import torch
 
 import kda_cuda
-from kda_cuda import library
+from kda_cuda import library, schemas
+from kda_cuda.schemas import Chunk, ChunkBwd, Gate, GateBwd
 
 B, T, H, HV, K, V = 2, 40, 1, 2, 32, 16
 SEQUENCES = [0, 11, 11, 40]
@@ -49,41 +51,74 @@ ALL_TRANSFORMS = {
 }
 
 
-def chunk_arguments(varlen=False, dtype=torch.float32) -> tuple:
-    x = streams(dtype=dtype, batch=1 if varlen else B)
-    cu_seqlens = torch.tensor(SEQUENCES) if varlen else None
-    initial = state(dtype=dtype, sequences=len(SEQUENCES) - 1 if varlen else B)
-    tensors = (*x.values(), *gate(dtype=dtype).values(), initial, cu_seqlens)
-    return (*tensors, 0.2, True, True, True, True, None, False)
+OPTIONS = ("use_qk_l2norm", "use_gate", "use_beta_sigmoid", "allow_neg_eigval")
+
+
+def chunk_arguments(varlen=False, dtype=torch.float32) -> dict:
+    """What the chunkwise ops share, with everything that there is."""
+    return {
+        **streams(dtype=dtype, batch=1 if varlen else B),
+        **gate(dtype=dtype),
+        "initial_state": state(dtype=dtype, sequences=len(SEQUENCES) - 1 if varlen else B),
+        "cu_seqlens": torch.tensor(SEQUENCES) if varlen else None,
+        "scale": 0.2,
+        **dict.fromkeys(OPTIONS, True),
+        "lower_bound": None,
+        "state_v_first": False,
+    }
+
+
+def plain_arguments(dtype=torch.float32) -> dict:
+    """What they share, with nothing that may be left out."""
+    none = dict.fromkeys(("A_log", "dt_bias", "initial_state", "cu_seqlens", "lower_bound"))
+    return {**streams(dtype=dtype), **none, **dict.fromkeys(OPTIONS, False), "scale": 0.2, "state_v_first": True}
 
 
 def op_samples() -> dict[str, list[tuple]]:
     """Arguments for every op: one call as rich as it can be, one as poor."""
-    plain = (*streams().values(), None, None, None, None, 0.2, False, False, False, False, None, True)
-    rich, packed = chunk_arguments(), chunk_arguments(varlen=True)
-    g, A_log, dt_bias = rich[3], rich[5], rich[6]
+    rich, plain, packed = chunk_arguments(), plain_arguments(), chunk_arguments(varlen=True)
+    of_gate = {name: rich[name] for name in ("g", "A_log", "dt_bias")}
     do, d_state = torch.randn(B, T, HV, V), state()
-    forward = [(*rich, True, 64, True), (*plain, False, 32, False), (*packed, True, 64, False),
-               (*packed, True, 32, True, 2)]  # fmt: skip
+
+    def chunk(x: dict, final: bool, size: int, keep: bool, rows: int | None = None) -> Chunk:
+        return Chunk(**x, output_final_state=final, chunk_size=size, output_chunk_states=keep, chunk_state_rows=rows)
+
+    def chunk_bwd(x: dict, do: torch.Tensor, size: int, d_state: torch.Tensor | None = None, **more) -> ChunkBwd:
+        return ChunkBwd(**x, do=do, dfinal_state=d_state, chunk_size=size, **more)
+
+    forward = [chunk(plain, False, 32, False), chunk(packed, True, 64, False)]
+    kept = [chunk(rich, True, 64, True), chunk(packed, True, 32, True, rows=2)]
+    gates = (of_gate | {"lower_bound": None}, {"g": rich["g"], "A_log": None, "dt_bias": None, "lower_bound": -5.0})
     return {
-        "kda_gate_fwd": [(g, A_log, dt_bias, None, torch.bfloat16), (g, None, None, -5.0, torch.float32)],
-        "kda_gate_bwd": [(do[..., :1].expand_as(g), g, A_log, dt_bias, None), (g, g, None, None, -5.0)],
-        "kda_gate": [(g, A_log, dt_bias, -5.0, torch.float32), (g, A_log, None, None, torch.float16)],
-        "chunk_fwd": forward,
-        "chunk": [(*forward[0][:18], False), forward[1], forward[2]],
+        "kda_gate_fwd": [Gate(**x, dtype=d) for x, d in zip(gates, (torch.bfloat16, torch.float32), strict=True)],
+        "kda_gate_bwd": [GateBwd(**x, dy=dy) for x, dy in zip(gates, (do[..., :1].expand_as(rich["g"]), rich["g"]),
+                                                              strict=True)],
+        "kda_gate": [Gate(**of_gate, lower_bound=-5.0, dtype=torch.float32),
+                     Gate(**of_gate | {"dt_bias": None}, lower_bound=None, dtype=torch.float16)],
+        "chunk_fwd": [*forward, *kept],
+        "chunk": [*forward, chunk(rich, True, 64, False)],
         "chunk_bwd": [
-            (do, d_state, *rich, 64),
-            (do, None, *plain, 32),
-            (do[:1], None, *packed, 64, 0b10100110, True),
-            (do[:, :, :, :1].expand_as(do), None, *rich, 64, 0b01011001),
+            chunk_bwd(rich, do, 64, d_state),
+            chunk_bwd(plain, do, 32),
+            chunk_bwd(packed, do[:1], 64, wanted=0b10100110, batch_invariant=True),
+            chunk_bwd(rich, do[..., :1].expand_as(do), 64, wanted=0b01011001),
         ],
-    }
+    }  # fmt: skip
 
 
 def test_every_op_has_a_sample():
     """Ops of one step have their own test file (they write in place), and so their own samples."""
     assert set(op_samples()) <= set(library.SCHEMAS)
     assert {name for name in library.SCHEMAS if name.startswith(("chunk", "kda_gate"))} <= set(op_samples())
+
+
+@pytest.mark.parametrize("name", list(library.REFERENCE))
+def test_names_of_arguments(name):
+    """Those of the schema are those of the reference, in order and with the same defaults."""
+    parameters = inspect.signature(library.REFERENCE[name]).parameters.values()
+    assert [p.name for p in parameters] == list(schemas.ARGUMENTS[name]._fields)
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    assert defaults == schemas.ARGUMENTS[name]._field_defaults
 
 
 def with_gradients(arguments: tuple) -> tuple:

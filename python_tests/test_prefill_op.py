@@ -10,6 +10,7 @@ from torch import Tensor
 
 import kda_cuda
 from kda_cuda import library
+from kda_cuda.schemas import Prefill
 
 from .cases import Inputs
 from .test_prefill import BATCH, RAGGED, SEQUENCES, bits, expect, make_pool, streams_of, tensor
@@ -23,10 +24,13 @@ def raw_op(device):
 
 
 def raw_arguments(x: Inputs, pool, slot_of=None, initial=None, checkpoint_pool=None, checkpoint_slots=None,
-                  workspace=None) -> tuple:  # fmt: skip
-    return (x.q, x.k, x.v, x.g, x.beta, x.A_log, x.dt_bias, pool, slot_of, initial, None, checkpoint_pool,
-            checkpoint_slots, x.cu_seqlens, workspace, x.scale, x.use_qk_l2norm, x.use_gate, x.use_beta_sigmoid,
-            x.allow_neg_eigval, x.lower_bound, x.state_v_first, False, 64, False)  # fmt: skip
+                  workspace=None) -> Prefill:  # fmt: skip
+    inputs = {name: getattr(x, name) for name in Prefill._fields if hasattr(x, name)}
+    return Prefill(
+        **inputs, state_pool=pool, slot_of=slot_of, initial_slot_of=initial, has_initial_state=None,
+        checkpoint_pool=checkpoint_pool, checkpoint_slots=checkpoint_slots, workspace=workspace, zero_is_null=False,
+        checkpoint_interval=64, batch_invariant=False,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)

@@ -44,7 +44,7 @@ def losses(device, monkeypatch):
         torch.manual_seed(seed)
         model = HybridLM(config).to(device)
         with monkeypatch.context() as patch, sdpa_kernel(SDPBackend.MATH):  # the others add with atomics
-            patch.setattr(variants, "_emulating", on_kernels and device.name == "emulator")
+            patch.setattr(variants._emulation, "on", on_kernels and device.name == "emulator")
             if not on_kernels:
                 patch.setattr(variants, "_kernels", dict.fromkeys(variants._kernels, frozenset()))
             history, kernels = device.run(lambda: demo.train(model, corpus(tokens), STEPS, dtype, seed))

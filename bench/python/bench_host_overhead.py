@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 
 from kda_cuda import library, testing
+from kda_cuda.schemas import Decode
 
 from .timing import commit
 
 ALLOWED = 1.5
 
 
-def arguments(batch: int = 8, heads: int = 32, dim: int = 128, device: str = "cpu") -> tuple:
+def arguments(batch: int = 8, heads: int = 32, dim: int = 128, device: str = "cpu") -> Decode:
     """A step on a pool as a serving engine calls it, with every buffer given."""
     make = torch.Generator().manual_seed(0)
 
@@ -36,10 +37,14 @@ def arguments(batch: int = 8, heads: int = 32, dim: int = 128, device: str = "cp
     slots = torch.arange(batch, dtype=torch.int32, device=device)
     A_log, dt_bias = torch.zeros(heads, device=device), torch.zeros(heads, dim, device=device)
     out = torch.empty(batch, 1, heads, dim, dtype=torch.bfloat16, device=device)
-    return (
-        q, k, v, normal(batch, 1, heads, dim), normal(batch, 1, heads), A_log, dt_bias, out, state, slots, None, None,
-        None, None, None, None, None, dim**-0.5, True, True, True, False, None, True, True, False, False,
-    )  # fmt: skip
+    options = {"use_qk_l2norm": True, "use_gate": True, "use_beta_sigmoid": True, "state_v_first": True}
+    given = {
+        "q": q, "k": k, "v": v, "g": normal(batch, 1, heads, dim), "beta": normal(batch, 1, heads), "A_log": A_log,
+        "dt_bias": dt_bias, "out": out, "state": state, "slot_of": slots, "scale": dim**-0.5, "in_place": True,
+    }  # fmt: skip
+    absent = dict.fromkeys(name for name in Decode._fields if name not in given | options)
+    flags = {"allow_neg_eigval": False, "state_per_token": False, "zero_is_null": False}
+    return Decode(**absent | given | options | flags)
 
 
 def nanoseconds(op: Callable, args: tuple, calls: int) -> float:

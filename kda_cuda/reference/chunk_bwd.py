@@ -53,7 +53,7 @@ def reverse_scan(steps: list[slice], c: Chunks, do: Tensor, d_state: Tensor) -> 
 
 @dataclass
 class ChunkGradients:
-    """Of the transformed inputs, ``[chunks, HV, C, ...]``; None where nobody asks."""
+    """The gradients of the transformed inputs, ``[chunks, HV, C, ...]``; None if nobody asks."""
 
     q: Tensor | None = None
     k: Tensor | None = None
@@ -73,7 +73,7 @@ class ChunkGradients:
 
 
 def chunk_gradients(c: Chunks, run: Scan, back: ReverseScan, do: Tensor, names: set[str]) -> ChunkGradients:
-    """Of many chunks at once, at least of the inputs ``names``. ``do`` includes the scale."""
+    """The gradients of many chunks at once, at least those of the inputs ``names``. ``do`` includes the scale."""
     x, decays = c.x, c.decays
     dx = x.beta * back.dr  # of X = V - (Gamma.K) S_0
     d = ChunkGradients(v=dx)
@@ -144,7 +144,7 @@ def chunk_bwd(
     wanted: int = ALL_GRADIENTS,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of ``GRADIENTS``; empty where ``wanted`` does not ask for one, or the argument is absent.
+    """The gradients of ``GRADIENTS``; one is empty if ``wanted`` does not ask for it or its argument is absent.
 
     ``batch_invariant`` is for kernels: what this gives a sequence does depend on its batch, in the last bits.
     """
