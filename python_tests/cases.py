@@ -209,7 +209,7 @@ class Case:
     chunk_size: int = 64
     wide_gate: bool = False  # g and beta fp32 beside a narrower q
     layout: str = "contiguous"  # or packed, expanded, transposed
-    forward_allowance: float = 1.0  # factors on the caps of accuracy.py (style.md §3)
+    forward_allowance: float = 1.0  # factors on the caps of accuracy.py (docs/mathematics.md, section 6)
     gradient_allowance: float = 1.0
 
     def __str__(self) -> str:
