@@ -7,9 +7,18 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import variants
-from .checks import Checker, check_cu_seqlens, check_gate_parameters, check_initial_state, check_qkvgb, cu_seqlens_list
+from .checks import (
+    Checker,
+    check_cu_seqlens,
+    check_gate_parameters,
+    check_initial_state,
+    check_qkvgb,
+    cu_seqlens_list,
+    rows_contiguous,
+)
 
 CHUNK_KWARGS = ("A_log", "dt_bias", "chunk_size", "transpose_state_layout", "use_graph", "max_num_seqs",
                 "deterministic")  # fmt: skip
@@ -42,13 +51,34 @@ def state_layout(c: Checker, state_v_first: bool, kwargs: dict) -> bool:
     return old
 
 
-def needs_grad(*arguments) -> bool:
+def needs_grad(c: Checker, *arguments: object) -> bool:
+    """Whether autograd must see the call. Derivatives that the ops do not have are refused: they would be zero."""
+    refuse_tangents(c, arguments)
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
-def rows_contiguous(x: Tensor) -> Tensor:
-    """Kernels take any strides but the last; only such an input is copied."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+def refuse_tangents(c: Checker, arguments: tuple) -> None:
+    """Forward-mode derivatives, and those of torch.func, pass torch's custom ops unseen."""
+    if forward_ad._current_level >= 0:
+        for x in arguments:
+            if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+                raise c.not_implemented("an argument has a tangent, expected none: there is no forward-mode derivative")
+    if torch._C._are_functorch_transforms_active():
+        for x in arguments:
+            if isinstance(x, Tensor) and is_tracked(x):
+                raise c.not_implemented(
+                    "an argument is differentiated by torch.func, expected by torch.autograd (grad or backward)"
+                )
+
+
+def is_tracked(x: Tensor) -> bool:
+    """Whether a transform of torch.func differentiates by ``x``, at any level."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def contiguous(x: object) -> object:
@@ -141,11 +171,11 @@ def chunk_state_rows(c: Checker, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tens
 
 
 def run_chunk(
-    common: tuple, output_final_state: bool, chunk_size: int = 64, keep_states: bool = False, rows=None,
+    c: Checker, common: tuple, output_final_state: bool, chunk_size: int = 64, keep_states: bool = False, rows=None,
     batch_invariant: bool = False,
 ):  # fmt: skip
     """o, final_state (None where not asked for) and the chunk states, with autograd if any input needs a gradient."""
-    op = "chunk" if needs_grad(*common) else "chunk_fwd"
+    op = "chunk" if needs_grad(c, *common) else "chunk_fwd"
     arguments = (*common, output_final_state, chunk_size, keep_states, rows, batch_invariant)
     o, final_state, h = variants.run(op, "chunk_fwd", arguments)
     return o, final_state if output_final_state else None, h

@@ -33,6 +33,9 @@ class Checker:
     def type_error(self, text: str) -> TypeError:
         return TypeError(f"kda_cuda::{self.op}: {text}")
 
+    def not_implemented(self, text: str) -> NotImplementedError:
+        return NotImplementedError(f"kda_cuda::{self.op}: {text}")
+
     def tensor(self, name: str, x: object) -> None:
         if not isinstance(x, Tensor):
             raise self.type_error(f"{name} is a {type(x).__name__}, expected a Tensor")
@@ -191,3 +194,8 @@ def check_gate_parameters(
     A_log = as_shape("A_log", A_log, value_heads, HV=value_heads)
     dt_bias = as_shape("dt_bias", dt_bias, value_heads, key_dim, HV=value_heads, K=key_dim)
     return A_log, dt_bias, lower_bound
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """Kernels take any strides but the last; only such an input is copied."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

@@ -139,7 +139,7 @@ def decode(
         state_per_token=state_per_token,
         zero_is_null=zero_is_null,
     )
-    if calls.needs_grad(*common, state):
+    if calls.needs_grad(c, *common, state):
         raise c.value_error("an argument requires a gradient, expected none: decode has no gradients (use chunk_kda)")
     return run_decode(
         c, common, state=state, slot_of=slot_of, num_accepted_tokens=num_accepted_tokens,
@@ -270,7 +270,7 @@ def run_in_pool(c: Checker, common: tuple, initial_state, output_final_state: bo
     names = ("ssm_state_indices", "num_accepted_tokens", "out")
     slots, accepted, out = (kwargs.get(name) for name in names)
     in_place = bool(kwargs.get("inplace_final_state"))
-    if calls.needs_grad(*common, initial_state):
+    if calls.needs_grad(c, *common, initial_state):
         given = next(name for name in (*names, "inplace_final_state") if kwargs.get(name) is not None)
         raise c.value_error(f"{given} is given and an argument requires a gradient, expected one of them")
     if in_place and initial_state is None:
@@ -291,8 +291,8 @@ def run_recurrent(c: Checker, common: tuple, output_final_state: bool) -> tuple[
     """A few tokens without gradients, by whatever is fastest; else in chunks."""
     q, initial_state, cu_seqlens = common[0], common[7], common[8]
     tokens = q.shape[1] if cu_seqlens is None else -(-q.shape[1] // calls.sequences_of(q, cu_seqlens))
-    if calls.needs_grad(*common) or tokens > FEW_TOKENS or variants.prefers_chunks(q):
-        return calls.run_chunk(common, output_final_state)[:2]
+    if calls.needs_grad(c, *common) or tokens > FEW_TOKENS or variants.prefers_chunks(q):
+        return calls.run_chunk(c, common, output_final_state)[:2]
     final_state = new_states(common, compute_dtype(q.dtype)) if output_final_state else None
     state = None if initial_state is None else initial_state.contiguous()
     return run_decode(c, common, state=state, new_state=final_state), final_state

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import calls, variants
-from .checks import Checker, check_contents, check_gate_parameters, check_qkvgb
+from .checks import Checker, check_contents, check_gate_parameters, check_qkvgb, rows_contiguous
 from .state_pools import StatePools, check_like
 
 CONV_TAPS = 4
@@ -93,7 +93,7 @@ def decode_layer(
     c.device("norm_weight", norm_weight, q.device, "q")
     c.dtype("norm_weight", norm_weight, wide)
     c.shape("norm_weight", norm_weight, D=dim)
-    if calls.needs_grad(q, k, v, g, beta, output_gate, A_log, dt_bias, norm_weight, state, *weights):
+    if calls.needs_grad(c, q, k, v, g, beta, output_gate, A_log, dt_bias, norm_weight, state, *weights):
         raise c.value_error("an argument requires a gradient, expected none: decode_layer has no gradients")
     if out is None:
         out = v.new_empty(v.shape)
@@ -102,7 +102,7 @@ def decode_layer(
     if check_contents(q):
         pools.check_contents(state, slot_of, None, state, "slot_of", slot_of, False, zero_is_null)
     scale = dim**-0.5 if scale is None else c.number("scale", scale)
-    q, k, v, g = (calls.rows_contiguous(x) for x in (q, k, v, g))
+    q, k, v, g = (rows_contiguous(x) for x in (q, k, v, g))
     variants.run("decode_layer", "decode_layer", (
         q, k, v, g, beta, output_gate, conv_state, *weights, A_log, dt_bias, norm_weight.contiguous(), state, slot_of,
         out, scale, allow_neg_eigval, lower_bound, c.number("norm_eps", norm_eps), zero_is_null,

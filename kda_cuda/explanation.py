@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import calls, decoding, decoding_layer, ops, prefilling, variants
-from .plans import ChunkCall, decode_plan
+import torch
+from torch import Tensor
 
-_BACKWARD = {"chunk": "chunk_bwd", "kda_gate": "kda_gate_bwd"}
+from . import calls, decoding, decoding_layer, ops, prefilling, variants
+from .library import FUNCTIONAL
+from .plans import ChunkShape, decode_plan
+from .reference.chunk_bwd import mask_of
+
+_BACKWARD = {forward: f"{op}_bwd" for op, raw in FUNCTIONAL.items() for forward in (op, raw)}  # op -> its backward
 _FUNCTIONS = {
     **{name: getattr(ops, name) for name in ops.__all__},
     "prefill": prefilling.prefill,
@@ -50,19 +55,20 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(*args: Any, op: str = "chunk_kda", **kwargs: Any) -> Explanation:
+def explain(*args: Any, op: str = "chunk_kda", backward: bool = False, **kwargs: Any) -> Explanation:
     """Says which kernel would serve a call, how it would be launched, and why.
 
     Args:
         *args, **kwargs: those of the public function; they are checked as the function does.
         op: the public function: ``chunk_kda``, ``fused_recurrent_kda``, ``kda_gate``, ``prefill``, ``decode``,
             ``commit`` or ``decode_layer``.
+        backward: also explain the backward where no input requires a gradient, as if every one did.
 
     Returns:
         An :class:`Explanation`: print it, or read ``forward`` and ``backward``.
 
     Raises:
-        ValueError, TypeError: those of the public function.
+        ValueError, TypeError: those of the public function; ``backward`` of a call that has none.
         RuntimeError: inside ``kda_cuda.testing.emulated()``, that no emulated kernel serves the call.
 
     Example:
@@ -84,22 +90,37 @@ def explain(*args: Any, op: str = "chunk_kda", **kwargs: Any) -> Explanation:
     kernel = variants.is_kernel(namespace, x)
     plan = _PLANS[call.raw](namespace, call.arguments) if kernel and call.raw in _PLANS else {}
     forward = Step(call.raw, namespace, kernel, reason, plan)
-    backward = None
-    if call.op in _BACKWARD:
-        name = _BACKWARD[call.op]
-        served_by, reason = variants.choose_backward(name, namespace, x)
-        backward = Step(name, served_by, variants.is_kernel(served_by, x), reason)
-    return Explanation(op, forward, backward)
+    if backward and call.raw not in _BACKWARD:
+        raise ValueError(f"kda_cuda::explain: backward is True, expected False: {call.raw} has no backward")
+    return Explanation(op, forward, _backward_step(call, namespace) if backward or call.op in FUNCTIONAL else None)
+
+
+def _backward_step(call: variants.Planned, namespace: str) -> Step:
+    name, x = _BACKWARD[call.raw], call.arguments[0]
+    served_by, reason = variants.choose_backward(name, namespace, x)
+    kernel = variants.is_kernel(served_by, x)
+    plan = {}
+    if kernel and name == "chunk_bwd":
+        q, _, v = call.arguments[:3]
+        plan = ChunkShape.of(q, v, call.arguments[8]).backward_plan(served_by, _wanted(call.arguments[:8]))
+    return Step(name, served_by, kernel, reason, plan)
+
+
+def _wanted(differentiable: tuple) -> int:
+    """The mask of those that require a gradient; where none does, of all that are there."""
+    given = [isinstance(x, Tensor) for x in differentiable]
+    required = [there and x.requires_grad for there, x in zip(given, differentiable, strict=True)]
+    return mask_of(required if torch.is_grad_enabled() and any(required) else given)
 
 
 def _chunk_fwd_plan(namespace: str, arguments: tuple) -> dict[str, str]:
     q, _, v, *_ = arguments
-    return ChunkCall.of(q, v, arguments[8], arguments[17], arguments[20]).plan(namespace)
+    return ChunkShape.of(q, v, arguments[8]).forward_plan(namespace, arguments[17], arguments[20])
 
 
 def _prefill_plan(namespace: str, arguments: tuple) -> dict[str, str]:
     q, _, v, *_ = arguments
-    return ChunkCall.of(q, v, arguments[13], prefilling.CHECKPOINT_TOKENS, arguments[24]).plan(namespace)
+    return ChunkShape.of(q, v, arguments[13]).forward_plan(namespace, prefilling.CHECKPOINT_TOKENS, arguments[24])
 
 
 def _decode_plan(namespace: str, arguments: tuple) -> dict[str, str]:

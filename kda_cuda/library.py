@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .checks import rows_contiguous
+from .reference.chunk_bwd import ALL_GRADIENTS, GRADIENTS, mask_of
 from .reference.gates import compute_dtype
 
 _INPUTS = (
@@ -53,6 +55,12 @@ _DECODE_LAYER = (
     "Tensor norm_weight, Tensor(b!) state, Tensor? slot_of, Tensor(c!) out, float scale, bool allow_neg_eigval, "
     "float? lower_bound, float norm_eps, bool zero_is_null) -> ()"
 )
+# Gradients of GRADIENTS. Bit i of `wanted` asks for the i-th; one that is not wanted, or whose argument is absent, is
+# empty, in the dtype it would have (that of the argument; absent: fp32, float64 for float64).
+_CHUNK_BWD = (
+    f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, int chunk_size, int wanted={ALL_GRADIENTS}, "
+    "bool batch_invariant=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 _GATE = "(Tensor g, Tensor? A_log, Tensor? dt_bias, float? lower_bound, ScalarType dtype) -> Tensor"
 
 SCHEMAS = {
@@ -61,8 +69,7 @@ SCHEMAS = {
     "-> (Tensor, Tensor, Tensor)",
     "kda_gate": _GATE,
     "chunk_fwd": _CHUNK,
-    "chunk_bwd": f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, int chunk_size) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "chunk_bwd": _CHUNK_BWD,
     "chunk": _CHUNK,
     "prefill": _PREFILL,
     "decode": _DECODE,
@@ -136,9 +143,14 @@ def _fake_in_place(*args):
     """Ops that return nothing and write only into their arguments."""
 
 
-def _fake_chunk_bwd(do, dfinal_state, q, k, v, g, beta, A_log, dt_bias, initial_state, *rest):
-    grads = [x.new_empty(x.shape) for x in (q, k, v, g, beta)]
-    return *grads, *(_like_or_empty(x, q) for x in (A_log, dt_bias, initial_state))
+def _fake_chunk_bwd(
+    do, dfinal_state, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, use_qk_l2norm, use_gate,
+    use_beta_sigmoid, allow_neg_eigval, lower_bound, state_v_first, chunk_size, wanted=ALL_GRADIENTS,
+    batch_invariant=False,
+):  # fmt: skip
+    arguments = (q, k, v, g, beta, A_log, dt_bias, initial_state)
+    like = (_like_or_empty(x, q) for x in arguments)
+    return tuple(d if wanted >> bit & 1 else d.new_empty(0) for bit, d in enumerate(like))
 
 
 FAKES: dict[str, Callable] = {
@@ -198,19 +210,23 @@ def _gate_backward(namespace: str, ctx, dy):
 
 def _save_chunk(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:9])
-    *ctx.options, _, ctx.chunk_size, _, _, _ = inputs[9:]
+    *ctx.options, _, ctx.chunk_size, _, _, ctx.batch_invariant = inputs[9:]
     ctx.set_materialize_grads(False)
 
 
 def _chunk_backward(namespace: str, ctx, do, dfinal_state, dh):
     tensors = ctx.saved_tensors
+    needed = ctx.needs_input_grad[: len(GRADIENTS)]
+    wanted = mask_of(needed)
+    if not wanted:
+        return (None,) * len(ctx.needs_input_grad)
     v = tensors[2]
-    do = v.new_zeros(v.shape) if do is None else do
-    if dfinal_state is not None and dfinal_state.numel() == 0:
-        dfinal_state = None
-    args = (do, dfinal_state, *tensors, *ctx.options, ctx.chunk_size)
+    do = v.new_zeros(v.shape) if do is None else rows_contiguous(do)
+    if dfinal_state is not None:
+        dfinal_state = dfinal_state.contiguous() if dfinal_state.numel() else None
+    args = (do, dfinal_state, *tensors, *ctx.options, ctx.chunk_size, wanted, ctx.batch_invariant)
     gradients = _backward(namespace, "chunk_bwd", tensors[0], args)
-    return *(_present(d, x) for d, x in zip(gradients, tensors[:8], strict=True)), *([None] * 13)
+    return *(d if needs else None for d, needs in zip(gradients, needed, strict=True)), *([None] * 13)
 
 
 _AUTOGRAD = {"chunk": (_chunk_backward, _save_chunk), "kda_gate": (_gate_backward, _save_gate)}

@@ -98,11 +98,11 @@ def chunk_kda(
     if cp_context is not None:
         raise c.value_error(f"cp_context is a {type(cp_context).__name__}, expected None: no context parallelism here")
     if not return_intermediate_states:
-        return calls.run_chunk(common, output_final_state, chunk_size, batch_invariant=invariant)[:2]
+        return calls.run_chunk(c, common, output_final_state, chunk_size, batch_invariant=invariant)[:2]
     if not calls.in_inference_mode():
         raise c.value_error("return_intermediate_states is True outside of torch.inference_mode(), expected inside")
     rows = calls.chunk_state_rows(c, cu_seqlens, cu_seqlens_cpu, chunk_size)
-    return calls.run_chunk(common, output_final_state, chunk_size, True, rows, invariant)
+    return calls.run_chunk(c, common, output_final_state, chunk_size, True, rows, invariant)
 
 
 def fused_recurrent_kda(
@@ -207,5 +207,5 @@ def kda_gate(
         raise c.value_error(f"g has shape {list(g.shape)}, expected [..., HV, K], or [..., HV*K] with head_dim=K")
     A_log, dt_bias, lower_bound = check_gate_parameters(c, g, *g.shape[-2:], A_log, dt_bias, lower_bound)
     c.choice("dtype", dtype, dtypes)
-    op = "kda_gate" if calls.needs_grad(g, A_log, dt_bias) else "kda_gate_fwd"
+    op = "kda_gate" if calls.needs_grad(c, g, A_log, dt_bias) else "kda_gate_fwd"
     return variants.run(op, "kda_gate_fwd", (g, A_log, dt_bias, lower_bound, dtype))

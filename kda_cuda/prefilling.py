@@ -102,7 +102,7 @@ def prefill(
         padded=True, zero_is_null=zero_is_null,
     )  # fmt: skip
     *streams, _, cu_seqlens = common[:9]
-    if calls.needs_grad(*streams, state_pool, checkpoint_pool):
+    if calls.needs_grad(c, *streams, state_pool, checkpoint_pool):
         raise c.value_error("an input requires a gradient, expected none: states in a pool have no gradients")
     pools = StatePools(c, q, calls.sequences_of(q, cu_seqlens), calls.state_sizes(q, v, state_v_first))
     pools.check_pool("state_pool", state_pool, STATE_DTYPES)

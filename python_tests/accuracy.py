@@ -2,7 +2,8 @@
 
 A result passes if its relative RMS error is at most twice that of the same mathematics with the same roundings
 (:func:`low_precision_reference`) plus 1e-6, and never above a cap; and if no row is off by more than ten caps. Where
-the truth is not finite the result must be the same there.
+the truth is not finite the result must be the same there. The roundings of a few numbers may cancel by luck: these have
+a quarter of the cap at least.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ CAP = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relati
 GRADIENT_FACTOR = 3
 ROW_FACTOR = 10
 FLOOR = 1e-6
+FEW = 16  # numbers, as in dA_log of a few heads
 GRADIENTS = ("dq", "dk", "dv", "dg", "dbeta", "dA_log", "ddt_bias", "dinitial_state")
 
 
@@ -75,7 +77,10 @@ def cap(case: Case, dtype: torch.dtype, gradient: bool) -> float:
 def budget(case: Case, name: str, low_precision: Tensor, truth: Tensor) -> Budget:
     """Of the tensor ``name``, whose low_precision_reference is ``low_precision``."""
     limit = cap(case, low_precision_dtype(case, low_precision), name in GRADIENTS)
-    return Budget(min(2 * measure(low_precision, truth).rms + FLOOR, limit), ROW_FACTOR * limit)
+    rms = 2 * measure(low_precision, truth).rms + FLOOR
+    if truth.numel() < FEW:
+        rms = max(rms, limit / 4)
+    return Budget(min(rms, limit), ROW_FACTOR * limit)
 
 
 def low_precision_dtype(case: Case, x: Tensor) -> torch.dtype:

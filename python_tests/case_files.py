@@ -13,11 +13,12 @@ and the error budget. Little-endian, no padding:
             int64  size of each dimension       row-major, contiguous
             uint64 bytes, then the data
 
-Entries: ``q k v g beta do dfinal_state`` always, ``A_log dt_bias initial_state cu_seqlens`` where the case has them.
+Entries: ``q k v g beta do`` always, ``A_log dt_bias initial_state dfinal_state cu_seqlens`` where the case has them.
 Scalars have rank 0: float64 ``scale``, ``lower_bound`` (absent: the unbounded gate), int64 ``use_qk_l2norm use_gate
 use_beta_sigmoid allow_neg_eigval state_v_first chunk_size``. ``truth.NAME`` for NAME in o, final_state, h and the
-gradients dq dk dv dg dbeta dA_log ddt_bias dinitial_state; ``budget.NAME`` is float64 [2]: the relative RMS error that
-is allowed, and the worst row (|row error| over the RMS norm of the truth's rows).
+gradients dq dk dv dg dbeta dA_log ddt_bias dinitial_state, each shaped like its argument and absent with it;
+``budget.NAME`` is float64 [2]: the relative RMS error that is allowed, and the worst row (|row error| over the RMS norm
+of the truth's rows). The cases are those of cases.py and bwd_cases.py.
 
 Where K = V, the arguments of one decode_layer of three rows in the case's dtype, the second without a slot:
 ``layer.NAME`` for NAME in q k v g beta output_gate conv_state q_conv_weight k_conv_weight v_conv_weight norm_weight
@@ -35,9 +36,11 @@ import torch
 from torch import Tensor
 
 from . import accuracy, decode_layer_calls, oracle
+from .bwd_cases import GRID, PEERS
 from .cases import CASES, Case
 
 MAGIC = b"KDACASE1"
+ALL = CASES | GRID | PEERS
 DTYPES = {
     torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3, torch.int32: 4, torch.int64: 5,
 }  # fmt: skip
@@ -122,8 +125,8 @@ def main() -> None:
         raise SystemExit(__doc__)
     directory = Path(sys.argv[1])
     directory.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[2:] or CASES:
-        write(directory / f"{name}.case", entries(CASES[name]))
+    for name in sys.argv[2:] or ALL:
+        write(directory / f"{name}.case", entries(ALL[name]))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Inputs:
     state_v_first: bool
     chunk_size: int
     do: Tensor  # like o
-    dfinal_state: Tensor  # like the final state
+    dfinal_state: Tensor | None  # like the final state
 
     def replace(self, **changes) -> Inputs:
         return dataclasses.replace(self, **changes)
@@ -154,6 +154,23 @@ def gate_bounded_plain(d: Draw, *size: int):
     return 2 * d.normal(*size), None, None, -1.5
 
 
+def gate_at_the_bound(d: Draw, *size: int):
+    """Every channel loses e^5 a token: over a chunk of 64 e^320, which no single anchor holds."""
+    return torch.full(size, -5.0, dtype=torch.float64), None, None, None
+
+
+def gate_one_slow(d: Draw, *size: int):
+    """The first channel remembers everything, beside channels that lose e^5 a token."""
+    return torch.cat([-1e-3 * d.uniform(*size[:-1], 1), torch.full((*size[:-1], size[-1] - 1), -5.0)], -1), *[None] * 3
+
+
+def gate_heavy_tailed(d: Draw, *size: int):
+    """As violent, from e^0 to e^-30000, by a softplus: A_log has a gradient, a sum over tokens of every size."""
+    *_, heads, key_dim = size
+    decay = torch.exp(4 * d.normal(*size)).clamp(1e-4, 3e4)
+    return decay + torch.log(-torch.expm1(-decay)), 0.1 * d.uniform(heads), 0.1 * d.uniform(heads, key_dim), None
+
+
 GATES = {name.removeprefix("gate_"): function for name, function in list(globals().items()) if name.startswith("gate_")}
 
 # ---- keys: (draw, B, T, H, K) -> k -----------------------------------------------------------------------------------
@@ -209,6 +226,8 @@ class Case:
     chunk_size: int = 64
     wide_gate: bool = False  # g and beta fp32 beside a narrower q
     layout: str = "contiguous"  # or packed, expanded, transposed
+    do: str = "dense"  # or rows, one, transposed
+    dfinal_state: bool = True  # whether the loss depends on the final state
     forward_allowance: float = 1.0  # factors on the caps of accuracy.py (docs/mathematics.md, section 6)
     gradient_allowance: float = 1.0
 
@@ -240,10 +259,11 @@ class Case:
         if self.lengths is not None:
             cu_seqlens = torch.tensor([0, *self.lengths]).cumsum(0).to(self.index_dtype)
         q, k, v, g, beta = LAYOUTS[self.layout](self, q, k, v, g, beta)
+        do, dfinal_state = DO_LAYOUTS[self.do](do), dfinal_state.to(wide) if self.dfinal_state else None
         inputs = Inputs(
             q, k, v, g, beta, A_log, dt_bias, initial_state.to(wide) if self.initial_state else None, cu_seqlens,
             self.scale or kd**-0.5, self.l2norm, A_log is not None or lower_bound is not None, self.beta_sigmoid,
-            self.neg_eigval, lower_bound, self.state_v_first, self.chunk_size, do, dfinal_state.to(wide),
+            self.neg_eigval, lower_bound, self.state_v_first, self.chunk_size, do, dfinal_state,
         )  # fmt: skip
         return inputs if device == "cpu" else inputs.to(device)
 
@@ -283,6 +303,14 @@ def layout_transposed(case: Case, *streams: Tensor) -> tuple[Tensor, ...]:
 
 LAYOUTS = {
     name.removeprefix("layout_"): function for name, function in list(globals().items()) if name.startswith("layout_")
+}
+
+# How autograd may hand over do: `rows` is what a projection of a mean leaves, `one` what o.sum() leaves.
+DO_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dense": lambda do: do,
+    "rows": lambda do: do[:1, :1, :1].expand_as(do),
+    "one": lambda do: do[:1, :1, :1, :1].expand_as(do),
+    "transposed": lambda do: do.transpose(1, 3).contiguous().transpose(1, 3),
 }
 
 _MODEL = {"beta_sigmoid": True}  # what layers ask for, with a gate that has parameters

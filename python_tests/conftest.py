@@ -9,6 +9,7 @@ import torch
 
 from kda_cuda import build_info, testing
 
+from . import bwd_calls
 from .devices import NAMES, Device, kernels_seen, note_kernels
 
 
@@ -56,6 +57,13 @@ def device(request):
             note_kernels("emulator", testing.take_record())
     else:
         yield Device(request.param)
+
+
+@pytest.fixture
+def chunk_bwd(device):
+    """Skips where kernels run and the backward has none yet: test_training says who serves it there."""
+    if device.runs_kernels and not bwd_calls.has_kernel(device):
+        pytest.skip(f"no chunk_bwd kernel is compiled in for {device.name}")
 
 
 @pytest.fixture

@@ -86,10 +86,13 @@ def recurrence(x: Inputs) -> Truth:
 
 
 def gradients(x: Inputs) -> tuple[Truth, dict[str, Tensor]]:
-    """The truth, and the gradients of ``sum(o do) + sum(final_state dfinal_state)`` by name; ``x`` is float64."""
+    """The truth, and the gradients of ``sum(o do) + sum(final_state dfinal_state)`` by name; ``x`` is float64.
+    Without a ``dfinal_state`` the second sum is left out."""
     leaves = {name: y.detach().clone().requires_grad_() for name, y in x.differentiable().items()}
     truth = recurrence(x.replace(**leaves))
-    loss = (truth.o * x.do).sum() + (truth.final_state * x.dfinal_state).sum()
+    loss = (truth.o * x.do).sum()
+    if x.dfinal_state is not None:
+        loss = loss + (truth.final_state * x.dfinal_state).sum()
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     grads = {n: torch.zeros_like(leaves[n]) if g is None else g for n, g in zip(leaves, found, strict=True)}
     return Truth(truth.o.detach(), truth.final_state.detach(), truth.chunk_states.detach()), grads

@@ -17,8 +17,8 @@ from . import accuracy, oracle
 from .cases import CASES, Case, Inputs
 
 RESET = ["chunk_fwd_reset"]  # once, where kernels run beside each other: the counters that they wait for
-WHOLE = ["chunk_fwd_prepare", "chunk_fwd_scan"]  # the launches of a part, and where sequences are split
-SPLIT = ["chunk_fwd_prepare", "chunk_fwd_summarise", "chunk_fwd_join", "chunk_fwd_scan"]
+WHOLE = ["chunk_prepare", "chunk_fwd_scan"]  # the launches of a part, and where sequences are split
+SPLIT = ["chunk_prepare", "chunk_fwd_summarise", "chunk_fwd_join", "chunk_fwd_scan"]
 # Tests that compare a whole with a part of it bit by bit ask for this: whether a sequence is split depends on its
 # length and batch, so only then are the bits promised. Split calls are held to the recurrence: test_sequence_split.
 INVARIANT = {"deterministic": "batch_invariant"}

@@ -60,9 +60,9 @@ def test_another_device_is_planned_for_inside_alone(device):
     plans_of_h100 = []
     for arch, variant in (("80", "bf16_k128"), ("90", "bf16_k128_sm90")):
         with testing.emulated(arch=arch):
-            before = call.plan("kda_cuda_emulated")
+            before = call.forward_plan("kda_cuda_emulated")
             with plans.planning_for("kda_cuda_emulated", 132, 3.0):
-                plans_of_h100.append(call.plan("kda_cuda_emulated"))
-            assert call.plan("kda_cuda_emulated") == before and before["variant"] == variant
+                plans_of_h100.append(call.forward_plan("kda_cuda_emulated"))
+            assert call.forward_plan("kda_cuda_emulated") == before and before["variant"] == variant
             assert float(before["predicted_us"]) > 10 * float(plans_of_h100[-1]["predicted_us"])  # one multiprocessor
     assert plans_of_h100[0] == plans_of_h100[1] and plans_of_h100[0]["variant"] == MAIN.name

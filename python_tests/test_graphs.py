@@ -69,6 +69,40 @@ def test_chunk_kda(name):
         assert torch.equal(o, wanted) and torch.equal(final_state, final)
 
 
+def with_gradients(x: Inputs) -> tuple[Inputs, dict[str, Tensor]]:
+    """The call on leaves that share the memory of ``x``, and the leaves."""
+    leaves = {name: y.detach().requires_grad_() for name, y in x.differentiable().items()}
+    return x.replace(**leaves), leaves
+
+
+def training(x: Inputs, leaves: dict[str, Tensor], **options) -> tuple[Tensor, ...]:
+    """Outputs and every gradient, with nothing read on the host."""
+    with no_synchronisation():
+        o, final_state = kda_cuda.chunk_kda(**x.public(), **options)
+        found = torch.autograd.grad([o, final_state], list(leaves.values()), [x.do, x.dfinal_state])
+    return o.detach(), final_state.detach(), *found
+
+
+@pytest.mark.devices("cuda")
+@pytest.mark.parametrize("options", [{}, {"deterministic": "batch_invariant"}], ids=["", "batch_invariant"])
+def test_forward_and_backward_with_everything_changed(device, chunk_bwd, options):
+    """One graph of both; then other data and other cu_seqlens, empty and full sequences among them."""
+    x = PACKED.inputs(device)
+    call, leaves = with_gradients(x)
+    graph, captured = capture(lambda: training(call, leaves, **options))
+    for seed in range(8):
+        make = torch.Generator().manual_seed(seed)
+        inner = torch.randint(0, T + 1, (N - 1,), generator=make).sort().values if seed else torch.tensor([0, 0, T, T])
+        bounds = torch.cat([torch.tensor([0]), inner, torch.tensor([T])]).to(device, torch.int32)
+        other = Case(**{**PACKED.__dict__, "name": f"training {seed}"}).inputs(device).replace(cu_seqlens=bounds)
+        overwrite(x, other)
+        for y in captured:
+            y.fill_(float("nan"))
+        graph.replay()
+        for i, (a, b) in enumerate(zip(captured, training(*with_gradients(other), **options), strict=True)):
+            assert torch.equal(a, b), (seed, i)
+
+
 def serving(seed: int) -> tuple[Inputs, dict[str, Tensor]]:
     """Inputs of a call whose sequences, slots and destinations are all its own; some null, some padding."""
     x = Case(**{**PACKED.__dict__, "name": f"request {seed}"}).inputs("cuda")

@@ -71,7 +71,12 @@ def op_samples() -> dict[str, list[tuple]]:
         "kda_gate": [(g, A_log, dt_bias, -5.0, torch.float32), (g, A_log, None, None, torch.float16)],
         "chunk_fwd": forward,
         "chunk": [(*forward[0][:18], False), forward[1], forward[2]],
-        "chunk_bwd": [(do, d_state, *rich, 64), (do, None, *plain, 32), (do[:1], None, *packed, 64)],
+        "chunk_bwd": [
+            (do, d_state, *rich, 64),
+            (do, None, *plain, 32),
+            (do[:1], None, *packed, 64, 0b10100110, True),
+            (do[:, :, :, :1].expand_as(do), None, *rich, 64, 0b01011001),
+        ],
     }
 
 

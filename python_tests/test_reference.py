@@ -181,15 +181,20 @@ def test_chunk_size_changes_only_the_rounding(name):
         torch.testing.assert_close(small[key], large[key], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["varlen", "dim_3"])
+@pytest.mark.parametrize("name", ["varlen", "dim_3", "fast_200", "zero_17"])
 def test_case_files_hold_the_case(name, tmp_path):
-    entries = case_files.entries(CASES[name])
+    case = case_files.ALL[name]
+    entries = case_files.entries(case)
     case_files.write(tmp_path / "x.case", entries)
     back = case_files.read(tmp_path / "x.case")
     assert list(back) == list(entries)
     for key, x in entries.items():
         assert back[key].dtype == x.dtype
         assert torch.equal(back[key], x.contiguous())
-    assert torch.equal(back["q"], CASES[name].inputs().q)
+    assert torch.equal(back["q"], case.inputs().q)
     assert 0 < back["budget.dq"][0] <= back["budget.dq"][1]
-    assert ("layer.q" in back) == (CASES[name].key_dim == CASES[name].value_dim)
+    assert ("layer.q" in back) == (case.key_dim == case.value_dim)
+    assert ("dfinal_state" in back) == case.dfinal_state
+    for argument in ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state"):
+        assert (argument in back) == (f"truth.d{argument}" in back) == (f"budget.d{argument}" in back)
+        assert argument not in back or back[argument].shape == back[f"truth.d{argument}"].shape

@@ -143,7 +143,7 @@ def test_parts_beside_each_other(device):
             plan = kda_cuda.explain(**x.public(), **INVARIANT).forward.plan
             assert plan["overlap"].startswith(overlap)
             results[multiprocessors], kernels = device.run(lambda: run(x, **INVARIANT))
-            prepare = "chunk_fwd_prepare_teams" if multiprocessors == 4 else "chunk_fwd_prepare"
+            prepare = "chunk_prepare_teams" if multiprocessors == 4 else "chunk_prepare"
             assert int(plan["parts"]) >= 2 and kernels == RESET + [prepare, "chunk_fwd_scan"] * int(plan["parts"])
     check(case, results[132])
     for name, y in results[132].items():

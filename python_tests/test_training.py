@@ -11,12 +11,8 @@ from torch import Tensor
 import kda_cuda
 from kda_cuda import library, variants
 
-from . import accuracy, oracle
+from . import accuracy, bwd_calls, oracle
 from .cases import CASES, Inputs
-
-
-def namespace_of(device) -> str:
-    return library.NAMESPACE_EMULATED if device.name == "emulator" else library.NAMESPACE
 
 
 def train(x: Inputs, **options) -> dict[str, Tensor]:
@@ -42,7 +38,7 @@ def test_gradients_behind_a_forward_kernel(name, device):
     case = CASES[name]
     x = case.inputs(device)
     results, kernels = device.run(lambda: train(x))
-    assert {"chunk_fwd_prepare", "chunk_fwd_scan"} <= set(kernels)
+    assert {"chunk_prepare", "chunk_fwd_scan"} <= set(kernels)
     inputs = case.inputs()
     truth, rounded = oracle.named(*oracle.gradients(inputs.double())), accuracy.low_precision_reference(inputs)
     assert set(truth) - {"h"} == set(results)
@@ -53,7 +49,7 @@ def test_gradients_behind_a_forward_kernel(name, device):
 @pytest.mark.devices("emulator", "cuda")
 def test_one_warning_names_the_missing_kernel(device, unwarned):
     x = CASES["one_chunk"].inputs(device)
-    has_kernel = "chunk_bwd" in variants.kernels(namespace_of(device))
+    has_kernel = bwd_calls.has_kernel(device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -70,7 +66,7 @@ def test_one_warning_names_the_missing_kernel(device, unwarned):
 
 @pytest.mark.devices("emulator", "cuda")
 def test_strictly_no_reference(device, unwarned, monkeypatch):
-    if "chunk_bwd" in variants.kernels(namespace_of(device)):
+    if bwd_calls.has_kernel(device):
         return
     monkeypatch.setenv("KDA_CUDA_STRICT", "1")
     with pytest.raises(

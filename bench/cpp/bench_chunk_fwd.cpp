@@ -164,15 +164,13 @@ class Problem {
   kda::ChunkFwdParams params(int set) const {
     int const heads = config.shape.heads, dim = config.dim;
     size_t const first = size_t(set) * config.rows();
-    auto const at = [&](DeviceBuffer const& x, int width) { return x.at(first * width * config.element()); };
-    kda::TokenStrides const strides{int64_t(config.rows()) * dim, int64_t(heads) * dim, dim};
     kda::ChunkFwdParams p = sizes();
-    p.q = at(q.on_device, dim), p.k = at(k.on_device, dim), p.v = at(v.on_device, dim), p.g = at(g.on_device, dim);
-    p.beta = at(beta.on_device, 1), p.o = at(o, dim);
-    p.q_strides = p.k_strides = p.v_strides = p.g_strides = p.o_strides = strides;
-    p.beta_strides = {int64_t(config.rows()), heads, 1};
-    p.g_is_fp32 = p.beta_is_fp32 = config.dtype == Dtype::kFloat32;
-    p.q_pieces_aligned = p.k_pieces_aligned = p.v_pieces_aligned = p.g_pieces_aligned = p.o_pieces_aligned = true;
+    kda::RowStrides const strides{int64_t(config.rows()) * dim, int64_t(heads) * dim, dim};
+    auto const rows = [&](DeviceBuffer const& x) {
+      return kda::Rows{x.at(first * dim * config.element()), strides, config.dtype == Dtype::kFloat32, true};
+    };
+    p.q = rows(q.on_device), p.k = rows(k.on_device), p.v = rows(v.on_device), p.g = rows(g.on_device), p.o = rows(o);
+    p.beta = {beta.on_device.at(first * config.element()), {int64_t(config.rows()), heads, 1}, p.q.is_fp32, false};
     p.scale = 1 / std::sqrt(float(dim));
     p.l2norm = p.beta_sigmoid = true;
     p.gate = {config.regime == Regime::kFast ? kda::GateKind::kBounded : kda::GateKind::kSoftplus,
@@ -180,7 +178,7 @@ class Problem {
     p.final_state = {final_state.at(set * config.state_bytes()),
                      {{}, config.shape.sequences(), false},
                      int64_t(heads) * dim * dim,
-                     kda::StateType::kFloat32,
+                     kda::Dtype::kFloat32,
                      true};
     p.clear_unowned = p.plan.cu_seqlens != nullptr;  // as the op does
     p.workspace = workspace.at();

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,12 +21,10 @@ from kda_cuda import variants
 
 from .peers import PEERS, Call, load_peers
 from .shapes import REGIMES, Shape, add_arguments, from_arguments, inputs, traffic_bytes
+from .timing import copy_bandwidth, graph_microseconds, machine, microseconds
+from .truth import relative_error
 
 LARGEST_ERROR = 2e-2  # relative, of bf16 outputs
-
-
-def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
-    return ((x.float() - truth.float()).norm() / truth.float().norm()).item()
 
 
 def truth(arguments: dict) -> torch.Tensor:
@@ -47,40 +42,6 @@ def truth(arguments: dict) -> torch.Tensor:
 
 def ours(a: dict) -> Call:
     return lambda: kda_cuda.chunk_kda(**a)[0]
-
-
-def microseconds(calls: list[Callable[[], object]], budget_s: float = 0.4) -> float:
-    """Median time of one call on the GPU; together the calls touch more than the L2 holds."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    calls[0]()
-    torch.cuda.synchronize()
-    count = max(5, min(100, int(budget_s / max(1e-5, time.perf_counter() - begin))))
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
-    for i, (start, end) in enumerate(events):
-        start.record()
-        calls[i % len(calls)]()
-        end.record()
-    torch.cuda.synchronize()
-    return 1000 * sorted(s.elapsed_time(e) for s, e in events)[count // 2]
-
-
-def graph_microseconds(calls: list[Call]) -> float:
-    """Time of one call on the GPU alone: all of them in one CUDA graph, replayed."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return microseconds([graph.replay]) / len(calls)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second, read plus written, of a large device copy."""
-    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
-    y = torch.empty_like(x)
-    return 2 * x.numel() / (microseconds([lambda: y.copy_(x)]) * 1e-6)
 
 
 @torch.inference_mode()
@@ -117,10 +78,6 @@ def bench(shape: Shape, regime: str, providers: dict[str, Callable[[dict], Call]
     return row
 
 
-def git_head() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
@@ -135,10 +92,7 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     rows: list[dict] = []
     result = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": os.environ.get("KDA_CUDA_COMMIT") or git_head(),
+        **machine("cuda"),
         "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3),
         "dtype": "bfloat16",
         "head_dim": 128,

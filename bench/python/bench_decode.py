@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from itertools import product
@@ -20,8 +19,9 @@ import torch
 
 import kda_cuda
 
-from .bench_chunk_fwd import copy_bandwidth, git_head, relative_error
 from .peers import PEERS
+from .timing import copy_bandwidth, machine
+from .truth import relative_error
 
 DIM = 128
 BATCHES, HEADS, TOKENS = (1, 8, 32, 128, 512), (8, 32, 64), (1, 4, 8)
@@ -143,8 +143,7 @@ def main() -> None:
     providers = {"kda_cuda": ours, **({} if args.no_peers else peers())}
     bandwidth, rows = copy_bandwidth(), []
     result = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "commit": os.environ.get("KDA_CUDA_COMMIT") or git_head(), "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3),
+        **machine("cuda"), "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3),
         "dtype": "bfloat16", "head_dim": DIM,
         "peers": {name: PEERS[name].version() for name in providers if name != "kda_cuda"},
         "columns": "us: replay of a CUDA graph; host_us: of an eager call; floor_us: traffic at copy bandwidth",

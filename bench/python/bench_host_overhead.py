@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,8 @@ from pathlib import Path
 import torch
 
 from kda_cuda import library, testing
+
+from .timing import commit
 
 ALLOWED = 1.5
 
@@ -85,11 +85,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--calls", type=int, default=2000)
     args = parser.parse_args()
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
         "launches": "on the GPU" if torch.cuda.is_available() else "switched off, emulated library",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__, "commit": os.environ.get("KDA_CUDA_COMMIT") or head, "allowed_ratio": ALLOWED,
+        "torch": torch.__version__, "commit": commit(), "allowed_ratio": ALLOWED,
         **compare(args.calls),
     }  # fmt: skip
     print(json.dumps(result, indent=1))

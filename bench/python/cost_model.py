@@ -49,17 +49,17 @@ class Variant:
     def head_dim(self) -> int:
         return int(re.search(r"_k(\d+)", self.name)[1])
 
-    def call(self, shape: Shape) -> plans.ChunkCall:
+    def call(self, shape: Shape) -> plans.ChunkShape:
         sequences = len(shape.lengths) if len(shape.lengths) > 1 else None
-        sizes = (1, shape.tokens, sequences, shape.heads, self.head_dim, self.head_dim)
-        return plans.ChunkCall(torch.device("cpu"), self.dtype, *sizes)
+        sizes = (1, shape.tokens, sequences, shape.heads, shape.heads, self.head_dim, self.head_dim)
+        return plans.ChunkShape(self.dtype, *sizes)
 
     @functools.cache  # noqa: B019  variants live as long as the module
     def plan(self, shape: Shape, gpu: Gpu) -> dict[str, str]:
         """What the library says of the call on such a GPU."""
         namespace = library.NAMESPACE_EMULATED if testing.emulator_path().exists() else library.NAMESPACE
         with plans.planning_for(namespace, gpu.multiprocessors, gpu.copy_tb_s):
-            plan = self.call(shape).plan(namespace)
+            plan = self.call(shape).forward_plan(namespace)
         assert plan["variant"] == self.name, plan
         return plan
 

@@ -1,8 +1,9 @@
-"""The shapes and gate regimes of every forward benchmark: those that peers publish figures for."""
+"""The shapes and gate regimes of the benchmarks of whole sequences: those that peers publish figures for."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass
 
 import torch
@@ -31,24 +32,44 @@ TEN = tuple(
 )  # fmt: skip
 LARGE = tuple(s for h in (64, 96) for s in (even(8192, h, 1), Shape(8192, h, RAGGED), even(8192, h, 8)))
 ALL = TEN + LARGE
+FUSED = tuple(even(*s) for s in ((1024, 32, 1), (8192, 16, 1), (8192, 64, 1)))  # training steps, everything fused
+CORE = tuple(  # backwards of the core alone
+    even(*s)
+    for s in ((2048, 16, 1), (4096, 8, 1), (4096, 16, 1), (8192, 12, 4), (8192, 16, 1), (8192, 32, 1), (8192, 64, 1),
+              (8192, 64, 8), (16384, 16, 8))
+)  # fmt: skip
 REGIMES = ("fast", "long")
 
 
 def named(name: str) -> Shape:
-    return next(s for s in ALL if str(s) == name)
+    """A shape of the lists above by its name, or sequences of equal length: ``T200_H2_N2``."""
+    for shape in ALL:
+        if str(shape) == name:
+            return shape
+    numbers = re.fullmatch(r"T([1-9]\d*)_H([1-9]\d*)_N([1-9]\d*)", name)
+    tokens, heads, sequences = (int(x) for x in numbers.groups()) if numbers else (0, 0, 1)
+    if not tokens or tokens % sequences:
+        raise ValueError(f"shapes.named: name is {name!r}, expected such as T8192_H64_N1, N a divisor of T")
+    return even(tokens, heads, sequences)
+
+
+def shape_argument(name: str) -> Shape:
+    """:func:`named` for argparse, which shows no message of a ValueError."""
+    try:
+        return named(name)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What every benchmark of these shapes lets one choose."""
     parser.add_argument("--shapes", choices=("ten", "large", "all"), default="all")
-    parser.add_argument(
-        "--only", nargs="*", metavar="SHAPE", choices=[str(s) for s in ALL], help="such as T8192_H64_N1"
-    )
+    parser.add_argument("--only", nargs="*", metavar="SHAPE", type=shape_argument, help="such as T8192_H64_N1")
 
 
 def from_arguments(args: argparse.Namespace) -> tuple[Shape, ...]:
     if args.only:
-        return tuple(named(name) for name in args.only)
+        return tuple(args.only)
     return {"ten": TEN, "large": LARGE, "all": ALL}[args.shapes]
 
 
@@ -85,3 +106,34 @@ def inputs(shape: Shape, regime: str, device: str, dtype: torch.dtype, head_dim:
 def traffic_bytes(shape: Shape, head_dim: int, element: int) -> int:
     """What a forward must move at least: q, k, v, g, beta read, o written (docs/mathematics.md, section 5)."""
     return shape.tokens * shape.heads * (5 * head_dim + 1) * element
+
+
+def core_of(arguments: dict) -> dict:
+    """The call without its fused parts: q and k normalised, beta in (0, 1) and the log-decay in fp32."""
+    a = {name: x.float() for name, x in arguments.items() if name in ("q", "k", "g", "beta")}
+    q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (a["q"], a["k"]))
+    raw = a["g"] + arguments["dt_bias"].view(a["g"].shape[2:])
+    amplitude, lower_bound = arguments["A_log"].exp()[:, None], arguments["lower_bound"]
+    if lower_bound is None:
+        g = -amplitude * torch.nn.functional.softplus(raw)
+    else:
+        g = lower_bound * torch.sigmoid(amplitude * raw)
+    narrow = arguments["v"].dtype
+    return {
+        "q": q.to(narrow), "k": k.to(narrow), "v": arguments["v"], "g": g, "beta": a["beta"].sigmoid(),
+        "cu_seqlens": arguments["cu_seqlens"],
+    }  # fmt: skip
+
+
+FORMS = {"fused": FUSED, "core": CORE}
+
+
+def training_inputs(form: str, shape: Shape, regime: str, device: str, sets: int) -> tuple[list[dict], Tensor]:
+    """Sets of arguments of ``chunk_kda`` in one form, all with one ``cu_seqlens``, and an upstream gradient."""
+    every = [inputs(shape, regime, device, torch.bfloat16, seed=i) for i in range(sets)]
+    every = [a | {"output_final_state": False, "cu_seqlens": every[0]["cu_seqlens"]} for a in every]
+    if form == "core":
+        every = [core_of(a) for a in every]
+    v = every[0]["v"]
+    do = torch.randn(v.shape, generator=torch.Generator(device).manual_seed(sets), device=device).to(v.dtype)
+    return every, do

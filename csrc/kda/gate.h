@@ -67,6 +67,17 @@ struct ChannelGate {
     float const z = amplitude * y, slope = lower_bound * sigmoid(z) * sigmoid(-z) * amplitude;
     return {slope, slope * y};
   }
+  /// The same as precisely as elements E can use.
+  template <class E>
+  KDA_DEVICE float2 derivatives_for(float x) const {
+    if constexpr (sizeof(E) == 4) return derivatives(x);
+    constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+    float const y = x + bias;
+    if (kind == GateKind::kSoftplus)
+      return {-amplitude * sigmoid_fast(kLog2e * y), -amplitude * kLn2 * log2_softplus_fast(kLog2e * y)};
+    float const z = kLog2e * amplitude * y, slope = lower_bound * amplitude * sigmoid_fast(z) * sigmoid_fast(-z);
+    return {slope, slope * y};
+  }
 };
 
 /// 2^x for decays: accurate for fp32 elements, by the special function units for coarser ones.

@@ -24,8 +24,7 @@ inline char const* dtype_name(FileDtype dtype) {
 }
 
 /// [batch, tokens, heads] or [batch, tokens, heads, columns], contiguous.
-template <class Strides>
-Strides token_strides(CaseTensor const& x) {
+inline RowStrides row_strides(CaseTensor const& x) {
   int64_t const columns = x.shape.size() == 4 ? x.shape[3] : 1;
   return {x.shape[1] * x.shape[2] * columns, x.shape[2] * columns, columns};
 }
@@ -47,15 +46,32 @@ inline std::vector<int64_t> state_shape(CaseFile const& c) {
   return {sequences_of(c), c["v"].shape[2], value_first ? value_dim : key_dim, value_first ? key_dim : value_dim};
 }
 
-/// What ChunkFwdParams and DecodeParams have in common. The streams are the entries that begin with `prefix`.
-template <class Strides, class Params>
+inline Rows rows_of(CaseTensor const& x) {
+  bool const in_pieces = x.shape.size() == 4 && x.shape[3] * bytes_of_dtype(x.dtype) % 16 == 0;
+  return {x.data(), row_strides(x), x.dtype == FileDtype::kFloat32, in_pieces};
+}
+inline void set_rows(ChunkInputs& p, CaseTensor const& q, CaseTensor const& k, CaseTensor const& v, CaseTensor const& g,
+                     CaseTensor const& beta) {
+  p.q = rows_of(q), p.k = rows_of(k), p.v = rows_of(v), p.g = rows_of(g), p.beta = rows_of(beta);
+}
+inline void set_rows(ChunkFwdParams& p, CaseTensor const& q, CaseTensor const& k, CaseTensor const& v,
+                     CaseTensor const& g, CaseTensor const& beta, CaseTensor const& o) {
+  set_rows(static_cast<ChunkInputs&>(p), q, k, v, g, beta);
+  p.o = rows_of(o);
+}
+inline void set_rows(DecodeParams& p, CaseTensor const& q, CaseTensor const& k, CaseTensor const& v,
+                     CaseTensor const& g, CaseTensor const& beta, CaseTensor const& o) {
+  p.q = q.data(), p.k = k.data(), p.v = v.data(), p.g = g.data(), p.beta = beta.data(), p.o = o.data();
+  p.q_strides = p.k_strides = row_strides(q), p.v_strides = p.o_strides = row_strides(v);
+  p.g_strides = row_strides(g), p.beta_strides = row_strides(beta);
+  p.g_is_fp32 = g.dtype == FileDtype::kFloat32, p.beta_is_fp32 = beta.dtype == FileDtype::kFloat32;
+}
+
+/// What all operations have in common. The streams are the entries that begin with `prefix`.
+template <class Params>
 void set_streams(Params& p, CaseFile const& c, CaseTensor const& o, std::string const& prefix = "") {
   CaseTensor const &q = c[prefix + "q"], &v = c[prefix + "v"], &g = c[prefix + "g"], &beta = c[prefix + "beta"];
-  p.q = q.data(), p.k = c[prefix + "k"].data(), p.v = v.data(), p.g = g.data(), p.beta = beta.data(), p.o = o.data();
-  p.q_strides = p.k_strides = token_strides<Strides>(q);
-  p.v_strides = p.o_strides = token_strides<Strides>(v);
-  p.g_strides = token_strides<Strides>(g), p.beta_strides = token_strides<Strides>(beta);
-  p.g_is_fp32 = g.dtype == FileDtype::kFloat32, p.beta_is_fp32 = beta.dtype == FileDtype::kFloat32;
+  set_rows(p, q, c[prefix + "k"], v, g, beta, o);
   p.heads = int32_t(q.shape[2]), p.value_heads = int32_t(v.shape[2]);
   p.key_dim = int32_t(q.shape[3]), p.value_dim = int32_t(v.shape[3]);
   p.scale = float(c.scalar("scale"));
@@ -72,25 +88,21 @@ inline void add_truth(CaseRun& run, CaseFile const& c, std::string const& name) 
 // ---- chunk_fwd -------------------------------------------------------------------------------------------------
 
 inline StateRef state_ref(CaseFile const& c, CaseTensor const& x) {
-  StateType const type = x.dtype == FileDtype::kFloat32    ? StateType::kFloat32
-                         : x.dtype == FileDtype::kBfloat16 ? StateType::kBfloat16
-                                                           : StateType::kFloat16;
   int64_t const slot = x.shape[1] * x.shape[2] * x.shape[3];
-  return {x.data(), {{}, x.shape[0], false}, slot, type, c.scalar("state_v_first") != 0};
+  return {x.data(), {{}, x.shape[0], false}, slot, kernel_dtype(x), c.scalar("state_v_first") != 0};
 }
 
+inline void set_plan(ChunkCall& p, CaseFile const& c, int chunk, int64_t sequences) {
+  p.plan.tokens = c["q"].shape[1], p.plan.sequences = int32_t(sequences), p.plan.chunk = chunk;
+  p.plan.cu_seqlens = c.pointer_or_null<void>("cu_seqlens");
+  p.plan.cu_seqlens_is_int64 = c.has("cu_seqlens") && c["cu_seqlens"].dtype == FileDtype::kInt64;
+}
 /// Everything but states, and no workspace yet, for the first `sequences` sequences.
 inline ChunkFwdParams chunk_fwd_params(CaseFile const& c, CaseTensor const& o, ChunkFwdVariant const& variant,
                                        int64_t sequences) {
   ChunkFwdParams p{};
-  set_streams<TokenStrides>(p, c, o);
-  auto const in_pieces = [](CaseTensor const& x) { return x.shape[3] * bytes_of_dtype(x.dtype) % 16 == 0; };
-  p.q_pieces_aligned = p.k_pieces_aligned = in_pieces(c["q"]);
-  p.v_pieces_aligned = p.o_pieces_aligned = in_pieces(c["v"]);
-  p.g_pieces_aligned = in_pieces(c["g"]);
-  p.plan.tokens = c["q"].shape[1], p.plan.sequences = int32_t(sequences), p.plan.chunk = variant.chunk;
-  p.plan.cu_seqlens = c.pointer_or_null<void>("cu_seqlens");
-  p.plan.cu_seqlens_is_int64 = c.has("cu_seqlens") && c["cu_seqlens"].dtype == FileDtype::kInt64;
+  set_streams(p, c, o);
+  set_plan(p, c, variant.chunk, sequences);
   return p;
 }
 /// In a poisoned workspace of the size that it asks for.
@@ -162,7 +174,7 @@ inline std::map<std::string, CaseTensor> run_decode(CaseFile const& c, DecodeCal
   CaseTensor const &q = c["q"], &v = c["v"], &g = c["g"];
   CaseTensor const o(v.dtype, v.shape), final_state(call.state, state_shape(c)), states = decode_states(c, call.state);
   DecodeParams p{};
-  set_streams<RowStrides>(p, c, o);
+  set_streams(p, c, o);
   p.dtype = kernel_dtype(q);
   p.tokens = q.shape[1], p.sequences = int32_t(sequences_of(c));
   if (c.has("cu_seqlens")) p.cu_seqlens = {c["cu_seqlens"].data(), c["cu_seqlens"].dtype == FileDtype::kInt64, 1, 1};

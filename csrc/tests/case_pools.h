@@ -117,7 +117,7 @@ inline std::map<std::string, CaseTensor> run_decode_layer(CaseFile const& c, Fil
   CaseTensor const state = in_dtype(given("state"), state_dtype);
   DecodeLayerParams p{};
   DecodeParams& step = p.step;
-  set_streams<RowStrides>(step, c, o, "layer.");
+  set_streams(step, c, o, "layer.");
   step.dtype = kernel_dtype(q);
   step.tokens = 1, step.sequences = int32_t(q.shape[0]);
   step.scale = 1.f / std::sqrt(float(q.shape[3]));
@@ -132,7 +132,7 @@ inline std::map<std::string, CaseTensor> run_decode_layer(CaseFile const& c, Fil
   p.conv.state = conv_state.data(), p.conv.slots = conv_state.shape[0];
   p.conv.slot_stride = state_elements(conv_state), p.conv.channel_stride = kConvTaps - 1, p.conv.tap_stride = 1;
   p.conv.weight_is_fp32 = p.conv.state_is_fp32 = p.norm_weight_is_fp32 = q.dtype == FileDtype::kFloat32;
-  p.output_gate = given("output_gate").data(), p.output_gate_strides = token_strides<RowStrides>(q);
+  p.output_gate = given("output_gate").data(), p.output_gate_strides = row_strides(q);
   p.norm_weight = given("norm_weight").data(), p.norm_eps = 1e-5f;
   decode_layer(p, nullptr);
   return {{"layer_o", o}, {"layer_state", state}, {"layer_conv_state", conv_state}};

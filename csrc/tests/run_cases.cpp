@@ -1,10 +1,11 @@
 // run_cases SCHEDULES FILE...: every kernel that serves a case, under that many schedules: within the error budget in
 // the first, the same bits in the others. Prints "ran KERNEL" for each, and exits 1 where something is wrong.
 //
-// KDA_SLICE: the few variants of chunk_fwd that one of each kind makes, instead of all (make test).
+// KDA_SLICE: the few variants of chunk_fwd and chunk_bwd that one of each kind makes, instead of all (make test).
 #include <cstdio>
 #include <cstdlib>
 
+#include "tests/case_bwd.h"
 #include "tests/case_pools.h"
 
 namespace kda::tests {
@@ -17,6 +18,16 @@ std::vector<ChunkFwdVariant> const& variants() {
   return slice;
 #else
   return chunk_fwd_variants();
+#endif
+}
+
+std::vector<ChunkBwdVariant> const& backward_variants() {
+#if defined(KDA_SLICE)
+  static std::vector<ChunkBwdVariant> const slice = {describe_chunk_bwd<Bf16K64Sm90>(),
+                                                     describe_chunk_bwd<Bf16K64C32>(), describe_chunk_bwd<Fp32K64>()};
+  return slice;
+#else
+  return chunk_bwd_variants();
 #endif
 }
 
@@ -60,6 +71,7 @@ int run_under(CaseFile const& c, CaseRun const& run, int schedules) {
 int run_case(CaseFile const& c, int schedules) {
   std::vector<CaseRun> runs;
   add_chunk_fwd(runs, c, variants());
+  add_chunk_bwd(runs, c, backward_variants(), variants());
   add_prefill(runs, c, variants());
   add_decode(runs, c);
   add_decode_layer(runs, c);

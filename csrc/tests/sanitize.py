@@ -26,18 +26,21 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from python_tests import case_files  # noqa: E402
+from python_tests.bwd_cases import GRID, REGIMES  # noqa: E402
 from python_tests.cases import CASES, Case  # noqa: E402
 
 MARK = re.compile(r"// PLANT (\w+) (\w+): (.+)$")
 TIMEOUT_SECONDS = 600
 SANITIZERS = {"asan": "ASan + UBSan", "tsan": "TSan"}
 
-# Of at most three chunks, and together for every variant; three for those that no named case has. The last one has
-# segments that are long enough to forget before they end.
+# Of at most three chunks, and together for every variant; three for those that no named case has. Those of the grid
+# have what the backward must take: states or none, a gradient of the final one or none, both layouts, heads in groups,
+# empty sequences. The last one has segments that are long enough to forget before they end.
 FULL = [CASES[name] for name in ("fast", "violent", "varlen_v_first", "gva", "varlen_ones", "dim_100", "dim_256")] + [
     Case("fp16_keys_128", 12, key_dim=100, value_dim=40, heads=1, dtype=torch.float16, gate="fast", initial_state=True),
     Case("fp16_keys_256", 20, key_dim=200, value_dim=24, heads=1, dtype=torch.float16, chunk_size=32),
     Case("fp32_keys_256", 5, key_dim=256, value_dim=16, heads=1, gate="long", beta_sigmoid=True, initial_state=True),
+    *(GRID[f"{regime}_{tokens}"] for regime in REGIMES for tokens in (1, 17)),
     Case("forgets", 577, heads=1, value_dim=8, dtype=torch.bfloat16, gate="all_steep", initial_state=True),
 ]
 SLICE = [CASES[name] for name in ("one_token", "varlen_ones", "tail_of_one")] + [

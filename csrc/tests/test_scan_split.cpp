@@ -5,8 +5,8 @@
 #include <random>
 
 #include "kda/chunk_fwd/launch.h"
-#include "kda/chunk_fwd/segments.h"
-#include "kda/chunk_fwd/variants.h"
+#include "kda/chunk/segments.h"
+#include "kda/chunk/variants.h"
 
 namespace kda {
 namespace {
@@ -14,7 +14,7 @@ namespace {
 struct Variant16 {  // small chunks, so that short sequences have many
   using Element = float;
   static constexpr char const* name = "test";
-  static constexpr ChunkFwdConfig config{16, 64, 1};
+  static constexpr ChunkConfig config{16, 64, 1};
 };
 
 /// As describe_chunk_fwd, as far as sizes go: the kernels are not compiled here.

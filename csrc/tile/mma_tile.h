@@ -103,6 +103,40 @@ KDA_DEVICE LeftFragment<E> load_left(Tile const& tile, int row0, int col0) {
   return f;
 }
 
+/// A[16 x 16] = the transpose of tile[depth0 + .., row0 + ..].
+template <class E, class Tile>
+KDA_DEVICE LeftFragment<E> load_left_transposed(Tile const& tile, int depth0, int row0) {
+  int const lane = lane_index();
+  LeftFragment<E> f;
+  if constexpr (kIsFp32Storage<E>) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      int const depth = depth0 + i / 4 * 8 + lane % 4 * 2 + i / 2 % 2;
+      split<E>(f, i, to_fp32(tile.at(depth, row0 + lane / 4 + i % 2 * 8)));
+    }
+  } else {
+    ldmatrix_x4_trans(f.x, &tile.at(depth0 + lane % 8 + lane / 16 * 8, row0 ^ lane / 8 % 2 * 8));
+  }
+  return f;
+}
+
+/// Only the elements remain for which keep(row, depth) holds, both inside the 16 x 16.
+template <class E, class F>
+KDA_DEVICE void mask_left(LeftFragment<E>& f, F keep) {
+  int const lane = lane_index();
+  if constexpr (kIsFp32Storage<E>) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (!keep(lane / 4 + i % 2 * 8, i / 4 * 8 + lane % 4 * 2 + i / 2 % 2)) f.hi[i] = f.lo[i] = 0;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      int const row = lane / 4 + i % 2 * 8, depth = i / 2 * 8 + lane % 4 * 2;
+      f.x[i] &= (keep(row, depth) ? 0xFFFFu : 0u) | (keep(row, depth + 1) ? 0xFFFF0000u : 0u);
+    }
+  }
+}
+
 /// A[16 x 16] = tile[row0 + .., col0 + ..] Diag(factor[col0 + ..]), `factor` in pairs.
 template <class E, class Tile, class Pair>
 KDA_DEVICE LeftFragment<E> load_left_scaled(Tile const& tile, int row0, int col0, Pair const* factor) {
@@ -216,6 +250,30 @@ template <class E, Sum kSum = Sum::kTruncated>
 KDA_DEVICE void multiply(Accumulator& d0, Accumulator& d1, LeftFragment<E> const& a, RightFragment<E> const& b) {
   multiply_half<E, kSum>(d0, a, b, false);
   multiply_half<E, kSum>(d1, a, b, true);
+}
+
+/// f(row and column inside the 16 x 8, two neighbours of a row, the first of them in x[e]).
+template <class F>
+KDA_DEVICE void for_pairs(F f) {
+  int const lane = lane_index();
+#pragma unroll
+  for (int e = 0; e < 4; e += 2) f(lane / 4 + e / 2 * 8, lane % 4 * 2, e);
+}
+/// tile[row0 + .., col0 + ..) <- D[16 x 8].
+template <class E, class Tile>
+KDA_DEVICE void store_accumulator(Tile& tile, int row0, int col0, Accumulator const& d) {
+  for_pairs([&](int row, int col, int e) {
+    store_pair<E>(&tile.at(row0 + row, col0 + col), to_pair<E>(d.x[e], d.x[e + 1]));
+  });
+}
+template <class E, class Tile>
+KDA_DEVICE Accumulator load_accumulator(Tile const& tile, int row0, int col0) {
+  Accumulator d;
+  for_pairs([&](int row, int col, int e) {
+    float2 const pair = to_float2<E>(load_pair<E>(&tile.at(row0 + row, col0 + col)));
+    d.x[e] = pair.x, d.x[e + 1] = pair.y;
+  });
+  return d;
 }
 
 /// The transpose of tile[row0 .. row0 + 16, col0 .. col0 + 16) as accumulators: d0 has tile rows row0 .. row0 + 8 as

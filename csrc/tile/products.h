@@ -29,14 +29,14 @@ struct MmaProducts {
       for (int c = i; c < kRows; c += 16)
         multiply<E>(acc[c / 8], acc[c / 8 + 1], left[i / 16], load_right<E>(lower, c, i));
   }
-  /// acc += left tile for a tile [kRows x kDepth].
+  /// acc += left tile for a tile of kRows rows.
   template <class Tile>
-  KDA_DEVICE void start_outer(Accumulator (&acc)[kDepth / 8], LeftFragment<E> const (&left)[kRows / 16],
+  KDA_DEVICE void start_outer(Accumulator (&acc)[Tile::kCols / 8], LeftFragment<E> const (&left)[kRows / 16],
                               Tile const& tile) {
 #pragma unroll
     for (int c = 0; c < kRows; c += 16)
 #pragma unroll
-      for (int d = 0; d < kDepth; d += 16) {
+      for (int d = 0; d < Tile::kCols; d += 16) {
         if (kManyRegisters && d % 32 == 0) sync_warp();
         multiply<E>(acc[d / 8], acc[d / 8 + 1], left[c / 16], load_right_transposed<E>(tile, c, d));
       }
@@ -96,13 +96,13 @@ struct WgmmaProducts {
     wgmma_commit();
   }
   template <class Tile>
-  KDA_DEVICE void start_outer(Accumulator (&acc)[kDepth / 8], LeftFragment<E> const (&left)[kRows / 16],
+  KDA_DEVICE void start_outer(Accumulator (&acc)[Tile::kCols / 8], LeftFragment<E> const (&left)[kRows / 16],
                               Tile const& tile) {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kRows / 16; ++i)
-      wgmma_m64k16<E, kDepth, true>(acc, left[i].x,
-                                    wgmma_descriptor(&tile.data[i * 16 * Tile::kPanel], Tile::kPanelBytes, 1024), true);
+      wgmma_m64k16<E, Tile::kCols, true>(
+          acc, left[i].x, wgmma_descriptor(&tile.data[i * 16 * Tile::kPanel], Tile::kPanelBytes, 1024), true);
     wgmma_commit();
   }
   template <int kPending>

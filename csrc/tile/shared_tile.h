@@ -42,4 +42,22 @@ struct alignas(1024) SharedTile {
   }
 };
 
+/// A matrix as 8 x 8 matrices, each of them one run of bytes in rows. Accumulators are written to it in whole lines,
+/// and ldmatrix reads it without bank conflicts.
+template <class T, int kRowCount, int kColCount>
+struct alignas(1024) MatrixTile {
+  using Element = T;
+  static constexpr int kRows = kRowCount;
+  static constexpr int kCols = kColCount;
+  static_assert(kRows % 8 == 0 && kCols % 8 == 0);
+
+  T data[kRows * kCols];
+
+  static KDA_DEVICE constexpr uint32_t index(uint32_t row, uint32_t col) {
+    return (row / 8 * (kCols / 8) + col / 8) * 64 + row % 8 * 8 + col % 8;
+  }
+  KDA_DEVICE T& at(uint32_t row, uint32_t col) { return data[index(row, col)]; }
+  KDA_DEVICE T const& at(uint32_t row, uint32_t col) const { return data[index(row, col)]; }
+};
+
 }  // namespace kda::tile

@@ -31,6 +31,18 @@ struct alignas(16) DiagonalBlock {
     }
     return f;
   }
+  /// The operand of the transpose.
+  template <class E>
+  KDA_DEVICE RightFragment<E> load_operand_transposed(int lane) const {
+    RightFragment<E> f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float const value = x[operand(i / 2 % 2 * 8 + lane % 4 * 2 + i % 2, i / 4 * 8 + lane / 4)];
+      if constexpr (std::is_same_v<E, Tf32>) f.hi[i] = float_to_bits(value);
+      else split<E>(f, i, value);
+    }
+    return f;
+  }
   /// A column; for Tf32 rounded here, once for all products.
   template <class E>
   KDA_DEVICE void store_operand(int col, float const (&column)[16]) {
@@ -80,6 +92,27 @@ KDA_DEVICE void substitute(Accumulator (&x)[kBlocks][2], Below const& below, Dia
     auto const left = left_from<Diagonal>(x[i][0], x[i][1]);
     x[i][0] = x[i][1] = Accumulator{};
     multiply<Diagonal>(x[i][0], x[i][1], left, diagonal[i].template load_operand<Diagonal>(lane_index()));
+  }
+}
+
+/// The same for the transpose of I + L, from the last block to the first.
+///     X_i = D_i^T (R_i - sum_{j > i} L_ji^T X_j)
+template <class E, class Diagonal, int kBlocks, class Below>
+KDA_DEVICE void substitute_transposed(Accumulator (&x)[kBlocks][2], Below const& below,
+                                      DiagonalBlock const (&diagonal)[kBlocks]) {
+#pragma unroll
+  for (int i = kBlocks - 1; i >= 0; --i) {
+    if (i < kBlocks - 1) {
+      Accumulator sum[2] = {};
+#pragma unroll
+      for (int j = i + 1; j < kBlocks; ++j)
+        multiply<E>(sum[0], sum[1], left_from<E>(x[j][0], x[j][1]), load_right_transposed<E>(below, j * 16, i * 16));
+#pragma unroll
+      for (int e = 0; e < 8; ++e) x[i][e / 4].x[e % 4] -= sum[e / 4].x[e % 4];
+    }
+    auto const left = left_from<Diagonal>(x[i][0], x[i][1]);
+    x[i][0] = x[i][1] = Accumulator{};
+    multiply<Diagonal>(x[i][0], x[i][1], left, diagonal[i].template load_operand_transposed<Diagonal>(lane_index()));
   }
 }
 

@@ -1,107 +1,12 @@
 // torch.ops.kda_cuda.chunk_fwd and prefill: the same kernels, with states in tensors of their own or in a pool.
 #include "kda/chunk_fwd/dispatch.h"
 #include "platform/device.h"
-#include "torch/states.h"
+#include "torch/chunk_arguments.h"
 
 namespace kda {
 namespace {
 
 constexpr int64_t kCheckpointTokens = 64;  // checkpoints are multiples of this apart; every variant's chunk divides it
-
-/// Strides of [B, T, H, ...]; the last dimension must be contiguous.
-TokenStrides token_strides(char const* op, char const* name, Tensor const& x) {
-  require(x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1, op,
-          std::string(name) + " is strided in its last dimension, expected it contiguous");
-  return {x.stride(0), x.stride(1), x.stride(2)};
-}
-
-/// Whether `elements` neighbours can be moved at once anywhere in the rows.
-bool aligned(Tensor const& x, int64_t elements) {
-  int64_t const bytes = elements * int64_t(x.element_size());
-  bool ok = reinterpret_cast<uintptr_t>(x.data_ptr()) % uintptr_t(bytes) == 0 && x.size(3) % elements == 0;
-  for (int64_t d = 0; d < 3; ++d) ok = ok && (x.size(d) <= 1 || x.stride(d) % elements == 0);
-  return ok;
-}
-
-/// The five inputs of an op.
-struct Streams {
-  char const* op;
-  Tensor const &q, &k, &v, &g, &beta;
-
-  void check() const {
-    require_device_of(op, "q", q, {{"k", &k}, {"v", &v}, {"g", &g}, {"beta", &beta}});
-    for (auto const& [name, x, rank] :
-         {std::tuple{"q", &q, 4}, {"k", &k, 4}, {"v", &v, 4}, {"g", &g, 4}, {"beta", &beta, 3}})
-      require(
-          x->dim() == rank, op,
-          std::string(name) + " has shape " + shape_text(*x) + ", expected " + std::to_string(rank) + " dimensions");
-    auto const [batch, tokens, heads, key_dim] = std::array{q.size(0), q.size(1), q.size(2), q.size(3)};
-    int64_t const value_heads = v.size(2), value_dim = v.size(3);
-    require(key_dim >= 1 && key_dim <= 256, op, "q has shape " + shape_text(q) + ", expected 1 <= K <= 256");
-    require_shape(op, "k", k, {batch, tokens, heads, key_dim});
-    require_shape(op, "v", v, {batch, tokens, value_heads, value_dim});
-    require_shape(op, "g", g, {batch, tokens, value_heads, key_dim});
-    require_shape(op, "beta", beta, {batch, tokens, value_heads});
-    require(value_heads <= 65535 && value_dim <= 65535 * kValueTile, op,
-            "v has shape " + shape_text(v) + ", expected HV <= 65535 and V <= 4194240, which grids of blocks have");
-    require(heads > 0 && value_heads % heads == 0, op, "v has a number of heads that is no multiple of q's");
-    ScalarType const dtype = q.scalar_type();
-    require(k.scalar_type() == dtype && v.scalar_type() == dtype, op, "q, k and v differ in dtype");
-    for (auto const& [name, x] : {std::pair{"g", &g}, {"beta", &beta}})
-      require(x->scalar_type() == ScalarType::Float || x->scalar_type() == dtype, op,
-              std::string(name) + " has neither the dtype of q nor float32");
-  }
-
-  void set(ChunkFwdParams& p, Tensor const& o) const {
-    p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr(), p.g = g.data_ptr(), p.beta = beta.data_ptr();
-    p.o = o.data_ptr();
-    p.q_strides = token_strides(op, "q", q), p.k_strides = token_strides(op, "k", k);
-    p.v_strides = token_strides(op, "v", v), p.g_strides = token_strides(op, "g", g);
-    p.o_strides = token_strides(op, "o", o), p.beta_strides = {beta.stride(0), beta.stride(1), beta.stride(2)};
-    p.g_is_fp32 = g.scalar_type() == ScalarType::Float, p.beta_is_fp32 = beta.scalar_type() == ScalarType::Float;
-    auto const in_pieces = [](Tensor const& x) { return aligned(x, 16 / int64_t(x.element_size())); };
-    p.q_pieces_aligned = in_pieces(q), p.k_pieces_aligned = in_pieces(k), p.v_pieces_aligned = in_pieces(v);
-    p.g_pieces_aligned = in_pieces(g), p.o_pieces_aligned = in_pieces(o);
-    p.heads = int32_t(q.size(2)), p.value_heads = int32_t(v.size(2));
-    p.key_dim = int32_t(q.size(3)), p.value_dim = int32_t(v.size(3));
-  }
-};
-
-/// What is done to the inputs before the recurrence.
-struct Transforms {
-  double scale;
-  bool l2norm, gate, beta_sigmoid, neg_eigval;
-  std::optional<double> lower_bound;
-  OptionalTensor const &A_log, &dt_bias;
-
-  void set(char const* op, ChunkFwdParams& p) const {
-    p.scale = float(scale), p.l2norm = l2norm, p.beta_sigmoid = beta_sigmoid, p.neg_eigval = neg_eigval;
-    if (A_log) require_shape(op, "A_log", *A_log, {p.value_heads});
-    if (dt_bias) require_shape(op, "dt_bias", *dt_bias, {p.value_heads, p.key_dim});
-    p.gate = {!gate         ? GateKind::kLogDecay
-              : lower_bound ? GateKind::kBounded
-                            : GateKind::kSoftplus,
-              optional_floats(op, "A_log", A_log), optional_floats(op, "dt_bias", dt_bias),
-              float(lower_bound.value_or(0))};
-  }
-};
-
-void set_plan(char const* op, ChunkFwdParams& p, Tensor const& q, OptionalTensor const& cu_seqlens, int chunk) {
-  int64_t sequences = q.size(0);
-  p.plan.tokens = q.size(1), p.plan.chunk = chunk;
-  if (cu_seqlens) {
-    require(q.size(0) == 1, op, "q has shape " + shape_text(q) + ", expected B=1 with cu_seqlens");
-    require(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2 && cu_seqlens->is_contiguous(), op,
-            "cu_seqlens has shape " + shape_text(*cu_seqlens) + ", expected [N+1], contiguous");
-    sequences = cu_seqlens->size(0) - 1;
-    p.plan.cu_seqlens = cu_seqlens->data_ptr();
-    p.plan.cu_seqlens_is_int64 = is_int64(op, "cu_seqlens", *cu_seqlens);
-  }
-  p.plan.sequences = int32_t(sequences);
-  int64_t const most = INT32_MAX - 2;  // blocks in a row of a grid, and two ranges that no sequence owns
-  require(sequences <= most && p.plan.slots() <= most, op,
-          "q has shape " + shape_text(q) + ", expected less than 2^31 sequences and less than 2^31 chunks");
-}
 
 /// Checks the inputs, chooses the variant and says everything but states, output and workspace.
 ChunkFwdVariant const& plan_call(ChunkFwdParams& p, Streams const& streams, Transforms const& transforms,
@@ -109,7 +14,7 @@ ChunkFwdVariant const& plan_call(ChunkFwdParams& p, Streams const& streams, Tran
   ChunkFwdVariant const* variant = select_chunk_fwd(dtype_of_tensor(streams.op, "q", streams.q), int(streams.q.size(3)),
                                                     int(state_tokens), {has_wgmma(), shared_memory_limit()});
   require(variant, streams.op, "this device has too little shared memory per block");
-  streams.set(p, o);
+  streams.set(p), p.o = rows_of(streams.op, "o", o);
   set_plan(streams.op, p, streams.q, cu_seqlens, variant->chunk);
   transforms.set(streams.op, p);
   return *variant;
@@ -126,24 +31,6 @@ Tensor workspace_for(char const* op, ChunkFwdParams const& p, ChunkFwdVariant co
           "workspace has " + std::to_string(given->size(0)) + " bytes, expected at least " + std::to_string(bytes));
   require(reinterpret_cast<uintptr_t>(given->data_ptr()) % 16 == 0, op, "workspace is not aligned to 16 bytes");
   return *given;
-}
-
-StateType state_type(char const* op, char const* name, Tensor const& x) {
-  switch (dtype_of_tensor(op, name, x)) {
-    case Dtype::kFloat32:
-      return StateType::kFloat32;
-    case Dtype::kBfloat16:
-      return StateType::kBfloat16;
-    default:
-      return StateType::kFloat16;
-  }
-}
-
-/// States [slots, HV, K, V] (V, K) with contiguous slots.
-StateRef states_in(char const* op, char const* name, Tensor const& x, ChunkFwdParams const& p, bool value_first) {
-  int64_t const rows = value_first ? p.value_dim : p.key_dim, cols = value_first ? p.key_dim : p.value_dim;
-  require_states(op, name, x, -1, p.value_heads, rows, cols);
-  return {x.data_ptr(), {{}, x.size(0), false}, x.stride(0), state_type(op, name, x), value_first};
 }
 
 /// Rows of the kept states. Variable lengths must be known to the host: where the caller does not say how many rows

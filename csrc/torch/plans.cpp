@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "kda/chunk_fwd/dispatch.h"
+#include "kda/chunk_bwd/dispatch.h"
 #include "kda/decode/dispatch.h"
 #include "kda/kda_gate/params.h"
 #include "platform/device.h"
@@ -74,6 +74,7 @@ std::vector<KernelLaunch> every_kernel() {
   std::vector<KernelLaunch> all;
   auto const add = [&](std::vector<KernelLaunch> const& some) { all.insert(all.end(), some.begin(), some.end()); };
   for (ChunkFwdVariant const& variant : chunk_fwd_variants()) add(variant.kernels());
+  for (ChunkBwdVariant const& variant : chunk_bwd_variants()) add(variant.kernels());
   for_each_decode_variant([&](auto launcher) { add(launcher.kernels()); });
   add(kda_gate_kernels<float>()), add(kda_gate_kernels<Fp16>()), add(kda_gate_kernels<Bf16>());
   return all;
@@ -111,6 +112,38 @@ extern "C" __attribute__((visibility("default"))) int kda_plan_chunk_fwd(int dty
   p.batch_invariant = batch_invariant != 0;
   std::string const text = kda::describe(*variant, kda::ChunkFwdCall(p));
   return std::snprintf(to, size_t(capacity), "%s", text.c_str());
+} catch (std::exception const&) {
+  return -1;
+}
+
+/// Likewise, of the backward. `sequences`: as above. Which gradients are `wanted` decides which kernels run.
+extern "C" __attribute__((visibility("default"))) int kda_plan_chunk_bwd(int dtype, long long batch, long long tokens,
+                                                                         int sequences, int heads, int value_heads,
+                                                                         int key_dim, int value_dim, int wanted,
+                                                                         char* to, int capacity) try {
+  kda::ChunkBwdChoice const choice =
+      kda::select_chunk_bwd(kda::Dtype(dtype), key_dim, {kda::has_wgmma(), kda::shared_memory_limit()});
+  if (!choice.backward) return 0;
+  static char const known = 0;  // slots() asks only whether there are boundaries
+  kda::ChunkPlan const plan{tokens,
+                            sequences < 0 ? int32_t(batch) : sequences,
+                            sequences < 0 ? nullptr : &known,
+                            false,
+                            choice.backward->chunk,
+                            {}};
+  kda::ChunkBwdSchedule const schedule = choice.backward->schedule(plan, heads, value_heads, value_dim);
+  std::string kernels = sequences >= 0 && (wanted & ~0x80) ? "chunk_bwd_clear, " : "";
+  kernels += "chunk_prepare, chunk_bwd_scan";
+  if (wanted & ~0x80) kernels += ", chunk_bwd_values";
+  if (wanted & 0x6b) kernels += ", chunk_bwd_keys";
+  if (wanted & 0x60) kernels += ", chunk_bwd_reduce";
+  if ((wanted & 3) && heads != value_heads) kernels += ", chunk_bwd_sum_heads";
+  return std::snprintf(to, size_t(capacity),
+                       "variant=%s\nchunk=%d\nkey_tile=%d\nrounds=%d\nheads_per_round=%d\nworkspace_bytes=%zu\n"
+                       "shared_bytes=%zu\nkernels=%s",
+                       choice.backward->name, choice.backward->chunk, choice.backward->key_tile, schedule.rounds,
+                       schedule.heads_per_round, schedule.workspace_bytes, choice.backward->shared_bytes,
+                       kernels.c_str());
 } catch (std::exception const&) {
   return -1;
 }

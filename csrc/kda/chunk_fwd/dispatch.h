@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "kda/chunk_fwd/launch.h"
-#include "kda/chunk_fwd/variants.h"
+#include "kda/chunk/variants.h"
 
 namespace kda {
 

@@ -1,42 +1,22 @@
-// The kernels of the chunkwise forward: prepare (all chunks at once), then scan (chunk after chunk), where sequences
-// are split in three steps (segments.h).
+// The kernels of the chunkwise forward behind prepare: the scan (chunk after chunk), where sequences are split in three
+// steps (segments.h).
 #pragma once
-#include "kda/chunk_fwd/join.h"
-#include "kda/chunk_fwd/prepare.h"
-#include "kda/chunk_fwd/scan.h"
+#include "kda/chunk/join.h"
+#include "kda/chunk/scan.h"
+#include "kda/chunk_fwd/states.h"
 
 namespace kda {
 
-template <class Variant, int kTeams>
-KDA_DEVICE void prepare_chunks(ChunkFwdParams const& p) {
-  using Team = Prepare<Variant, kTeams>;
-  KDA_DYNAMIC_SHARED(PrepareStorage<Variant>, storage);
-  int32_t const team = Team::team(), walker = blockIdx.x * kTeams + team, first = walker / p.value_heads;
-  if (first < p.walkers) Team::run(p, storage[team], walker % p.value_heads, first);
-  // The scan of the part before may still run. So that nothing behind this kernel starts before that one ends:
-  if (p.progress && blockIdx.x == 0) wait_for_previous_kernel();
-}
-template <class Variant>
-KDA_GLOBAL void __launch_bounds__(Prepare<Variant, 1>::kBlockThreads, Prepare<Variant, 1>::kBlocksPerSm)
-    chunk_fwd_prepare_kernel(ChunkFwdParams const p) {
-  prepare_chunks<Variant, 1>(p);
-}
-/// So that it leaves other SMs to the scan.
-template <class Variant>
-KDA_GLOBAL void __launch_bounds__(PrepareTeams<Variant>::kBlockThreads, PrepareTeams<Variant>::kBlocksPerSm)
-    chunk_fwd_prepare_teams_kernel(ChunkFwdParams const p) {
-  prepare_chunks<Variant, prepare_teams<Variant>()>(p);
-}
-
 /// The scan's helper warps: at each step they bring one chunk, announce the one before and take away the output of the
 /// one before that. The consumers may then be anywhere between: whatever either side waits for is already under way.
-template <class Variant, bool kReplay>
-KDA_DEVICE void help_scan(ScanHelper<Variant, kReplay> helper, ScanWork const& work) {
-  using Barrier = ScanBarrier<Variant, kReplay>;
-  constexpr int kStages = ScanShape<Variant, kReplay>::kStages;
-  ChunkFwdParams const& p = helper.p;
+template <class Variant, ScanPass kPass>
+KDA_DEVICE void help_scan(ScanHelper<Variant, kPass> helper, ScanWork const& work) {
+  using Barrier = ScanBarrier<Variant, kPass>;
+  constexpr int kStages = ScanShape<Variant, kPass>::kStages;
+  constexpr bool kOutputs = kPass == ScanPass::kOutputs;
+  ChunkCall const& p = helper.p;
   int64_t const count = work.end - work.begin, first_record = work.sequence.first_slot + work.begin - p.first_slot;
-  for (int64_t i = 0; i < count + (kReplay ? 2 : 1); ++i) {
+  for (int64_t i = 0; i < count + (kOutputs ? 2 : 1); ++i) {
     if (i >= 1 && i - 1 < count) helper.announce(int((i - 1) % kStages));
     if (i < count) {
       int const stage = int(i % kStages);
@@ -45,14 +25,14 @@ KDA_DEVICE void help_scan(ScanHelper<Variant, kReplay> helper, ScanWork const& w
         if (helper.is_done(i - kStages)) return;
       }
       helper.load(first_record + i, work.value_head, stage, count - i);
-      if (kReplay && i >= kStages) helper.free_record(first_record + i - kStages, work.value_head);
+      if (kOutputs && i >= kStages) helper.free_record(first_record + i - kStages, work.value_head);
     }
-    if constexpr (kReplay)
+    if constexpr (kOutputs)
       if (i >= 2)
         helper.store_output(chunk_of_head<Variant>(p, work.sequence, work.begin + i - 2, work.value_head), int(i % 2),
                             i < count);
   }
-  if constexpr (kReplay)  // the consumers have handed over their last output
+  if constexpr (kOutputs)  // the consumers have handed over their last output
     for (int64_t i = count < kStages ? 0 : count - kStages; i < count; ++i)
       helper.free_record(first_record + i, work.value_head);
 }
@@ -73,16 +53,16 @@ KDA_DEVICE void store_carry(tile::Accumulator const (&state)[kKeyTiles], ChunkFw
   if (p.progress) wait_for_previous_kernel();  // and for those before: nobody reads these rows any more
   store_rows(state, carry_at<Variant>(p, p.part, value_head), part);
   if (!p.progress) return;
-  sync_named(ScanBarrier<Variant, true>::kConsumers, ScanShape<Variant, true>::kConsumers);
+  sync_named(ScanBarrier<Variant, ScanPass::kOutputs>::kConsumers, ScanShape<Variant, ScanPass::kOutputs>::kConsumers);
   if (thread_index() == 0) set_flag(carry_ready(p, value_head, part.row / kValueTile), p.part + 1);
 }
 
 /// The scan's consumer warps: the recurrence, with outputs.
 template <class Variant>
-KDA_DEVICE void replay_chunks(ChunkFwdParams const& p, ScanConsumer<Variant, true> consumer, ScanWork const& work,
-                              int value0) {
-  using Barrier = ScanBarrier<Variant, true>;
-  constexpr int kStages = ScanShape<Variant, true>::kStages, kChunk = Variant::config.chunk;
+KDA_DEVICE void replay_chunks(ChunkFwdParams const& p, ScanConsumer<Variant, ScanPass::kOutputs> consumer,
+                              ScanWork const& work, int value0) {
+  using Barrier = ScanBarrier<Variant, ScanPass::kOutputs>;
+  constexpr int kStages = ScanShape<Variant, ScanPass::kOutputs>::kStages, kChunk = Variant::config.chunk;
   int const n = work.n, value_head = work.value_head;
   StatePart const value = consumer.part(value0);
   if (p.segments) load_rows(consumer.state, segment_at<Variant>(p, work.segment, value_head).state, value);
@@ -108,9 +88,9 @@ KDA_DEVICE void replay_chunks(ChunkFwdParams const& p, ScanConsumer<Variant, tru
 
 /// The same without outputs. `may_forget`: stops once all rows are negligible, and returns false then.
 template <class Variant>
-KDA_DEVICE bool summarise_chunks(ScanConsumer<Variant, false>& consumer, int64_t count, bool may_forget) {
-  using Barrier = ScanBarrier<Variant, false>;
-  constexpr int kStages = ScanShape<Variant, false>::kStages;
+KDA_DEVICE bool summarise_chunks(ScanConsumer<Variant, ScanPass::kSummary>& consumer, int64_t count, bool may_forget) {
+  using Barrier = ScanBarrier<Variant, ScanPass::kSummary>;
+  constexpr int kStages = ScanShape<Variant, ScanPass::kSummary>::kStages;
   static_assert(kCheckInterval >= kStages);
   int stage = 0;
   uint32_t parity = 0;
@@ -134,8 +114,8 @@ KDA_DEVICE bool summarise_chunks(ScanConsumer<Variant, false>& consumer, int64_t
 
 /// S_local from zero, or from where the sequence starts; or rows of M from the identity.
 template <class Variant>
-KDA_DEVICE void summarise_segment(ChunkFwdParams const& p, ScanConsumer<Variant, false> consumer, ScanWork const& work,
-                                  int value0, int key0) {
+KDA_DEVICE void summarise_segment(ChunkFwdParams const& p, ScanConsumer<Variant, ScanPass::kSummary> consumer,
+                                  ScanWork const& work, int value0, int key0) {
   StatePart const value = consumer.part(value0), key = consumer.part(key0);
   int64_t const count = work.following ? work.end - work.begin : 0;
   SegmentAt const at = segment_at<Variant>(p, work.segment, work.value_head);
@@ -159,34 +139,20 @@ KDA_DEVICE void summarise_segment(ChunkFwdParams const& p, ScanConsumer<Variant,
   if (remembers) store_rows(consumer.state, at.transition, key);
 }
 
-template <class Variant, bool kReplay>
-KDA_DEVICE void init_scan(ScanStorage<Variant, kReplay>& s) {
-  if constexpr (ScanShape<Variant, kReplay>::kAsync) {
-    if (thread_index() == 0) {
-      for (Mbarrier& full : s.full) mbarrier_init(full, 1);
-      fence_mbarrier_init();
-    }
-    sync_block();
-  }
-}
-/// Of a shuffle, so that the compiler sees whole warps on either side.
-template <class Variant, bool kReplay>
-KDA_DEVICE bool is_consumer() {
-  return shuffle(thread_index() / ScanShape<Variant, kReplay>::kConsumers, 0) == 0;
-}
-
 /// Block z: 64 columns of V.
 template <class Variant>
-KDA_GLOBAL void __launch_bounds__(ScanShape<Variant, true>::kThreads, 1) chunk_fwd_scan_kernel(ChunkFwdParams const p) {
-  using Storage = ScanStorage<Variant, true>;
+KDA_GLOBAL void __launch_bounds__(ScanShape<Variant, ScanPass::kOutputs>::kThreads, 1)
+    chunk_fwd_scan_kernel(ChunkFwdParams const p) {
+  using Storage = ScanStorage<Variant, ScanPass::kOutputs>;
   KDA_DYNAMIC_SHARED(Storage, storage);
   if (p.progress) let_next_kernel_start();  // the prepare kernel of the next part
   else wait_for_previous_kernel();
   if (ScanWork work; find_scan_work<Variant>(work, p, blockIdx.x, blockIdx.y)) {
     int const value0 = blockIdx.z * kValueTile;
-    init_scan<Variant, true>(*storage);
-    if (is_consumer<Variant, true>()) replay_chunks<Variant>(p, {*storage, thread_index() / 32, true}, work, value0);
-    else help_scan<Variant, true>({p, *storage, value0}, work);
+    init_scan<Variant, ScanPass::kOutputs>(*storage);
+    if (is_consumer<Variant, ScanPass::kOutputs>())
+      replay_chunks<Variant>(p, {*storage, thread_index() / 32, true}, work, value0);
+    else help_scan<Variant, ScanPass::kOutputs>({p, *storage, value0, p.o}, work);
   }
   // So that nothing behind this kernel starts before those that it ran beside end:
   if (p.progress && blockIdx.x == gridDim.x - 1 && blockIdx.y == 0 && blockIdx.z == 0) wait_for_previous_kernel();
@@ -195,19 +161,20 @@ KDA_GLOBAL void __launch_bounds__(ScanShape<Variant, true>::kThreads, 1) chunk_f
 /// Block z: 64 columns of V, then 64 rows of M. Only what the join needs: no M of a first segment, nothing of a last
 /// one, except that the start of the first is kept for its replay.
 template <class Variant>
-KDA_GLOBAL void __launch_bounds__(ScanShape<Variant, false>::kThreads, ScanShape<Variant, false>::kBlocksPerSm)
+KDA_GLOBAL void __launch_bounds__(ScanShape<Variant, ScanPass::kSummary>::kThreads,
+                                  ScanShape<Variant, ScanPass::kSummary>::kBlocksPerSm)
     chunk_fwd_summarise_kernel(ChunkFwdParams const p) {
-  using Storage = ScanStorage<Variant, false>;
+  using Storage = ScanStorage<Variant, ScanPass::kSummary>;
   KDA_DYNAMIC_SHARED(Storage, storage);
   ScanWork work;
   int const tiles = value_tiles(p.value_dim), z = blockIdx.z, value0 = z * kValueTile, key0 = (z - tiles) * kValueTile;
   bool const has_values = z < tiles;
   if (!find_scan_work<Variant>(work, p, blockIdx.x, blockIdx.y)) return;
   if (has_values ? work.following == 0 && !work.first : work.following == 0 || work.first) return;
-  init_scan<Variant, false>(*storage);
-  if (is_consumer<Variant, false>())
+  init_scan<Variant, ScanPass::kSummary>(*storage);
+  if (is_consumer<Variant, ScanPass::kSummary>())
     summarise_segment<Variant>(p, {*storage, thread_index() / 32, has_values}, work, value0, key0);
-  else if (work.following) help_scan<Variant, false>({p, *storage, has_values ? value0 : -1}, work);
+  else if (work.following) help_scan<Variant, ScanPass::kSummary>({p, *storage, has_values ? value0 : -1, {}}, work);
 }
 
 }  // namespace kda

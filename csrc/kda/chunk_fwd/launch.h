@@ -4,9 +4,9 @@
 #include <cstddef>
 #include <vector>
 
-#include "kda/chunk_fwd/config.h"
+#include "kda/chunk/shape.h"
 #include "kda/chunk_fwd/params.h"
-#include "kda/chunk_fwd/workspace.h"
+#include "kda/chunk/record.h"
 #include "kda/dtype.h"
 #include "platform/launch.h"
 
@@ -88,6 +88,8 @@ struct ChunkFwdVariant {
   std::vector<KernelLaunch> (*kernels)();
   void (*launch)(ChunkFwdParams, cudaStream_t);
 
+  /// Of one chunk of one value head in the workspace.
+  size_t cell_bytes(int value_dim) const { return record_bytes + value_tiles(value_dim) * value_tile_bytes; }
   size_t shared_bytes() const { return std::max(prepare_shared_bytes, scan_shared_bytes); }
 
   /// The work goes in parts where the workspace would be large beside the inputs (kWorkspaceShare).
@@ -260,9 +262,7 @@ struct ChunkFwdVariant {
     size_t const of_outputs = size_t(chunk * (key_tile + chunk) * element_bytes());  // Q, scores of queries
     return traffic_us(slot_bytes(call) / size_t(call.value_heads) - of_outputs);
   }
-  size_t slot_bytes(ChunkFwdCall const& call) const {
-    return size_t(call.value_heads) * (record_bytes + value_tiles(call.value_dim) * value_tile_bytes);
-  }
+  size_t slot_bytes(ChunkFwdCall const& call) const { return size_t(call.value_heads) * cell_bytes(call.value_dim); }
   size_t bytes_per_segment(ChunkFwdCall const& call) const {
     return size_t(call.value_heads) * size_t(segment_floats(call.value_dim, key_tile)) * sizeof(float);
   }

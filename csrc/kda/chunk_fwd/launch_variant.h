@@ -1,9 +1,10 @@
 // The launch of one variant; included by its file in variants/ alone.
 #pragma once
+#include "kda/chunk/launch_prepare_variant.h"
+#include "kda/chunk/variants.h"
 #include "kda/chunk_fwd/clear.h"
 #include "kda/chunk_fwd/kernel.h"
 #include "kda/chunk_fwd/launch.h"
-#include "kda/chunk_fwd/variants.h"
 #include "platform/launch.h"
 
 namespace kda {
@@ -18,35 +19,23 @@ struct ChunkFwdKernels {
   static K clear() {
     return {{"chunk_fwd_clear", &typeid(Variant), kClearThreads, 0}, chunk_fwd_clear_kernel<Variant>};
   }
-  static K prepare() {
-    return {
-        {"chunk_fwd_prepare", &typeid(Variant), Prepare<Variant, 1>::kBlockThreads, sizeof(PrepareStorage<Variant>)},
-        chunk_fwd_prepare_kernel<Variant>};
-  }
-  /// All teams that fit, in a block.
-  static K prepare_teams() {
-    constexpr int kTeams = kda::prepare_teams<Variant>();  // nvcc's host code does not find PrepareTeams in here
-    return {{"chunk_fwd_prepare_teams", &typeid(Variant), Prepare<Variant, 1>::kThreads * kTeams,
-             sizeof(PrepareStorage<Variant>) * kTeams},
-            chunk_fwd_prepare_teams_kernel<Variant>};
-  }
   static K summarise() {
-    return {{"chunk_fwd_summarise", &typeid(Variant), ScanShape<Variant, false>::kThreads,
-             sizeof(ScanStorage<Variant, false>)},
+    return {{"chunk_fwd_summarise", &typeid(Variant), ScanShape<Variant, ScanPass::kSummary>::kThreads,
+             sizeof(ScanStorage<Variant, ScanPass::kSummary>)},
             chunk_fwd_summarise_kernel<Variant>};
   }
-  static K join() {
+  static Kernel<ChunkCall> join() {
     return {{"chunk_fwd_join", &typeid(Variant), JoinShape<Variant>::kThreads, sizeof(JoinStorage<Variant>)},
             chunk_fwd_join_kernel<Variant>};
   }
   static K scan() {
-    return {
-        {"chunk_fwd_scan", &typeid(Variant), ScanShape<Variant, true>::kThreads, sizeof(ScanStorage<Variant, true>)},
-        chunk_fwd_scan_kernel<Variant>};
+    return {{"chunk_fwd_scan", &typeid(Variant), ScanShape<Variant, ScanPass::kOutputs>::kThreads,
+             sizeof(ScanStorage<Variant, ScanPass::kOutputs>)},
+            chunk_fwd_scan_kernel<Variant>};
   }
   static std::vector<KernelLaunch> all() {
-    std::vector<KernelLaunch> kernels{clear(), reset(), prepare(), summarise(), join(), scan()};
-    if constexpr (Variant::config.wgmma) kernels.push_back(prepare_teams());
+    std::vector<KernelLaunch> kernels{clear(), reset(), summarise(), join(), scan()};
+    for (KernelLaunch const& kernel : prepare_kernels<Variant>()) kernels.push_back(kernel);
     return kernels;
   }
 };
@@ -55,16 +44,12 @@ struct ChunkFwdKernels {
 template <class Variant>
 void launch_prepare(ChunkFwdParams& p, ChunkFwdVariant const& variant, ChunkFwdVariant::Schedule const& schedule,
                     cudaStream_t stream) {
-  using Kernels = ChunkFwdKernels<Variant>;
   bool const own = p.progress && schedule.reserved;
   int const teams = own ? schedule.teams : 1;
   p.last_first = !own && !p.segments && p.plan.sequences == 1;
   p.walkers =
       own ? std::min(schedule.walkers, p.part_slots) : variant.prepare_walk(p.part_slots, p.value_heads).walkers;
-  dim3 const grid(unsigned(divide_up(int64_t(p.walkers) * p.value_heads, teams)));
-  if constexpr (Variant::config.wgmma)
-    if (teams > 1) return launch_early(p.progress, Kernels::prepare_teams(), grid, stream, p);
-  launch_early(p.progress, Kernels::prepare(), grid, stream, p);
+  launch_prepare<Variant>(p, teams, p.progress, stream);
 }
 
 /// The scan of one part; where sequences are split, in three steps.
@@ -91,6 +76,8 @@ void launch_chunk_fwd(ChunkFwdParams p, cudaStream_t stream) {
   char* const workspace = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p.workspace) + kRecordAlignment - 1) /
                                                   kRecordAlignment * kRecordAlignment);
   p.workspace = workspace;
+  p.cell_bytes = int64_t(variant.cell_bytes(call.value_dim)), p.inverse_offset = 0;
+  p.first_head = 0, p.part_heads = p.value_heads;
   p.carry = reinterpret_cast<float*>(workspace + variant.carry_offset(call));
   int64_t const split = variant.split(call).segment_chunks;
   p.segments = split ? reinterpret_cast<float*>(workspace + variant.segments_offset(call)) : nullptr;
@@ -117,7 +104,7 @@ void launch_chunk_fwd(ChunkFwdParams p, cudaStream_t stream) {
 template <class Variant>
 ChunkFwdVariant describe_chunk_fwd() {
   using Kernels = ChunkFwdKernels<Variant>;
-  KernelLaunch const prepare = Kernels::prepare(), scan = Kernels::scan();
+  KernelLaunch const prepare = PrepareKernels<Variant>::one_team(), scan = Kernels::scan();
   return {Variant::name,
           dtype_of<typename Variant::Element>(),
           Variant::config.chunk,
@@ -133,5 +120,10 @@ ChunkFwdVariant describe_chunk_fwd() {
           &Kernels::all,
           &launch_chunk_fwd<Variant>};
 }
+
+/// What the file of a variant compiles.
+#define KDA_CHUNK_FWD_VARIANT(Variant)                                              \
+  template void launch_prepare<Variant>(ChunkCall const&, int, bool, cudaStream_t); \
+  template ChunkFwdVariant describe_chunk_fwd<Variant>()
 
 }  // namespace kda

@@ -3,13 +3,9 @@
 #include "kda/dtype.h"
 #include "kda/gate.h"
 #include "kda/indices.h"
+#include "kda/rows.h"
 
 namespace kda {
-
-/// Elements between neighbours; the last dimension is contiguous.
-struct RowStrides {
-  int64_t batch, token, head;
-};
 
 struct StatePool {
   void* data;           // [slots, value_heads, value_dim, key_dim], or [..., key_dim, value_dim]; null: absent

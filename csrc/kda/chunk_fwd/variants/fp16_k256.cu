@@ -1,5 +1,5 @@
 #include "kda/chunk_fwd/launch_variant.h"
 
 namespace kda {
-template ChunkFwdVariant describe_chunk_fwd<Fp16K256>();
+KDA_CHUNK_FWD_VARIANT(Fp16K256);
 }

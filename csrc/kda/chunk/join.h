@@ -3,7 +3,7 @@
 //
 //     S_start[j + 1] = S_start[j] M[j] + S_local[j]
 #pragma once
-#include "kda/chunk_fwd/segments.h"
+#include "kda/chunk/segments.h"
 
 namespace kda {
 
@@ -57,7 +57,7 @@ KDA_DEVICE void multiply_by_transition(JoinStorage<Variant>& s, SegmentAt const&
 
 /// Only the block of a sequence's first segment in the part works, on all of them.
 template <class Variant>
-KDA_GLOBAL void __launch_bounds__(JoinShape<Variant>::kThreads) chunk_fwd_join_kernel(ChunkFwdParams const p) {
+KDA_GLOBAL void __launch_bounds__(JoinShape<Variant>::kThreads) chunk_fwd_join_kernel(ChunkCall const p) {
   using Shape = JoinShape<Variant>;
   KDA_DYNAMIC_SHARED(JoinStorage<Variant>, storage);
   auto& s = *storage;

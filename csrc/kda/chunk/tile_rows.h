@@ -1,6 +1,6 @@
 // Rows of q, k, v, g or o of one chunk, between global memory and a tile in shared memory.
 #pragma once
-#include "kda/chunk_fwd/columns.h"
+#include "kda/chunk/gate_columns.h"
 #include "platform/platform.h"
 
 namespace kda {
@@ -70,10 +70,10 @@ struct TileRows {
 
 /// `columns`: that exist from `column` on.
 template <class E>
-KDA_DEVICE TileRows<E> tile_rows(void const* base, TokenStrides const& s, bool aligned, ChunkOfHead const& chunk,
-                                 int head, int column, int columns) {
+KDA_DEVICE TileRows<E> tile_rows(Rows const& x, ChunkOfHead const& chunk, int head, int column, int columns) {
+  RowStrides const& s = x.strides;
   int64_t const first = chunk.batch_row * s.batch + chunk.begin * s.token + head * s.head + column;
-  return {static_cast<E*>(const_cast<void*>(base)), first, s.token, chunk.rows, columns, aligned};
+  return {static_cast<E*>(x.data), first, s.token, chunk.rows, columns, x.in_pieces};
 }
 
 }  // namespace kda

@@ -3,7 +3,7 @@
 //
 //     T = (I + Diag(beta) A_kk)^-1 Diag(beta)      W = T (Gamma.K)      T V
 #pragma once
-#include "kda/chunk_fwd/scores.h"
+#include "kda/chunk/scores.h"
 
 namespace kda {
 
@@ -21,12 +21,12 @@ struct Prepare : PrepareThread<Variant, kTeams> {
   static constexpr int kNextFinder = kThreads - 64;  // a thread whose warp has neither beta nor V to load
 
   /// All chunks of one walker: of one value head, every p.walkers-th slot of the part, the `first` one first.
-  KDA_DEVICE static void run(ChunkFwdParams const& p, typename Base::Storage& s, int value_head, int32_t first) {
-    Prepare{{p, s}}.start(value_head, first);
+  KDA_DEVICE static void run(ChunkCall const& p, typename Base::Storage& s, int value_head, int32_t first) {
+    Prepare{{{p, s}}}.start(value_head, first);
     int turn = 0;
     for (; is_inside(p, s.walk[turn].slot); turn ^= 1) {
       WalkedChunk const &now = s.walk[turn], &next = s.walk[turn ^ 1];
-      Prepare prepare{{p, s, {p.workspace, now.slot, p.value_heads, value_head, p.value_dim}}};
+      Prepare prepare{{{p, s}, {p, now.slot, value_head}}};
       cp_async_wait<0>();
       Base::sync_team();
       prepare.begin(now.chunk);
@@ -51,15 +51,11 @@ struct Prepare : PrepareThread<Variant, kTeams> {
       }
       s.walk[0] = find_chunk(value_head, p.last_first ? p.part_slots - 1 - first : first), s.walk[1].slot = -1;
     }
-    for (int channel = thread; channel < kKeyTile; channel += kThreads) {
-      ChannelGate const gate(p.gate, value_head, channel, p.key_dim);
-      s.gate_bias[channel] = gate.bias;
-      if (channel == 0) s.gate_amplitude = gate.amplitude;
-    }
+    this->load_gate_parameters(value_head);
     Base::sync_team();
     if (!is_inside(p, s.walk[0].slot)) return;
-    load_inputs(s.walk[0].chunk);
-    if (gate_is_wide()) load_wide_gate(s.walk[0].chunk);
+    this->load_inputs(s.walk[0].chunk);
+    if (this->gate_is_wide()) this->load_wide_gate(s.walk[0].chunk);
   }
 
   KDA_DEVICE void wait_until_free(int32_t slot, int value_head) const {
@@ -71,14 +67,12 @@ struct Prepare : PrepareThread<Variant, kTeams> {
     if (p.progress) hand_over(p, other, value_head);
     other = next_chunk(now, value_head);
   }
-  KDA_DEVICE static void hand_over(ChunkFwdParams const& p, WalkedChunk const& written, int value_head) {
+  KDA_DEVICE static void hand_over(ChunkCall const& p, WalkedChunk const& written, int value_head) {
     if (written.slot >= 0) set_flag(progress_of_record(p, written.slot, value_head).ready, p.part + 1);
   }
 
   KDA_DEVICE int32_t step() const { return p.last_first ? -p.walkers : p.walkers; }
-  KDA_DEVICE static bool is_inside(ChunkFwdParams const& p, int32_t slot) {
-    return unsigned(slot) < unsigned(p.part_slots);
-  }
+  KDA_DEVICE static bool is_inside(ChunkCall const& p, int32_t slot) { return unsigned(slot) < unsigned(p.part_slots); }
 
   /// The first slot of the walk, from `slot` on, that has a chunk.
   KDA_DEVICE WalkedChunk find_chunk(int value_head, int32_t slot) const {
@@ -102,80 +96,22 @@ struct Prepare : PrepareThread<Variant, kTeams> {
     return x;
   }
 
-  /// A quarter of the warps each for q, k, g and V: a thread has one address to compute, and all run the same code.
-  KDA_DEVICE void load_inputs(ChunkOfHead const& chunk) {
-    int const kind = warp % 4;
-    if (kind < (gate_is_wide() ? 2 : 3)) {
-      auto& tile = kind == 0 ? s.blocks.q : kind == 1 ? s.blocks.k : s.template gate<E>();
-      TokenStrides const& strides = kind == 0 ? p.q_strides : kind == 1 ? p.k_strides : p.g_strides;
-      bool const aligned = kind == 0 ? p.q_pieces_aligned : kind == 1 ? p.k_pieces_aligned : p.g_pieces_aligned;
-      load<E>(tile, chunk,
-              kind == 0   ? p.q
-              : kind == 1 ? p.k
-                          : p.g,
-              strides, aligned, kind < 2 ? chunk.head : chunk.value_head);
-    }
-    cp_async_commit();
-  }
-  /// A gate in fp32 beside 16-bit elements, which reaches into gamma_k.
-  KDA_DEVICE bool gate_is_wide() const { return p.g_is_fp32 && sizeof(E) < 4; }
-  KDA_DEVICE void load_wide_gate(ChunkOfHead const& chunk) {
-    if (warp % 4 == 2)
-      load<float>(s.template gate<float>(), chunk, p.g, p.g_strides, p.g_pieces_aligned, chunk.value_head);
-    cp_async_commit();
-  }
-
   /// V, now that the last chunk's has left, and the gate.
   KDA_DEVICE void begin(ChunkOfHead const& chunk) {
-    if (warp % 4 == 3) load_values(chunk, 0, loader(), kLoaders);
+    if (warp % 4 == 3) load_values(chunk, 0, this->loader(), Base::kLoaders);
     cp_async_commit();
     float beta = 0.f;
     if (thread < chunk.rows) beta = load_beta<E>(p, chunk, thread);
     clear(s.a_qk);
-    ChannelGate const gates[2] = {{p.gate, s.gate_amplitude, s.gate_bias[2 * pair]},
-                                  {p.gate, s.gate_amplitude, s.gate_bias[2 * pair + 1]}};
-    if (p.g_is_fp32)
-      columns.template load<float>(s.template gate<float>(), this->row(0), pair, chunk.rows, gates[0], gates[1]);
-    else columns.template load<E>(s.template gate<E>(), this->row(0), pair, chunk.rows, gates[0], gates[1]);
-    s.log2_total[group][pair] = columns.log2_total();
-    if (thread < kChunk) s.beta[thread] = thread < chunk.rows ? write_strength(p, beta) : 0.f;
-  }
-
-  /// 1 / |q| and 1 / |k| of every token, and whether the gate of any thread or the size of any key is too much for
-  /// BlockScores. A few lanes share a row, a piece of 16 bytes each at a time.
-  KDA_DEVICE void normalise() {
-    constexpr int kPiece = Base::Storage::Wide::kPiece, kPieces = kKeyTile / kPiece;
-    constexpr int kLanes = kPieces < 32 ? kPieces : 32, kRows = kWarps * (32 / kLanes), kTurns = 2 * kChunk / kRows;
-    static_assert(kTurns * kRows == 2 * kChunk && kChunk % kRows == 0);
-    int const row0 = warp * (32 / kLanes) + lane / kLanes;
-    float squares[kTurns];
-#pragma unroll
-    for (int i = 0; i < kTurns; ++i) {
-      auto const& tile = i * kRows < kChunk ? s.blocks.q : s.blocks.k;
-      squares[i] = 0.f;
-#pragma unroll
-      for (int piece = 0; piece < kPieces; piece += kLanes)
-        add_squares(squares[i], &tile.at(i * kRows % kChunk + row0, (piece + lane % kLanes) * kPiece));
-    }
-    float square = group_sum_scattered(squares);
-#pragma unroll
-    for (int bits = kTurns; bits < kLanes; bits *= 2) square += shuffle_xor(square, bits);
-    bool steep = is_steep(columns.log2_total());
-    if (lane % kLanes < kTurns) {
-      int const turn = lane % kLanes, row = turn * kRows + row0;  // of q, then of k
-      s.norm[row] = p.l2norm ? rsqrt_accurate(square + 1e-6f) : 1.f;
-      steep = steep || (!p.l2norm && row >= kChunk && !(square <= kLargestKey<E> * kLargestKey<E>));
-    }
-    bool const any = warp_any(steep);
-    if (lane == 0) s.steep[warp] = any;
-    this->sync_team();
+    this->load_gate(chunk);
+    if (thread >= kChunk) return;
+    beta = write_strength(p, beta);
+    if (p.inverse_offset) beta = at_least<E>(beta);
+    s.beta[thread] = thread < chunk.rows ? beta : 0.f;
   }
 
   KDA_DEVICE void scores() {
-    bool steep = false;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) steep = steep || s.steep[i];
-    if (steep) scores_by(SplitScores<Base>{*this});
+    if (this->any_steep()) scores_by(SplitScores<Base>{*this});
     else scores_by(BlockScores<Base>{*this});
   }
 
@@ -188,7 +124,7 @@ struct Prepare : PrepareThread<Variant, kTeams> {
     tile::Accumulator x[kBlocks][2];
     load_columns(x, tile(warp), warp % kUnits * 16);
     this->sync_team();
-    if (has_next) load_inputs(next);
+    if (has_next) this->load_inputs(next);
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       int const unit = turn * kWarps + warp;
@@ -198,6 +134,7 @@ struct Prepare : PrepareThread<Variant, kTeams> {
     this->sync_team();
     copy(out.record().w.data, s.gamma_k.data);
     copy(out.record().a_qk.data, s.a_qk.data);
+    if (p.inverse_offset) keep_inverse();
     store_values(0);
     for (int first = kKeyTile; first < p.value_dim; first += kKeyTile) {
       this->sync_team();
@@ -212,28 +149,12 @@ struct Prepare : PrepareThread<Variant, kTeams> {
       this->sync_team();
       store_values(first);
     }
-    if (has_next && gate_is_wide()) {
+    if (has_next && this->gate_is_wide()) {
       this->sync_team();
-      load_wide_gate(next);
+      this->load_wide_gate(next);
     }
   }
 
-  KDA_DEVICE static void add_squares(float& sum, E const* piece) {
-    uint4 const bits = *reinterpret_cast<uint4 const*>(piece);
-    uint32_t const words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(E) == 4) {
-        sum += bits_to_float(words[i]) * bits_to_float(words[i]);
-      } else {
-        float2 const x = unpack2<E>(words[i]);
-        sum += x.x * x.x, sum += x.y * x.y;
-      }
-    }
-  }
-  KDA_DEVICE static bool is_steep(float2 log2_total) {  // also where it is nan
-    return !(log2_total.x >= -kGentle<E> && log2_total.y >= -kGentle<E>);
-  }
   template <class Scores>
   KDA_DEVICE void scores_by(Scores scores) {
     scores.write();
@@ -241,30 +162,28 @@ struct Prepare : PrepareThread<Variant, kTeams> {
     this->sync_team();
     scores.multiply();
   }
-  static constexpr int kLoaders = kThreads / 4;  // of one input
-  static_assert(kWarps % 4 == 0);
-  KDA_DEVICE int loader() const { return warp / 4 * 32 + lane; }
-  template <class G, class Tile>
-  KDA_DEVICE void load(Tile& tile, ChunkOfHead const& chunk, void const* base, TokenStrides const& strides,
-                       bool aligned, int head) {
-    tile_rows<G>(base, strides, aligned, chunk, head, 0, p.key_dim)
-        .template load<kKeyTile>(tile, 0, loader(), kLoaders);
-  }
   KDA_DEVICE void load_values(ChunkOfHead const& chunk, int first, int index, int count) {
-    tile_rows<E>(p.v, p.v_strides, p.v_pieces_aligned, chunk, chunk.value_head, first, p.value_dim - first)
+    tile_rows<E>(p.v, chunk, chunk.value_head, first, p.value_dim - first)
         .template load<kKeyTile>(s.v, 0, index, count);
   }
   template <class Tile>
   KDA_DEVICE void clear(Tile& t) {
     for (int i = thread; i < int(sizeof(Tile) / 16); i += kThreads) reinterpret_cast<uint4*>(&t)[i] = uint4{};
   }
-  template <int kCount>
-  KDA_DEVICE void copy(E (&to)[kCount], E const (&from)[kCount]) {
-    constexpr int kPieces = kCount * int(sizeof(E)) / 16;
+  template <class T, int kCount>
+  KDA_DEVICE void copy(T (&to)[kCount], T const (&from)[kCount]) {
+    constexpr int kPieces = kCount * int(sizeof(T)) / 16;
 #pragma unroll
     for (int i = 0; i < kPieces; i += kThreads)
       if (i + thread < kPieces)
         reinterpret_cast<uint4*>(to)[i + thread] = reinterpret_cast<uint4 const*>(from)[i + thread];
+  }
+  /// For the backward.
+  KDA_DEVICE void keep_inverse() {
+    auto& to = *reinterpret_cast<ChunkInverse<Variant>*>(out.bytes + p.inverse_offset);
+    copy(to.l.data, s.l.data);
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) copy(to.diagonal[i].x, s.diagonal[i].x);
   }
   /// The tiles of 64 columns that lie in the panels of s.v, one behind the other.
   KDA_DEVICE void store_values(int first) {

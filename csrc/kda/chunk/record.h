@@ -1,6 +1,7 @@
 // What the prepare kernel hands to the scan: one record per workspace slot and value head.
 #pragma once
-#include "kda/chunk_fwd/params.h"
+#include "kda/chunk/inputs.h"
+#include "kda/chunk/shape.h"
 #include "tile/shared_tile.h"
 
 namespace kda {
@@ -27,12 +28,6 @@ struct ChunkRecord : ChunkTransition<Variant> {
   typename ChunkTransition<Variant>::Square a_qk;   // scale * A_qk, zero above the diagonal
 };
 
-/// Behind each record: T V, `value_tiles` tiles.
-template <class Variant>
-KDA_HOST_DEVICE size_t chunk_record_bytes(int value_dim) {
-  return sizeof(ChunkRecord<Variant>) + value_tiles(value_dim) * sizeof(typename ChunkRecord<Variant>::Values);
-}
-
 /// How far the records and the carried states have come, where the kernels of all parts run beside each other: counters
 /// (flags.h), zero at first. Every kernel waits only for kernels launched before it.
 struct Progress {
@@ -44,24 +39,25 @@ inline constexpr int kCountersPerRecord = 2;
 KDA_HOST_DEVICE int64_t progress_counters(int64_t records, int value_heads, int value_dim) {
   return int64_t(value_heads) * value_tiles(value_dim) + kCountersPerRecord * records;
 }
-KDA_DEVICE Progress progress_of_record(ChunkFwdParams const& p, int64_t slot, int value_head) {
+KDA_DEVICE Progress progress_of_record(ChunkCall const& p, int64_t slot, int value_head) {
   uint32_t* const at = p.progress + progress_counters(slot * p.value_heads + value_head, p.value_heads, p.value_dim);
   return {at, at + 1};
 }
 /// Of the state that goes on into the next part, 64 columns of V: the last part that left it, plus one.
-KDA_DEVICE uint32_t* carry_ready(ChunkFwdParams const& p, int value_head, int value_tile) {
+KDA_DEVICE uint32_t* carry_ready(ChunkCall const& p, int value_head, int value_tile) {
   return p.progress + value_head * value_tiles(p.value_dim) + value_tile;
 }
 
+/// A cell of the workspace: the record, and behind it T V, `value_tiles` tiles.
 template <class Variant>
 struct ChunkRecordAt {
   using Record = ChunkRecord<Variant>;
   char* bytes = nullptr;
 
   ChunkRecordAt() = default;
-  KDA_DEVICE ChunkRecordAt(void* workspace, int64_t slot, int value_heads, int value_head, int value_dim)
-      : bytes(static_cast<char*>(workspace) +
-              (slot * value_heads + value_head) * int64_t(chunk_record_bytes<Variant>(value_dim))) {}
+  /// `slot`: of the part.
+  KDA_DEVICE ChunkRecordAt(ChunkPart const& p, int64_t slot, int value_head)
+      : bytes(static_cast<char*>(p.workspace) + (slot * p.part_heads + (value_head - p.first_head)) * p.cell_bytes) {}
   KDA_DEVICE Record& record() const { return *reinterpret_cast<Record*>(bytes); }
   KDA_DEVICE typename Record::Values& values(int tile) const {
     return reinterpret_cast<typename Record::Values*>(bytes + sizeof(Record))[tile];

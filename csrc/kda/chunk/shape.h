@@ -4,8 +4,8 @@
 
 namespace kda {
 
-/// A variant is a named struct with `Element` and `static constexpr ChunkFwdConfig config`.
-struct ChunkFwdConfig {
+/// A variant is a named struct with `Element` and `static constexpr ChunkConfig config`.
+struct ChunkConfig {
   int chunk = 64;      // C, tokens per chunk: 16, 32 or 64
   int key_tile = 128;  // K rounded up to 64, 128 or 256; channels beyond key_dim are zero
   int stages = 2;      // records in shared memory at once
@@ -34,7 +34,7 @@ KDA_HOST_DEVICE int64_t segment_floats(int value_dim, int key_tile) {
 
 template <class Variant>
 struct ChunkShape {
-  static constexpr ChunkFwdConfig kConfig = Variant::config;
+  static constexpr ChunkConfig kConfig = Variant::config;
   static constexpr int kChunk = kConfig.chunk;
   static constexpr int kKeyTile = kConfig.key_tile;
   static constexpr int kPairs = kKeyTile / 2;                // pairs of key channels

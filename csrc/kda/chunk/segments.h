@@ -7,8 +7,8 @@
 // Exact for every gate: rows of S^T evolve linearly and do not mix. Slot j of the segment states holds S_start[j] once
 // the join is done, S_local[j - 1] before. Replay does not read the initial states, so that they may be overwritten.
 #pragma once
-#include "kda/chunk_fwd/columns.h"
-#include "kda/chunk_fwd/workspace.h"
+#include "kda/chunk/gate_columns.h"
+#include "kda/chunk/record.h"
 #include "tile/mma_tile.h"
 
 namespace kda {
@@ -20,7 +20,7 @@ struct SegmentAt {
 };
 
 template <class Variant>
-KDA_DEVICE SegmentAt segment_at(ChunkFwdParams const& p, int64_t segment, int value_head) {
+KDA_DEVICE SegmentAt segment_at(ChunkCall const& p, int64_t segment, int value_head) {
   constexpr int kKeyTile = Variant::config.key_tile;
   float* const state = p.segments + (segment * p.value_heads + value_head) * segment_floats(p.value_dim, kKeyTile);
   float* const transition = state + state_floats(p.value_dim, kKeyTile);
@@ -29,7 +29,7 @@ KDA_DEVICE SegmentAt segment_at(ChunkFwdParams const& p, int64_t segment, int va
 
 /// The state that goes on into the next part. Parts alternate.
 template <class Variant>
-KDA_DEVICE float* carry_at(ChunkFwdParams const& p, int part, int value_head) {
+KDA_DEVICE float* carry_at(ChunkCall const& p, int part, int value_head) {
   return p.carry +
          (int64_t(part % 2) * p.value_heads + value_head) * state_floats(p.value_dim, Variant::config.key_tile);
 }
@@ -79,7 +79,7 @@ struct ScanWork {
 /// Of the part's segment `segment`, used or not. False: nothing. Sequences without chunks belong to the part that has
 /// their first slot.
 template <class Variant>
-KDA_DEVICE bool find_scan_work(ScanWork& work, ChunkFwdParams const& p, int64_t segment, int value_head) {
+KDA_DEVICE bool find_scan_work(ScanWork& work, ChunkCall const& p, int64_t segment, int value_head) {
   ChunkPlan const plan = plan_of<Variant>(p), segments = p.plan.with_chunk(p.segment_tokens);
   int64_t const length = p.segment_tokens / Variant::config.chunk;  // in chunks
   bool const none = segments.slots() == 0;                          // no tokens: block n has sequence n

@@ -4,8 +4,8 @@
 // Every decay is exp of a sum of log-decays from an anchor outwards. With a channel's tokens in one thread such sums
 // are running sums: nothing is subtracted, whatever the gate (kda.md, section 4).
 #pragma once
-#include "kda/chunk_fwd/config.h"
-#include "kda/chunk_fwd/params.h"
+#include "kda/chunk/inputs.h"
+#include "kda/chunk/shape.h"
 #include "tile/pair.h"
 
 namespace kda {
@@ -20,19 +20,27 @@ struct ChunkOfHead {
 
 /// beta of one token of the chunk, as given.
 template <class E>
-KDA_DEVICE float load_beta(ChunkFwdParams const& p, ChunkOfHead const& chunk, int row) {
-  int64_t const at = chunk.batch_row * p.beta_strides.batch + (chunk.begin + row) * p.beta_strides.token +
-                     chunk.value_head * p.beta_strides.head;
-  return p.beta_is_fp32 ? static_cast<float const*>(p.beta)[at] : to_float(static_cast<E const*>(p.beta)[at]);
+KDA_DEVICE float load_beta(ChunkInputs const& p, ChunkOfHead const& chunk, int row) {
+  RowStrides const& s = p.beta.strides;
+  int64_t const at = chunk.batch_row * s.batch + (chunk.begin + row) * s.token + chunk.value_head * s.head;
+  return p.beta.is_fp32 ? static_cast<float const*>(p.beta.data)[at] : to_float(static_cast<E const*>(p.beta.data)[at]);
 }
-KDA_DEVICE float write_strength(ChunkFwdParams const& p, float beta) {
+KDA_DEVICE float write_strength(ChunkInputs const& p, float beta) {
   if (!p.beta_sigmoid) return beta;
   return (p.neg_eigval ? 2.f : 1.f) * sigmoid(beta);
 }
 
+/// The backward divides by beta: of those below this, none of which changes any other result, it takes this instead.
+template <class E>
+inline constexpr float kLeastBeta = std::is_same_v<E, Fp16> ? 0x1p-14f : 0x1p-60f;
+template <class E>
+KDA_DEVICE float at_least(float beta) {
+  return fabsf(beta) >= kLeastBeta<E> ? beta : beta < 0.f ? -kLeastBeta<E> : kLeastBeta<E>;
+}
+
 /// The plan with a chunk that the compiler knows.
 template <class Variant>
-KDA_DEVICE ChunkPlan plan_of(ChunkFwdParams const& p) {
+KDA_DEVICE ChunkPlan plan_of(ChunkInputs const& p) {
   ChunkPlan plan = p.plan;
   plan.chunk = Variant::config.chunk;
   return plan;
@@ -40,11 +48,22 @@ KDA_DEVICE ChunkPlan plan_of(ChunkFwdParams const& p) {
 
 /// Chunk `i` of a sequence, for one value head.
 template <class Variant>
-KDA_DEVICE ChunkOfHead chunk_of_head(ChunkFwdParams const& p, Sequence const& sequence, int64_t i, int value_head) {
+KDA_DEVICE ChunkOfHead chunk_of_head(ChunkInputs const& p, Sequence const& sequence, int64_t i, int value_head) {
   constexpr int kChunk = Variant::config.chunk;
   int64_t const first = i * kChunk, left = sequence.length - first;
   return {sequence.batch_row, sequence.begin + first, int32_t(left < kChunk ? left : kChunk),
           value_head / (p.value_heads / p.heads), value_head};
+}
+
+/// The chunk in a slot of the plan. False: there is none.
+template <class Variant>
+KDA_DEVICE bool chunk_in_slot(ChunkOfHead& chunk, ChunkInputs const& p, int64_t slot, int value_head) {
+  ChunkPlan const plan = plan_of<Variant>(p);
+  Sequence const sequence = plan.sequence(plan.sequence_of_slot(slot));
+  int64_t const i = slot - sequence.first_slot;
+  if (i < 0 || i >= plan.chunks_of(sequence.length)) return false;
+  chunk = chunk_of_head<Variant>(p, sequence, i, value_head);
+  return true;
 }
 
 template <class E>

@@ -8,37 +8,48 @@
 // Where two warps have half of K each, they add up S^T W^T through shared memory, and the first completes the outputs.
 // Helper warps bring the records of the next chunks (workspace.h) and take the outputs away meanwhile.
 //
-// A summary of a segment (kReplay = false) is the same without outputs: of S^T from zero, and, for the transition M of
-// the segment, of rows of the identity, with T V = 0.
+// The passes differ in what they keep (ScanPass). The gradients of the states run through the same records from the
+// last to the first (chunk_bwd/reverse.h).
 #pragma once
-#include "kda/chunk_fwd/segments.h"
-#include "kda/chunk_fwd/state_io.h"
-#include "kda/chunk_fwd/tile_rows.h"
+#include "kda/chunk/segments.h"
+#include "kda/chunk/state_io.h"
+#include "kda/chunk/tile_rows.h"
 #include "tile/products.h"
 
 namespace kda {
 
-template <class Variant, bool kReplay>
+enum class ScanPass {
+  kOutputs,  // the recurrence, with outputs
+  kStates,   // the recurrence; S_0 and U of every chunk are kept
+  kSummary,  // of a segment: S^T from zero, or, with T V = 0, rows of its transition M from the identity
+  kReverse,  // gradients of states, from the last chunk to the first
+};
+
+template <class Variant, ScanPass kPass>
 struct ScanShape : ChunkShape<Variant> {
-  static constexpr ChunkFwdConfig kConfig = Variant::config;
+  static constexpr ChunkConfig kConfig = Variant::config;
   static constexpr int kParts = kConfig.key_parts, kPartTile = kConfig.key_tile / kParts;
-  static constexpr int kConsumers = kConsumerWarps * kParts * 32, kHelpers = kReplay ? 128 : 32;
+  static constexpr bool kIsSummary = kPass == ScanPass::kSummary;
+  static constexpr int kConsumers = kConsumerWarps * kParts * 32, kHelpers = kIsSummary ? 32 : 128;
   static constexpr int kThreads = kConsumers + kHelpers;
   /// Summaries: two blocks per SM, each of which waits for its own products most of the time.
-  static constexpr int kStages = kReplay || kConfig.stages < 2 ? kConfig.stages : 2;
-  static constexpr int kBlocksPerSm = kReplay || kConfig.key_tile > 128 || sizeof(typename Variant::Element) == 4 ? 1
-                                                                                                                  : 2;
+  static constexpr int kStages = !kIsSummary || kConfig.stages < 2 ? kConfig.stages : 2;
+  static constexpr int kBlocksPerSm = !kIsSummary || kConfig.key_tile > 128 || sizeof(typename Variant::Element) == 4
+                                          ? 1
+                                          : 2;
   /// sm_90: bulk copies, and asynchronous products: the output of a chunk is finished while the next one starts.
   static constexpr bool kAsync = kConfig.wgmma;
   static_assert(kParts == 1 || (kParts == 2 && kConfig.chunk == 16 && !kAsync));
 };
 
-template <class Values, int kWarps, bool kReplay>
-struct ScanResults {
+template <class Values, int kWarps, ScanPass kPass>
+struct ScanResults {};
+template <class Values, int kWarps>
+struct ScanResults<Values, kWarps, ScanPass::kOutputs> {
   Values o[2];  // of alternate chunks; a consumer warp owns 16 columns
 };
 template <class Values, int kWarps>
-struct ScanResults<Values, kWarps, false> {
+struct ScanResults<Values, kWarps, ScanPass::kSummary> {
   bool remembers[kWarps];  // rows of M: any of the warp's, at the last check
 };
 
@@ -54,22 +65,22 @@ struct ScanPartials : Results {
 template <class Results, int kTokenTiles>
 struct ScanPartials<Results, kTokenTiles, 1> : Results {};
 
-template <class Variant, bool kReplay, class Shape = ScanShape<Variant, kReplay>>
-struct ScanStorage
-    : ScanPartials<ScanResults<typename ChunkTransition<Variant>::Values, Shape::kConsumers / 32, kReplay>,
-                   Shape::kChunk / 8, Shape::kParts> {
-  using Record = std::conditional_t<kReplay, ChunkRecord<Variant>, ChunkTransition<Variant>>;
+template <class Variant, ScanPass kPass, class Shape = ScanShape<Variant, kPass>>
+struct ScanStorage : ScanPartials<ScanResults<typename ChunkTransition<Variant>::Values, Shape::kConsumers / 32, kPass>,
+                                  Shape::kChunk / 8, Shape::kParts> {
+  static constexpr bool kWhole = kPass == ScanPass::kOutputs || kPass == ScanPass::kReverse;
+  using Record = std::conditional_t<kWhole, ChunkRecord<Variant>, ChunkTransition<Variant>>;
   struct Stage {
     Record record;
-    typename Record::Values u;  // T V
+    typename Record::Values u;  // T V; in reverse: dO
   } stage[Shape::kStages];
   Mbarrier full[Shape::kStages];  // wgmma variants: the record has arrived
 };
 
 /// Named barriers, all of consumers and helpers; 0 is sync_block.
-template <class Variant, bool kReplay>
+template <class Variant, ScanPass kPass>
 struct ScanBarrier {
-  using Shape = ScanShape<Variant, kReplay>;
+  using Shape = ScanShape<Variant, kPass>;
   static constexpr int kStages = Shape::kStages;
   static KDA_DEVICE int empty(int stage) { return 1 + stage; }                         // consumers arrive, helpers wait
   static KDA_DEVICE int full(int stage) { return 1 + kStages + stage; }                // the reverse
@@ -91,23 +102,25 @@ inline constexpr int kCheckInterval = 4;
 /// S_start at most sqrt(K) 2^-126 |S_start| is left out.
 inline constexpr float kNegligible = 1.17549435e-38f;
 
-template <class Variant, bool kReplay>
+template <class Variant, ScanPass kPass>
 struct ScanHelper {
   using E = typename Variant::Element;
-  using Shape = ScanShape<Variant, kReplay>;
-  using Barrier = ScanBarrier<Variant, kReplay>;
-  ChunkFwdParams const& p;
-  ScanStorage<Variant, kReplay>& s;
-  int const value0;  // negative: rows of M, no T V
+  using Shape = ScanShape<Variant, kPass>;
+  using Barrier = ScanBarrier<Variant, kPass>;
+  static constexpr bool kLoadsValues = kPass != ScanPass::kReverse;
+  ChunkCall const& p;
+  ScanStorage<Variant, kPass>& s;
+  int const value0;   // negative: rows of M, no T V
+  Rows const stream;  // O, which they store; in reverse dO, which they load
   int const thread = thread_index() - Shape::kConsumers;
   int64_t seen = 0;  // records of the part before this one are there
 
   /// Starts the copy of a chunk, once its record is there, to a stage that is free. `left`: chunks from it on.
   KDA_DEVICE void load(int64_t slot, int value_head, int stage, int64_t left) {
-    ChunkRecordAt<Variant> const from(p.workspace, slot, p.value_heads, value_head, p.value_dim);
-    if (kReplay && p.progress && slot >= seen) wait_for_record(slot, value_head, left);
+    ChunkRecordAt<Variant> const from(p, slot, value_head);
+    if (kPass == ScanPass::kOutputs && p.progress && slot >= seen) wait_for_record(slot, value_head, left);
     auto& to = s.stage[stage];
-    bool const has_values = kReplay || value0 >= 0;
+    bool const has_values = kLoadsValues && (!Shape::kIsSummary || value0 >= 0);
     if constexpr (!Shape::kAsync) {
       copy(&to.record, &from.record(), sizeof(to.record));
       if (has_values) copy(&to.u, &from.values(value0 / kValueTile), sizeof(to.u));
@@ -120,7 +133,7 @@ struct ScanHelper {
   }
   /// Once chunk i has been consumed: whether no more is needed. As ScanConsumer::has_forgotten.
   KDA_DEVICE bool is_done(int64_t i) const {
-    if constexpr (kReplay) return false;
+    if constexpr (!Shape::kIsSummary) return false;
     else {
       if (value0 >= 0 || i % kCheckInterval) return false;
       bool remembers = false;
@@ -129,9 +142,15 @@ struct ScanHelper {
       return !warp_any(remembers);
     }
   }
+  /// dO of the chunk, beside its record. To be called before `load`.
+  KDA_DEVICE void load_stream(ChunkOfHead const& chunk, int stage) {
+    tile_rows<E>(stream, chunk, chunk.value_head, value0, p.value_dim - value0)
+        .template load<kValueTile>(s.stage[stage].u, 0, thread, Shape::kHelpers);
+    if constexpr (Shape::kAsync) cp_async_commit();
+  }
   /// Bulk copies announce themselves.
   KDA_DEVICE void announce(int stage) {
-    if constexpr (!Shape::kAsync) {
+    if constexpr (!Shape::kAsync || kPass == ScanPass::kReverse) {
       cp_async_wait<0>();
       Barrier::arrive(Barrier::full(stage));
     }
@@ -143,7 +162,7 @@ struct ScanHelper {
   }
   KDA_DEVICE void store_output(ChunkOfHead const& chunk, int buffer, bool again) {
     Barrier::wait(Barrier::output_full(buffer));
-    tile_rows<E>(p.o, p.o_strides, p.o_pieces_aligned, chunk, chunk.value_head, value0, p.value_dim - value0)
+    tile_rows<E>(stream, chunk, chunk.value_head, value0, p.value_dim - value0)
         .template store<kValueTile>(s.o[buffer], 0, thread, Shape::kHelpers);
     if (again) Barrier::arrive(Barrier::output_empty(buffer));
   }
@@ -166,12 +185,13 @@ struct ScanHelper {
   }
 };
 
-template <class Variant, bool kReplay>
+template <class Variant, ScanPass kPass>
 struct ScanConsumer {
   using E = typename Variant::Element;
-  using Shape = ScanShape<Variant, kReplay>;
-  using Barrier = ScanBarrier<Variant, kReplay>;
-  using Storage = ScanStorage<Variant, kReplay>;
+  using Shape = ScanShape<Variant, kPass>;
+  using Barrier = ScanBarrier<Variant, kPass>;
+  using Storage = ScanStorage<Variant, kPass>;
+  static constexpr bool kOutputs = kPass == ScanPass::kOutputs;
   using Stage = typename Storage::Stage;
   static constexpr int kChunk = Shape::kChunk, kParts = Shape::kParts, kPartTile = Shape::kPartTile;
   static constexpr int kTokenTiles = kChunk / 8, kKeyTiles = kPartTile / 8;
@@ -183,7 +203,7 @@ struct ScanConsumer {
   int const warp;
   bool const has_values;                    // else T V = 0
   tile::Accumulator state[kKeyTiles];       // S^T
-  tile::Accumulator x[kTokenTiles];         // S^T W^T
+  tile::Accumulator x[kTokenTiles];         // S^T W^T; of kStates, after a step, U^T
   tile::Accumulator o[kTokenTiles];         // O^T
   tile::LeftFragment<E> left[kChunk / 16];  // U^T, as operand
   Products products;
@@ -195,7 +215,7 @@ struct ScanConsumer {
 
   KDA_DEVICE void wait_for_record(int stage, uint32_t parity) {
     if constexpr (Shape::kAsync) mbarrier_wait(s.full[stage], parity);
-    else Barrier::wait(Barrier::full(stage));
+    if constexpr (!Shape::kAsync || kPass == ScanPass::kReverse) Barrier::wait(Barrier::full(stage));
   }
 
   /// One chunk, whose output is then in `o`. Nothing is on its way at the end: ptxas runs wgmmas one by one where they
@@ -204,7 +224,7 @@ struct ScanConsumer {
     wait_for_record(stage, parity);
     Stage const& in = s.stage[stage];
     start(in);
-    products.template wait<kReplay ? 1 : 0>();
+    products.template wait<kOutputs ? 1 : 0>();
     if constexpr (kParts > 1) join_parts((stage + Shape::kStages * int(parity)) % 2);
     correct_values(in);
     advance(in);
@@ -232,13 +252,13 @@ struct ScanConsumer {
     return !remembers;
   }
 
- private:
+ protected:
   /// Starts S^T W^T and then S^T (scale Gamma.Q)^T, both from a copy of the state, which decays meanwhile.
   KDA_DEVICE void start(Stage const& in) {
     products.read(state);
     if constexpr (Shape::kAsync) decay(in);
     auto const& w = in.record.w.template columns<kPartTile>(key());
-    if constexpr (kReplay) products.start_rows(state, x, w, o, in.record.gamma_q.template columns<kPartTile>(key()));
+    if constexpr (kOutputs) products.start_rows(state, x, w, o, in.record.gamma_q.template columns<kPartTile>(key()));
     else products.start_rows(state, x, w);
     if constexpr (!Shape::kAsync) decay(in);
   }
@@ -254,13 +274,13 @@ struct ScanConsumer {
 #pragma unroll
     for (int c = 0; c < kTokenTiles; ++c) {
       partial.x[mine][c][lane] = to_float4(x[c]);
-      if (kReplay && !completes_output()) partial.o[c][lane] = to_float4(o[c]);
+      if (kOutputs && !completes_output()) partial.o[c][lane] = to_float4(o[c]);
     }
     Barrier::join_parts(warp % kConsumerWarps);  // and so the other has read the sums of two chunks ago
 #pragma unroll
     for (int c = 0; c < kTokenTiles; ++c) {
       add(x[c], partial.x[mine ^ 1][c][lane]);
-      if (kReplay && completes_output()) add(o[c], partial.o[c][lane]);
+      if (kOutputs && completes_output()) add(o[c], partial.o[c][lane]);
     }
   }
 
@@ -269,20 +289,21 @@ struct ScanConsumer {
 #pragma unroll
     for (int c = 0; c < kTokenTiles; c += 2) {
       tile::Accumulator v0{}, v1{};
-      if (kReplay || has_values) tile::load_transposed<E>(v0, v1, in.u, c * 8, row());
+      if (!Shape::kIsSummary || has_values) tile::load_transposed<E>(v0, v1, in.u, c * 8, row());
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         v0.x[e] -= x[c].x[e];
         v1.x[e] -= x[c + 1].x[e];
       }
       left[c / 2] = tile::left_from<E>(v0, v1);
+      if constexpr (kPass == ScanPass::kStates) x[c] = v0, x[c + 1] = v1;
     }
   }
 
   /// S^T += U^T K~ and O^T += U^T A_qk^T.
   KDA_DEVICE void advance(Stage const& in) {
     products.start_outer(state, left, in.record.k_tilde.template columns<kPartTile>(key()));
-    if constexpr (kReplay)
+    if constexpr (kOutputs)
       if (completes_output()) products.start_lower(o, left, in.record.a_qk);
     products.template wait<0>();
   }
@@ -297,5 +318,21 @@ struct ScanConsumer {
     }
   }
 };
+
+template <class Variant, ScanPass kPass>
+KDA_DEVICE void init_scan(ScanStorage<Variant, kPass>& s) {
+  if constexpr (ScanShape<Variant, kPass>::kAsync) {
+    if (thread_index() == 0) {
+      for (Mbarrier& full : s.full) mbarrier_init(full, 1);
+      fence_mbarrier_init();
+    }
+    sync_block();
+  }
+}
+/// Of a shuffle, so that the compiler sees whole warps on either side.
+template <class Variant, ScanPass kPass>
+KDA_DEVICE bool is_consumer() {
+  return shuffle(thread_index() / ScanShape<Variant, kPass>::kConsumers, 0) == 0;
+}
 
 }  // namespace kda

@@ -6,23 +6,32 @@
 // tokens to stay within what the element type can hold on both sides of 1, which almost every gate does (any with
 // lower_bound >= -5). SplitScores: for the others, whatever they are.
 #pragma once
-#include "kda/chunk_fwd/prepare_storage.h"
+#include "kda/chunk/prepare_storage.h"
 #include "tile/mma_tile.h"
 
 namespace kda {
 
-/// Decays over eight tokens down to 2^-kGentle leave room in the exponent (bf16) or in the mantissa of sums of logs
-/// (fp32) on both sides; fp16 has little of the first.
-template <class E>
-inline constexpr float kGentle = std::is_same_v<E, Bf16>   ? 64.f
-                                 : std::is_same_v<E, Fp16> ? 6.f
-                                                           : 8.f;
 /// Keys may be collinear: all scores of a chunk then are off the same way, and nothing averages their errors out.
 inline constexpr tile::Sum kSum = tile::Sum::kRounded;
 
-/// Largest |k| that may be multiplied by 2^kGentle.
-template <class E>
-inline constexpr float kLargestKey = std::is_same_v<E, Fp16> ? 512.f : 1e12f;
+/// f(j, log2 e) for each of the thread's tokens, from the anchor of its block outwards, with e = exp(G - a).
+template <class Thread, class F>
+KDA_DEVICE void for_each_from_anchor(Thread const& c, F f) {
+  float2 sum{0.f, 0.f};
+  if (c.group % 2 == 0) {  // before the anchor
+#pragma unroll
+    for (int j = kTokensPerThread - 1; j >= 0; --j) {
+      f(j, sum);
+      sum = sum + Thread::both(-1.f) * c.columns.log2_decay(j);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kTokensPerThread; ++j) {
+      sum = sum + c.columns.log2_decay(j);
+      f(j, sum);
+    }
+  }
+}
 
 template <class Thread>
 struct BlockScores {
@@ -36,22 +45,11 @@ struct BlockScores {
     int const block = c.group / 2, anchor = 2 * block + 1;  // in groups of eight tokens
     float2 const to_anchor = Thread::exp2(c.log2_groups(0, anchor));
     float2 const to_end = Thread::exp2(c.log2_groups(anchor, Thread::kGroups));
-    float2 sum{0.f, 0.f};
     if (c.group < anchor) {
       write_factors(block);
       if (block == 0) *reinterpret_cast<float2*>(&c.out.record().gamma_c[2 * c.pair]) = to_anchor * to_end;
-#pragma unroll
-      for (int j = kTokensPerThread - 1; j >= 0; --j) {
-        write_token(j, sum, to_anchor, to_end);
-        sum = sum + Thread::both(-1.f) * c.columns.log2_decay(j);
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < kTokensPerThread; ++j) {
-        sum = sum + c.columns.log2_decay(j);
-        write_token(j, sum, to_anchor, to_end);
-      }
     }
+    for_each_from_anchor(c, [&](int j, float2 log2_e) { write_token(j, log2_e, to_anchor, to_end); });
   }
 
   /// Rows of block i meet columns of block j <= i at the anchor of j. A warp has q or k of a block below the diagonal,

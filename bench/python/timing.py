@@ -1,0 +1,156 @@
+"""How benchmarks measure: medians of eager calls and of CUDA graphs, host time, copy bandwidth, and on what machine.
+
+Functions with a ``device`` argument run on the CPU too, by the host's clock, so that tests run whole benchmarks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+Run = Callable[[], object]
+
+
+def microseconds(calls: Sequence[Run], budget_s: float = 0.4) -> float:
+    """Median time of one call on the GPU; together the calls touch more than the L2 holds."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    calls[0]()
+    torch.cuda.synchronize()
+    count = max(5, min(100, int(budget_s / max(1e-5, time.perf_counter() - begin))))
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for i, (start, end) in enumerate(events):
+        start.record()
+        calls[i % len(calls)]()
+        end.record()
+    torch.cuda.synchronize()
+    return 1000 * sorted(s.elapsed_time(e) for s, e in events)[count // 2]
+
+
+def graph_microseconds(calls: Sequence[Run]) -> float:
+    """Time of one call on the GPU alone: all of them in one CUDA graph, replayed."""
+    return microseconds([graph_of(calls, "cuda")]) / len(calls)
+
+
+def copy_bandwidth(device: str = "cuda") -> float:
+    """Bytes per second, read plus written, of a large copy: eager, since a captured copy of some sizes is slower."""
+    x = torch.empty(1 << (30 if device == "cuda" else 20), dtype=torch.uint8, device=device).random_()
+    y = torch.empty_like(x)
+
+    def copy() -> None:
+        y.copy_(x)
+
+    us = microseconds([copy]) if device == "cuda" else statistics.median(elapsed_us(copy, device) for _ in range(5))
+    return 2 * x.numel() / (us * 1e-6)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def side_stream(device: str) -> Iterator[None]:
+    """A stream of its own: what autograd recorded on it is differentiated on it, so both can be captured there."""
+    if device != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def graph_of(calls: Sequence[Run], device: str) -> Run:
+    """All calls as one CUDA graph on the current stream, or on a new one if that is the default; on the CPU a loop."""
+
+    def loop() -> None:
+        for call in calls:
+            call()
+
+    if device != "cuda":
+        return loop
+    current = torch.cuda.current_stream()
+    stream = None if current == torch.cuda.default_stream() else current
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        loop()
+    return graph.replay
+
+
+def elapsed_us(run: Run, device: str) -> float:
+    """Time of one run on the device: between two events on a GPU."""
+    if device != "cuda":
+        begin = time.perf_counter()
+        run()
+        return 1e6 * (time.perf_counter() - begin)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return 1000 * start.elapsed_time(end)
+
+
+def eager_us(calls: Sequence[Run], device: str) -> tuple[float, float]:
+    """Per call: until the host is free again, and until the device is done."""
+    synchronize(device)
+    begin = time.perf_counter()
+    for call in calls:
+        call()
+    issued = time.perf_counter()
+    synchronize(device)
+    done = time.perf_counter()
+    return 1e6 * (issued - begin) / len(calls), 1e6 * (done - begin) / len(calls)
+
+
+def summary(samples: Sequence[float]) -> dict[str, float]:
+    """Median and spread, the width of the middle half as a share of the median."""
+    middle = statistics.median(samples)
+    low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (middle,) * 3
+    return {"median": round(middle, 1), "spread": round((high - low) / middle, 3)}
+
+
+def machine(device: str) -> dict:
+    """What every result says of where and of what it was measured. KDA_CUDA_COMMIT names the commit without git."""
+    on_gpu = device == "cuda"
+    return {
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "driver": said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": installed("triton"),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def commit() -> str:
+    return os.environ.get("KDA_CUDA_COMMIT") or said_by("git", "rev-parse", "HEAD") or ""
+
+
+def said_by(*command: str) -> str | None:
+    """The first line that a command prints; None if it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip().split("\n")[0] if done.returncode == 0 else None
+
+
+def installed(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,74 @@
+// What the kernels of the backward hand to each other: a cell for each chunk of each value head of a round.
+//
+//   prepare    writes the record, T V and the inverse
+//   scan       reads the record; writes U over T V, S_0 and dS_C
+//   values     reads U and dS_C; writes the gradients of the scores over W and K~, which nobody needs any more
+//   keys       reads U, S_0, dS_C and the gradients of the scores; writes what one chunk adds to dA_log and ddt_bias
+//   reduce     sums these
+#pragma once
+#include "kda/chunk/inverse.h"
+
+namespace kda {
+
+/// dO U^T and -dX U^T, lower triangles without the diagonal.
+template <class Variant>
+struct ScoreGradients {
+  typename ChunkRecord<Variant>::Square qk, kk;
+};
+
+/// What is summed over tokens, and the diagonal of dO U^T.
+template <class Variant>
+struct ChunkSums {
+  float diagonal[ChunkShape<Variant>::kChunk];
+  float ddt_bias[ChunkShape<Variant>::kKeyTile];
+  float dA_log;
+};
+
+template <class Variant>
+struct BackwardCell {
+  using E = typename Variant::Element;
+  using Shape = ChunkShape<Variant>;
+  using Record = ChunkRecord<Variant>;
+  using State = tile::MatrixTile<E, kValueTile, Shape::kKeyTile>;  // S^T of 64 columns of V
+  using Values = tile::MatrixTile<E, kValueTile, Shape::kChunk>;   // U^T of 64 columns of V
+  static_assert(sizeof(Values) <= sizeof(typename Record::Values));
+  static_assert(sizeof(ScoreGradients<Variant>) <= 2 * sizeof(typename Record::Wide));
+
+  char* bytes;
+  int tiles;  // of V
+
+  KDA_DEVICE BackwardCell(ChunkCall const& p, int64_t slot, int value_head)
+      : bytes(ChunkRecordAt<Variant>(p, slot, value_head).bytes), tiles(value_tiles(p.value_dim)) {}
+
+  static constexpr KDA_HOST_DEVICE int64_t inverse_offset(int tiles) {
+    return int64_t(sizeof(Record)) + tiles * int64_t(sizeof(typename Record::Values));
+  }
+  static constexpr KDA_HOST_DEVICE int64_t states_offset(int tiles) {
+    return inverse_offset(tiles) + int64_t(sizeof(ChunkInverse<Variant>));
+  }
+  static constexpr KDA_HOST_DEVICE int64_t sums_offset(int tiles) {
+    return states_offset(tiles) + 2 * tiles * int64_t(sizeof(State));
+  }
+  static constexpr KDA_HOST_DEVICE int64_t size(int tiles) {
+    constexpr int64_t kAlignment = alignof(Record);
+    return (sums_offset(tiles) + int64_t(sizeof(ChunkSums<Variant>)) + kAlignment - 1) / kAlignment * kAlignment;
+  }
+
+  KDA_DEVICE Record& record() const { return *reinterpret_cast<Record*>(bytes); }
+  KDA_DEVICE ScoreGradients<Variant>& score_gradients() const {
+    return *reinterpret_cast<ScoreGradients<Variant>*>(bytes);
+  }
+  KDA_DEVICE Values& u(int tile) const {
+    return *reinterpret_cast<Values*>(bytes + sizeof(Record) + tile * sizeof(typename Record::Values));
+  }
+  KDA_DEVICE ChunkInverse<Variant>& inverse() const {
+    return *reinterpret_cast<ChunkInverse<Variant>*>(bytes + inverse_offset(tiles));
+  }
+  KDA_DEVICE State& state(int tile) const { return reinterpret_cast<State*>(bytes + states_offset(tiles))[tile]; }
+  KDA_DEVICE State& d_state(int tile) const { return state(tiles + tile); }
+  KDA_DEVICE ChunkSums<Variant>& sums() const {
+    return *reinterpret_cast<ChunkSums<Variant>*>(bytes + sums_offset(tiles));
+  }
+};
+
+}  // namespace kda

@@ -1,0 +1,67 @@
+// The kernels of the chunkwise backward, behind the forward's prepare kernel: the two scans, the gradients of the
+// chunks in two steps, and the sums.
+#pragma once
+#include "kda/chunk_bwd/keys.h"
+#include "kda/chunk_bwd/reduce.h"
+#include "kda/chunk_bwd/scan.h"
+#include "kda/chunk_bwd/values.h"
+
+namespace kda {
+
+template <class Variant>
+union ScanPairStorage {
+  ScanStorage<Variant, ScanPass::kStates> states;
+  ScanStorage<Variant, ScanPass::kReverse> reverse;
+};
+
+/// Block z: 64 columns of V of the gradients of the states, then of the states.
+template <class Variant>
+KDA_GLOBAL void __launch_bounds__(ScanShape<Variant, ScanPass::kReverse>::kThreads, 1)
+    chunk_bwd_scan_kernel(ChunkBwdParams const p) {
+  using Storage = ScanPairStorage<Variant>;
+  KDA_DYNAMIC_SHARED(Storage, storage);
+  int const tiles = value_tiles(p.value_dim), tile = int(blockIdx.z) % tiles, warp = thread_index() / 32;
+  ScanWork work;
+  if (!find_scan_work<Variant>(work, p, blockIdx.x, p.first_head + int(blockIdx.y))) return;
+  if (int(blockIdx.z) < tiles) {
+    constexpr ScanPass kPass = ScanPass::kReverse;
+    init_scan<Variant, kPass>(storage->reverse);
+    if (is_consumer<Variant, kPass>())
+      scan_gradients_of_states<Variant>(p, {{storage->reverse, warp, true}}, work, tile);
+    else bring_chunks<Variant, kPass>({p, storage->reverse, tile * kValueTile, p.d_o}, work);
+  } else {
+    constexpr ScanPass kPass = ScanPass::kStates;
+    init_scan<Variant, kPass>(storage->states);
+    if (is_consumer<Variant, kPass>()) scan_states<Variant>(p, {storage->states, warp, true}, work, tile);
+    else bring_chunks<Variant, kPass>({p, storage->states, tile * kValueTile, {}}, work);
+  }
+}
+
+/// Block x: a slot; block y: a value head.
+template <class Variant>
+KDA_GLOBAL void __launch_bounds__(ValueGradients<Variant>::kThreads) chunk_bwd_values_kernel(ChunkBwdParams const p) {
+  using Storage = ValuesStorage<Variant>;
+  KDA_DYNAMIC_SHARED(Storage, storage);
+  int const value_head = p.first_head + int(blockIdx.y);
+  ChunkOfHead chunk;
+  if (!chunk_in_slot<Variant>(chunk, p, blockIdx.x, value_head)) return;
+  ValueGradients<Variant>{p, *storage, {p, blockIdx.x, value_head}, chunk}.run();
+}
+
+template <class Variant>
+KDA_GLOBAL void __launch_bounds__(ChunkShape<Variant>::kColumnThreads, 1)
+    chunk_bwd_keys_kernel(ChunkBwdParams const p) {
+  using Storage = KeysStorage<Variant>;
+  KDA_DYNAMIC_SHARED(Storage, storage);
+  int const value_head = p.first_head + int(blockIdx.y);
+  BackwardCell<Variant> const cell(p, blockIdx.x, value_head);
+  ChunkOfHead chunk;
+  if (chunk_in_slot<Variant>(chunk, p, blockIdx.x, value_head)) {
+    KeyGradients<Variant>{{{p, *storage}, p, cell, chunk}}.run();
+    return;
+  }
+  for (int i = thread_index(); i <= Variant::config.key_tile; i += ChunkShape<Variant>::kColumnThreads)
+    (i < Variant::config.key_tile ? cell.sums().ddt_bias[i] : cell.sums().dA_log) = 0.f;
+}
+
+}  // namespace kda

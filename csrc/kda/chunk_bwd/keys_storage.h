@@ -1,0 +1,66 @@
+// The shared memory of the keys kernel, phase by phase, and what its threads have in common.
+//
+//   phase        blocks                        tile / results
+//   inputs       q, k, g as given              an fp32 gate beside 16-bit elements
+//   states       decayed operands              dO, dX, U, S_0, dS_C of 64 columns of V
+//   hand-over    decayed operands              fp32 results of products, for the threads that have the channels
+#pragma once
+#include "kda/chunk/column_thread.h"
+#include "kda/chunk_bwd/cell.h"
+#include "kda/chunk_bwd/params.h"
+
+namespace kda {
+
+inline constexpr int kResultColumns = 32;  // channels of a warp's results; its rows are one block of tokens
+
+template <class Variant>
+struct KeysStorage {
+  using E = typename Variant::Element;
+  using Shape = ChunkShape<Variant>;
+  using Record = ChunkRecord<Variant>;
+  using Wide = typename Record::Wide;
+  static constexpr int kChunk = Shape::kChunk, kKeyTile = Shape::kKeyTile, kBlocks = Shape::kBlocks;
+  static constexpr int kGroups = Shape::kGroups, kPairs = Shape::kPairs, kWarps = Shape::kColumnThreads / 32;
+  using Result = tile::SharedTile<float, kChunk, kKeyTile>;
+
+  struct Blocks {
+    Wide q, k;       // rows: scale q and k, decayed from an anchor
+    Wide k_inverse;  // columns: k, decayed to it
+  } blocks;
+  struct ValueTile {
+    typename Record::Values d_o, d_x;
+    typename BackwardCell<Variant>::Values u;
+    typename BackwardCell<Variant>::State state, d_state;
+  };
+  ScoreGradients<Variant> scores;
+  union {
+    ValueTile tile;
+    Result results[2];
+    tile::SharedTile<float, kChunk, kKeyTile> wide_gate;
+  };
+  float2 log2_total[kGroups][kPairs];  // log2 of the decay over each eight tokens
+  float2 group_sum[kGroups][kPairs];   // sums over eight tokens, of what is being summed
+  float step[kBlocks + 1][kKeyTile];   // decay from the start to the first anchor, ..., from the last to the end
+  float to_end[kBlocks][kKeyTile];     // decay from each anchor to the end
+  float end_flux[kBlocks][kKeyTile];   // what columns of a block give the gate on their way to the end
+  float across[kKeyTile];              // sum over V of S_0 dS_C
+  float dots[2][Shape::kWarpsPerGroup][kChunk];  // of q and dq, k and dk, partial sums over channels
+  float diagonal[kChunk];                        // of dO U^T
+  float norm[2 * kChunk];                        // 1 / |q|, then 1 / |k|
+  float gate_bias[kKeyTile], gate_amplitude;
+  float d_amplitude[kWarps];
+  bool steep[kWarps];
+
+  template <class G>
+  KDA_DEVICE auto& gate() {
+    if constexpr (sizeof(G) > sizeof(E)) return wide_gate;
+    else return blocks.k_inverse;
+  }
+};
+
+/// Products that a warp has of its block of tokens: 32 channels of three results.
+struct KeyResults {
+  tile::Accumulator q[kResultColumns / 8], k[kResultColumns / 8], column[kResultColumns / 8];
+};
+
+}  // namespace kda

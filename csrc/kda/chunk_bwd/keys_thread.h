@@ -1,0 +1,146 @@
+// What the threads of the keys kernel share, whichever way the chunk's decays go: inputs in registers, products with
+// the states, results handed from the warps that multiply to the threads that have the channels, and sums over tokens.
+#pragma once
+#include "kda/chunk_bwd/keys_storage.h"
+
+namespace kda {
+
+template <class Variant>
+struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
+  using Base = ColumnThread<Variant, KeysStorage<Variant>, 1>;
+  using Base::group, Base::kBlocks, Base::kChunk, Base::kGroups, Base::kKeyTile, Base::kThreads, Base::kWarps,
+      Base::lane, Base::pair, Base::s, Base::thread, Base::warp;
+  using typename Base::E;
+  static constexpr int kOctets = kKeyTile / 8 / kWarps;
+  static_assert(kWarps == kBlocks * (kKeyTile / kResultColumns) && kOctets * kWarps * 8 == kKeyTile);
+
+  ChunkBwdParams const& call;
+  BackwardCell<Variant> const cell;
+  ChunkOfHead const chunk;
+  tile::Pair<E> raw_q[kTokensPerThread], raw_k[kTokensPerThread];
+  float2 dq[kTokensPerThread], dk[kTokensPerThread], dg[kTokensPerThread];  // of scale q; of k; of the log-decay
+  KeyResults results;
+
+  /// The warp's part of the results.
+  KDA_DEVICE int block() const { return warp % kBlocks; }
+  KDA_DEVICE int channel0() const { return warp / kBlocks * kResultColumns; }
+
+  KDA_DEVICE void keep_inputs() {
+#pragma unroll
+    for (int j = 0; j < kTokensPerThread; ++j) {
+      raw_q[j] = Base::raw_q(j), raw_k[j] = Base::raw_k(j);
+      dq[j] = dk[j] = dg[j] = {0.f, 0.f};
+    }
+  }
+  KDA_DEVICE float2 scaled_q(int j) const { return this->q(j, raw_q[j]) * Base::both(this->p.scale); }
+
+  /// results <- dO S_0^T, -dX S_0^T and U dS_C^T, and s.across. The first tile of V may still be on its way.
+  KDA_DEVICE void multiply_states() {
+    float2 across[kOctets] = {};
+    results = {};
+    for (int tile = 0; tile < cell.tiles; ++tile) {
+      if (tile) {
+        this->sync_team();
+        load_tile(tile);
+      }
+      cp_async_wait<0>();
+      this->sync_team();
+      multiply_tile();
+      add_across(across);
+    }
+#pragma unroll
+    for (auto& d : results.k)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) d.x[e] = -d.x[e];
+#pragma unroll
+    for (int i = 0; i < kOctets; ++i) {
+#pragma unroll
+      for (int bits = 4; bits < 32; bits *= 2)
+        across[i].x += shuffle_xor(across[i].x, bits), across[i].y += shuffle_xor(across[i].y, bits);
+      if (lane < 4) *reinterpret_cast<float2*>(&s.across[(warp * kOctets + i) * 8 + lane * 2]) = across[i];
+    }
+  }
+  /// Score gradients and the first tile of V.
+  KDA_DEVICE void load_cell() {
+    load(s.scores, cell.score_gradients());
+    load_tile(0);
+  }
+
+  /// The result of one product for token j, as the thread that has its channels sees it.
+  KDA_DEVICE float2 result(int buffer, int j) const {
+    return *reinterpret_cast<float2 const*>(&s.results[buffer].at(this->row(j), 2 * pair));
+  }
+  KDA_DEVICE void give(int buffer, tile::Accumulator const (&d)[kResultColumns / 8]) {
+#pragma unroll
+    for (int n = 0; n < kResultColumns / 8; ++n)
+      tile::store_accumulator<float>(s.results[buffer], block() * 16, channel0() + n * 8, d[n]);
+  }
+
+  /// The sum of x over the groups of eight tokens [first, end), after one barrier.
+  KDA_DEVICE float2 sum_of_groups(int first, int end) const {
+    float2 sum{0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i)
+      if (i >= first && i < end) sum = sum + s.group_sum[i][pair];
+    return sum;
+  }
+  /// The other way: of the channels of one block of tokens, times `factor`.
+  static KDA_DEVICE void scale(tile::Accumulator (&d)[kResultColumns / 8], float const* factor) {
+#pragma unroll
+    for (int n = 0; n < kResultColumns / 8; ++n) {
+      float2 const f = *reinterpret_cast<float2 const*>(factor + n * 8 + lane_index() % 4 * 2);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) d[n].x[e] *= e % 2 ? f.y : f.x;
+    }
+  }
+
+ private:
+  template <class T>
+  KDA_DEVICE void load(T& to, T const& from) {
+    static_assert(sizeof(T) % 16 == 0);
+    for (int i = thread * 16; i < int(sizeof(T)); i += kThreads * 16)
+      cp_async_16(reinterpret_cast<char*>(&to) + i, reinterpret_cast<char const*>(&from) + i);
+  }
+  KDA_DEVICE void load_tile(int tile) {
+    auto& to = s.tile;
+    int const first = tile * kValueTile, columns = call.value_dim - first;
+    tile_rows<E>(call.d_o, chunk, chunk.value_head, first, columns)
+        .template load<kValueTile>(to.d_o, 0, thread, kThreads);
+    tile_rows<E>(call.dv, chunk, chunk.value_head, first, columns)
+        .template load<kValueTile>(to.d_x, 0, thread, kThreads);
+    load(to.u, cell.u(tile)), load(to.state, cell.state(tile)), load(to.d_state, cell.d_state(tile));
+    cp_async_commit();
+  }
+  KDA_DEVICE void multiply_tile() {
+    auto const& in = s.tile;
+    int const row = block() * 16;
+#pragma unroll
+    for (int d = 0; d < kValueTile; d += 16) {
+      auto const d_o = tile::load_left<E>(in.d_o, row, d), d_x = tile::load_left<E>(in.d_x, row, d);
+      auto const u = tile::load_left_transposed<E>(in.u, d, row);
+#pragma unroll
+      for (int n = 0; n < kResultColumns / 8; n += 2) {
+        auto const state = tile::load_right_transposed<E>(in.state, d, channel0() + n * 8);
+        tile::multiply<E>(results.q[n], results.q[n + 1], d_o, state);
+        tile::multiply<E>(results.k[n], results.k[n + 1], d_x, state);
+        tile::multiply<E>(results.column[n], results.column[n + 1], u,
+                          tile::load_right_transposed<E>(in.d_state, d, channel0() + n * 8));
+      }
+    }
+  }
+  /// A warp has some eights of channels, a lane two of each and every eighth row.
+  KDA_DEVICE void add_across(float2 (&sum)[kOctets]) const {
+#pragma unroll
+    for (int i = 0; i < kOctets; ++i) {
+      int const channel = (warp * kOctets + i) * 8 + lane % 4 * 2;
+#pragma unroll
+      for (int v = 0; v < kValueTile; v += 8) {
+        float2 const a = tile::to_float2<E>(tile::load_pair<E>(&s.tile.state.at(v + lane / 4, channel))),
+                     b = tile::to_float2<E>(tile::load_pair<E>(&s.tile.d_state.at(v + lane / 4, channel)));
+        sum[i] = sum[i] + a * b;
+      }
+    }
+  }
+};
+
+}  // namespace kda

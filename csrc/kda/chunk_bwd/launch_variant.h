@@ -1,0 +1,97 @@
+// The launch of one variant; included by its file in variants/ alone.
+#pragma once
+#include "kda/chunk/launch_prepare.h"
+#include "kda/chunk/variants.h"
+#include "kda/chunk_bwd/clear.h"
+#include "kda/chunk_bwd/kernel.h"
+#include "kda/chunk_bwd/launch.h"
+
+namespace kda {
+
+/// The kernels of a variant, in the order of their launches.
+template <class Variant>
+struct ChunkBwdKernels {
+  using K = Kernel<ChunkBwdParams>;
+  static K clear() {
+    return {{"chunk_bwd_clear", &typeid(Variant), kClearThreads, 0}, chunk_bwd_clear_kernel<Variant>};
+  }
+  static K scan() {
+    return {{"chunk_bwd_scan", &typeid(Variant), ScanShape<Variant, ScanPass::kReverse>::kThreads,
+             sizeof(ScanPairStorage<Variant>)},
+            chunk_bwd_scan_kernel<Variant>};
+  }
+  static K values() {
+    return {{"chunk_bwd_values", &typeid(Variant), ValueGradients<Variant>::kThreads, sizeof(ValuesStorage<Variant>)},
+            chunk_bwd_values_kernel<Variant>};
+  }
+  static K keys() {
+    return {{"chunk_bwd_keys", &typeid(Variant), ChunkShape<Variant>::kColumnThreads, sizeof(KeysStorage<Variant>)},
+            chunk_bwd_keys_kernel<Variant>};
+  }
+  static K reduce() {
+    return {{"chunk_bwd_reduce", &typeid(Variant), kReduceThreads, kReduceThreads * sizeof(float)},
+            chunk_bwd_reduce_kernel<Variant>};
+  }
+  static Kernel<ChunkBwdParams, int64_t> sum_heads() {
+    return {{"chunk_bwd_sum_heads", &typeid(Variant), kReduceThreads, 0}, chunk_bwd_sum_heads_kernel<Variant>};
+  }
+  static std::vector<KernelLaunch> all() { return {clear(), scan(), values(), keys(), reduce(), sum_heads()}; }
+};
+
+/// Everything of the value heads [p.first_head, p.first_head + p.part_heads).
+template <class Variant>
+void launch_round(ChunkBwdParams const& p, cudaStream_t stream) {
+  using Kernels = ChunkBwdKernels<Variant>;
+  unsigned const heads = unsigned(p.part_heads), slots = unsigned(p.part_slots);
+  unsigned const tiles = unsigned(value_tiles(p.value_dim));
+  unsigned const segments = unsigned(part_segments(p.plan, p.part_slots, p.segment_tokens / Variant::config.chunk));
+  bool const of_tokens = p.dv.data, of_keys = p.dq.data || p.dk.data || p.dg.data || p.dA_log || p.ddt_bias;
+  if (slots) launch_prepare<Variant>(p, 1, false, stream);
+  launch(Kernels::scan(), dim3(segments, heads, of_tokens ? 2 * tiles : tiles), stream, p);
+  if (slots && of_tokens) launch(Kernels::values(), dim3(slots, heads), stream, p);
+  if (slots && of_keys) launch(Kernels::keys(), dim3(slots, heads), stream, p);
+  if (p.dA_log || p.ddt_bias)
+    launch(Kernels::reduce(), dim3(heads, unsigned(Variant::config.key_tile / 32 + 1)), stream, p);
+}
+
+template <class Variant>
+void launch_chunk_bwd(ChunkBwdParams p, ChunkBwdSchedule const& schedule, ChunkFwdVariant const& forward,
+                      cudaStream_t stream) {
+  uintptr_t const workspace = reinterpret_cast<uintptr_t>(p.workspace);
+  p.workspace = reinterpret_cast<void*>((workspace + kRecordAlignment - 1) / kRecordAlignment * kRecordAlignment);
+  int const tiles = value_tiles(p.value_dim);
+  p.cell_bytes = BackwardCell<Variant>::size(tiles);
+  p.inverse_offset = int32_t(BackwardCell<Variant>::inverse_offset(tiles));
+  p.first_slot = 0, p.part = 0, p.part_slots = int32_t(p.plan.slots());
+  p.segment_tokens = (p.plan.chunks_of(p.plan.tokens) + 1) * p.plan.chunk;
+  if (p.plan.cu_seqlens && p.dv.data) launch(ChunkBwdKernels<Variant>::clear(), dim3(2, kClearBlocks), stream, p);
+  for (int round = 0; round < schedule.rounds; ++round) {
+    p.first_head = round * schedule.heads_per_round;
+    p.part_heads = std::min(schedule.heads_per_round, p.value_heads - p.first_head);
+    p.walkers = forward.prepare_walk(p.part_slots, p.part_heads).walkers;
+    launch_round<Variant>(p, stream);
+  }
+  if (!p.dq_sum && !p.dk_sum) return;
+  int64_t const rows = p.plan.tokens * (p.plan.cu_seqlens ? 1 : p.plan.sequences);
+  int64_t const blocks = divide_up(rows * p.heads * p.key_dim, kReduceThreads);
+  if (blocks)
+    launch(ChunkBwdKernels<Variant>::sum_heads(), dim3(unsigned(std::min<int64_t>(blocks, 16384))), stream, p, rows);
+}
+
+template <class Variant>
+ChunkBwdVariant describe_chunk_bwd() {
+  using Kernels = ChunkBwdKernels<Variant>;
+  size_t shared = 0;
+  for (KernelLaunch const& kernel : Kernels::all()) shared = std::max(shared, kernel.shared_bytes);
+  return {Variant::name,
+          dtype_of<typename Variant::Element>(),
+          Variant::config.chunk,
+          Variant::config.key_tile,
+          Variant::config.wgmma,
+          shared,
+          [](int value_dim) { return BackwardCell<Variant>::size(value_tiles(value_dim)); },
+          &Kernels::all,
+          &launch_chunk_bwd<Variant>};
+}
+
+}  // namespace kda
