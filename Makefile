@@ -10,18 +10,24 @@ export PATH := $(BIN):$(PATH)
 .PHONY: registers check-registers venv build emulator gtest build/cmake-tests cpp-tests lint test test-sanitizers demo bench clean
 
 venv: $(VENV)/.installed
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q "$(TORCH)" numpy setuptools wheel pybind11 ninja "cmake>=3.24" pytest hypothesis matplotlib ruff==0.17.6 clang-format==23.1.5
+$(VENV)/.installed: pyproject.toml $(VENV)/.demo
+	$(BIN)/python -m pip install -q setuptools wheel pybind11 ninja "cmake>=3.24" pytest hypothesis ruff==0.17.6 clang-format==23.1.5
 	@command -v nvcc >/dev/null || [ -n "$$CUDA_HOME" ] || $(BIN)/python -m pip install -q $$($(BIN)/python csrc/python/nvcc_packages.py)
+	touch $@
+
+$(VENV)/.demo:
+	@echo "A virtual environment in $(VENV), with torch, numpy and matplotlib: about a minute"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$(TORCH)" numpy matplotlib
 	touch $@
 
 build: venv  ## the package, editable, with every kernel
 	KDA_CUDA_BUILD=$${KDA_CUDA_BUILD:-auto} $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 
-# A demo without a GPU needs no second architecture.
-demo: venv
-	KDA_CUDA_ARCHS=$${KDA_CUDA_ARCHS:-$$(command -v nvidia-smi >/dev/null && echo auto || echo 90a)} $(MAKE) build
+# Without a GPU no call reaches a CUDA kernel, so the demo compiles nothing and runs from this folder.
+demo: $(VENV)/.demo
+	@if command -v nvidia-smi >/dev/null; then echo "A GPU: building the kernels for it"; $(MAKE) build; \
+	else echo "No GPU: no kernel is compiled, the PyTorch reference runs everything"; fi
 	$(BIN)/python -m kda_cuda.demo $(ARGS)
 
 CMAKE_COMMON = -S . -G Ninja -DTORCH_DIR=$$($(BIN)/python -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parent)") \

@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import explain
 from .model import HybridConfig, HybridLM
 
 __all__ = ["Corpus", "bits_per_byte", "main", "order0_entropy", "step_by_step_difference", "train"]
 
 BATCH, TOKENS = 16, 256
+STEPS = 200  # about three minutes on two cores
 RESET_EVERY = 8
 CACHE_TOKENS = {"1k": 1 << 10, "128k": 1 << 17, "1M": 1 << 20}
 STEP_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # of the largest logit
@@ -75,20 +77,26 @@ def validation_windows(data: Tensor, device: str) -> Tensor:
 
 
 class Progress:
-    """A bar that redraws itself on a terminal, and one line every tenth of the way elsewhere."""
+    """A bar with the time that is left: one line that redraws itself on a terminal, ten lines elsewhere."""
 
     def __init__(self, total: int):
         self.total, self.start, self.live = total, time.monotonic(), sys.stdout.isatty()
 
     def show(self, done: int, text: str) -> None:
+        """Draws the bar after ``done`` steps; elsewhere than on a terminal only once every tenth of the way."""
+        last = done == self.total
+        if not (self.live or last or done * 10 // self.total != (done - 1) * 10 // self.total):
+            return
+        seconds = time.monotonic() - self.start
+        left = f"{clock(seconds * (self.total - done) / done)} left" if not last else f"took {clock(seconds)}"
         filled = 30 * done // self.total
-        line = (
-            f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{self.total}  {text}  {time.monotonic() - self.start:4.0f} s"
-        )
-        if self.live:
-            print(f"\r{line}\033[K", end="\n" if done == self.total else "", flush=True)
-        elif done == self.total or done * 10 // self.total != (done - 1) * 10 // self.total:
-            print(line, flush=True)
+        line = f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{self.total}  {left}  {text}"
+        print(f"\r{line}\033[K" if self.live else line, end="" if self.live and not last else "\n", flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, such as ``2:05``."""
+    return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -125,7 +133,7 @@ def train(model: HybridLM, corpus: Corpus, steps: int, dtype: torch.dtype, seed:
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                 validation = bits_per_byte(model, held_out)
             history["validation"].append((step + 1, validation))
-        progress.show(step + 1, f"loss {loss.item():.3f} nats, validation {validation:.3f} bits/byte")
+        progress.show(step + 1, f"training batch {history['train'][-1][1]:.3f}, validation {validation:.3f} bits/byte")
     return history
 
 
@@ -199,7 +207,7 @@ def draw(path: Path, model: HybridLM, history: dict, entropy: float) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kda_cuda.demo", description=__doc__)
     parser.add_argument("--text", type=Path, help="a file to learn; default: the Python standard library's sources")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on the CPU, else bfloat16")
     parser.add_argument("--prompt", default="    def __init__(self, ")
@@ -213,6 +221,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if arguments.text is not None and not arguments.text.is_file():
         parser.error(f"--text {arguments.text} is no file")
     return arguments
+
+
+def served_by(config: HybridConfig, device: str, dtype: torch.dtype) -> str:
+    """Says whether kernels or the PyTorch reference run the attention of the demo, and why."""
+    x = torch.zeros(1, TOKENS, config.num_heads, config.head_dim, device=device, dtype=dtype, requires_grad=True)
+    call = explain(x, x, x, x, x[..., 0])
+    steps = {"forward": call.forward, "backward": call.backward}
+    return "\n".join(
+        f"KDA {name}: {'a CUDA kernel' if step.kernel else 'the PyTorch reference'} ({step.reason})"
+        for name, step in steps.items()
+    )
 
 
 def report_decoding(model: HybridLM, held_out: Tensor, dtype: torch.dtype) -> dict:
@@ -241,6 +260,7 @@ def main(argv: list[str] | None = None) -> dict:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{corpus.name}: {len(corpus.train):,} bytes to learn, {len(corpus.validation):,} to be judged on, "
           f"order-0 entropy {entropy:.3f} bits/byte\n{parameters:,} parameters, {device}, {dtype}")  # fmt: skip
+    print(served_by(model.config, device, dtype))
     start = time.monotonic()
     history = train(model, corpus, arguments.steps, dtype, arguments.seed)
     seconds = time.monotonic() - start

@@ -1,4 +1,4 @@
-"""The error budget: how far a result may be from the float64 recurrence, and why that far (style.md §3).
+"""The error budget (docs/mathematics.md, section 6): how far a result may be from the float64 recurrence, and why.
 
 A result passes if its relative RMS error is at most twice that of the same mathematics with the same roundings
 (:func:`low_precision_reference`) plus 1e-6, and never above a cap; and if no row is off by more than ten caps. Where

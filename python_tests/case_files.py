@@ -1,4 +1,4 @@
-"""Case files: what the C++ sanitizer executables read instead of torch (emulator.md, last paragraph).
+"""Case files: what the C++ sanitizer executables read, since a ThreadSanitizer library cannot be loaded into Python.
 
     python -m python_tests.case_files DIRECTORY [case ...]
 

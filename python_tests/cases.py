@@ -228,7 +228,7 @@ class Case:
     layout: str = "contiguous"  # or packed, expanded, transposed
     do: str = "dense"  # or rows, one, transposed
     dfinal_state: bool = True  # whether the loss depends on the final state
-    forward_allowance: float = 1.0  # factors on the caps of accuracy.py (style.md §3)
+    forward_allowance: float = 1.0  # factors on the caps of accuracy.py (docs/mathematics.md, section 6)
     gradient_allowance: float = 1.0
 
     def __str__(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,39 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
     common = ["--text", text, "--steps", "2", "--device", "cpu", "--out", str(tmp_path)]
     runs = [demo.main([*common, "--seed", seed])["bits_per_byte"] for seed in ("5", "5", "6")]
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_the_bar_says_how_much_time_is_left(monkeypatch, capsys):
+    """Elsewhere than on a terminal: one line every tenth of the way, from the pace so far."""
+    seconds = iter(range(0, 10_000, 3))
+    monkeypatch.setattr(demo.time, "monotonic", lambda: next(seconds))
+    progress = demo.Progress(20)
+    for done in range(1, 21):
+        progress.show(done, "text")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10
+    assert lines[0] == "[###...........................] 2/20  0:27 left  text"
+    assert lines[-1] == f"[{'#' * 30}] 20/20  took 0:30  text"
+
+
+def test_the_demo_says_that_the_reference_runs_on_the_cpu():
+    told = demo.served_by(demo.HybridConfig(), "cpu", torch.float32).splitlines()
+    assert told[0] == "KDA forward: the PyTorch reference (CPU tensors run the PyTorch reference)"
+    assert told[1].startswith("KDA backward: the PyTorch reference (")
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_make_demo_builds_kernels_for_a_gpu_alone(tmp_path, gpu):
+    """What `make` would run, without a GPU and with one (by the name of its tool)."""
+    tools = [tmp_path / name for name in ("sh", "make", *["nvidia-smi"] * gpu)]
+    for tool in tools:
+        tool.symlink_to(f"/usr/bin/{tool.name}" if tool.name != "nvidia-smi" else "/bin/true")
+    told = subprocess.check_output(
+        ["/usr/bin/make", "-n", "demo", f"VENV={tmp_path}/venv"], text=True, cwd=Path(demo.__file__).parent.parent,
+        env={"PATH": str(tmp_path), "HOME": os.environ.get("HOME", "/")},
+    )  # fmt: skip
+    assert ("pip install -q --no-build-isolation" in told) == gpu
+    assert ("No GPU: no kernel is compiled" in told) and "-m kda_cuda.demo" in told
 
 
 def test_a_difference_between_decoding_and_forward_fails_the_demo(tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ def inputs(form: str, shape: tuple[int, ...], device, dtype: torch.dtype) -> tup
 
 
 def definition(x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None) -> Tensor:
-    """kda.md, section 1, in float64; the parameters broadcast over x."""
+    """docs/mathematics.md, section 1, in float64; the parameters broadcast over x."""
     x = x if dt_bias is None else x + dt_bias
     amplitude = torch.ones((), dtype=torch.float64) if A_log is None else A_log.exp()
     if lower_bound is None:

@@ -70,15 +70,6 @@ def test_readme_has_the_measured_accuracy():
     assert accuracy_table.markdown(rows) in README
 
 
-def test_files_that_documents_name_exist():
-    for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
-        text = (ROOT / document).read_text()
-        linked = re.findall(r"\]\(([\w./-]+)\)", text)
-        named = re.findall(r"`((?:bench|csrc|docs|python_tests|kda_cuda)/[\w./-]+)`", text)
-        for name in linked + named:
-            assert (ROOT / name).exists(), f"{document} names {name}"
-
-
 def test_make_targets_that_documents_name_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     for document in ("README.md", "CONTRIBUTING.md"):

@@ -72,7 +72,7 @@ MAIN = Variant("bf16_k128_sm90")
 # Those that the costs were fitted to.
 VARIANTS = (MAIN, *map(Variant, ("fp16_k128_sm90", "fp32_k128", "bf16_k64_sm90", "bf16_k256")))
 
-# peers.md: attributed, each on the GPU its authors had, fast regime.
+# By the projects named, each on the GPU its authors had, fast regime.
 PUBLISHED = {
     "T8192_H64_N1": "FlashKDA 1620 (H20), cuLA 1760 (H200), fla 1820 (H200)",
     "T8192_H96_N1": "FlashKDA 2620 (H20), fla 4840 (H20)",
@@ -140,7 +140,7 @@ def table(measured: dict) -> str:
         f"Written by `python -m bench.python.cost_model`; do not edit. Variant `{MAIN.name}`, K = V = 128, µs of",
         "GPU time. Predicted by the library (`ScanCost`, csrc/kda/chunk_fwd/launch.h), once for both regimes; measured",
         f"at {measured['commit']} on an {measured['gpu']}.",
-        "Published: fast regime, by the authors named in peers.md, on the GPU named here.",
+        "Published: fast regime, by the projects named, on the GPU named here.",
         "",
         line(COLUMNS),
         line(COLUMNS.values()),

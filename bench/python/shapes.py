@@ -104,7 +104,7 @@ def inputs(shape: Shape, regime: str, device: str, dtype: torch.dtype, head_dim:
 
 
 def traffic_bytes(shape: Shape, head_dim: int, element: int) -> int:
-    """What a forward must move at least: q, k, v, g, beta read, o written (kda.md §5)."""
+    """What a forward must move at least: q, k, v, g, beta read, o written (docs/mathematics.md, section 5)."""
     return shape.tokens * shape.heads * (5 * head_dim + 1) * element
 
 

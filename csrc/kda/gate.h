@@ -1,4 +1,4 @@
-// The gate: from what the layer projects to the log-decay g <= 0 of each key channel (kda.md, section 1).
+// The gate: from what the layer projects to the log-decay g <= 0 of each key channel (docs/mathematics.md, section 1).
 #pragma once
 #include "platform/math.h"
 

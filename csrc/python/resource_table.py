@@ -27,7 +27,7 @@ _LOSS = re.compile(r"Potential Performance Loss: (.+)")
 _IN_FUNCTION = re.compile(r"function '(\w+)'")
 _WHAT_TO_DO = (
     "wgmma: between the first product of a group and its wait there may be no branch, no call and no access to the "
-    "accumulators (bench/NOTES.md); setmaxnreg: the registers at entry must be known from __launch_bounds__"
+    "accumulators (bench/log); setmaxnreg: the registers at entry must be known from __launch_bounds__"
 )
 # Nothing but inner loops, and registers to spare: these may not spill, whatever the baseline says.
 _NEVER_SPILLS = re.compile(r"chunk_fwd_scan_kernel<(Bf16|Fp16)K(64|128)(C32|Sm90)?>")

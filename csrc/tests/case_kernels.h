@@ -254,7 +254,7 @@ inline std::map<std::string, CaseTensor> run_gate_bwd(CaseFile const& c, CaseTen
   return results;
 }
 
-/// The gate's equations in float64 (kda.md, section 1), stored as fp32: y, dg, dA_log, ddt_bias.
+/// The gate's equations in float64 (docs/mathematics.md, section 1), stored as fp32: y, dg, dA_log, ddt_bias.
 inline std::map<std::string, CaseTensor> gate_truth(CaseFile const& c, CaseTensor const& dy) {
   CaseTensor const& g = c["g"];
   int64_t const heads = g.shape[2], channels = g.shape[3], columns = heads * channels;

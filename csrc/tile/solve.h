@@ -1,6 +1,6 @@
-// Solution of (I + L) X = R for a strictly lower triangular L by substitution (kda.md, section 4): in fp32 inside 16 x
-// 16 diagonal blocks, by blocks above. Nothing is ever squared, so nothing can blow up on the way to an X that does
-// not.
+// Solution of (I + L) X = R for a strictly lower triangular L by substitution (docs/mathematics.md, section 4): in fp32
+// inside 16 x 16 diagonal blocks, by blocks above. Nothing is ever squared, so nothing can blow up on the way to an X
+// that does not.
 #pragma once
 #include "tile/mma_tile.h"
 

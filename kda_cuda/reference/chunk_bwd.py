@@ -1,4 +1,7 @@
-"""The explicit chunkwise backward (kda.md §3). Nothing is saved but the inputs: chunk quantities are recomputed."""
+"""The explicit chunkwise backward (docs/mathematics.md, section 3).
+
+Nothing is saved but the inputs: chunk quantities are recomputed.
+"""
 
 from __future__ import annotations
 

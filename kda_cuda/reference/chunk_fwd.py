@@ -1,4 +1,4 @@
-"""The chunkwise forward (kda.md §2).
+"""The chunkwise forward (docs/mathematics.md, section 2).
 
 (I + Diag(beta) A_kk) U = Diag(beta) (V - (Gamma.K) S_0)
 O   = scale [ (Gamma.Q) S_0 + A_qk U ]

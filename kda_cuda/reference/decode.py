@@ -1,4 +1,6 @@
-"""A few tokens on top of a pool of states, token by token: the recurrence itself (kda.md §1), and its bookkeeping.
+"""A few tokens on top of a pool of states, token by token, and the bookkeeping of the pool.
+
+The recurrence itself (docs/mathematics.md, section 1):
 
 S'_t = Diag(exp g_t) S_{t-1},   u_t = beta_t (v_t - S'_t^T k_t),   S_t = S'_t + k_t u_t^T,   o_t = scale S_t^T q_t
 """

@@ -1,4 +1,7 @@
-"""The gate of KDA (kda.md §1): from what the layer projects to the log-decay ``g <= 0`` of each key channel."""
+"""The gate of KDA (docs/mathematics.md, section 1).
+
+It leads from what the layer projects to the log-decay ``g <= 0`` of each key channel.
+"""
 
 from __future__ import annotations
 

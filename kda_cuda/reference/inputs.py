@@ -1,4 +1,4 @@
-"""What the ops do to their inputs before the recurrence (kda.md §1), and the same backwards."""
+"""What the ops do to their inputs before the recurrence (docs/mathematics.md, section 1), and the same backwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decayed scores inside a chunk, exact for every gate (kda.md §4).
+"""Decayed scores inside a chunk, exact for every gate (docs/mathematics.md, section 4).
 
 A chunk is split in halves, the halves again, down to single tokens. Every pair (row r, column i < r) is separated by
 exactly one split ``[lo, m, hi)`` and meets at its anchor ``m``:
@@ -95,7 +95,7 @@ def decay_rows(q: Tensor, k: Tensor, level: Level, out: Tensor) -> Tensor:
 
 
 class DecayGradient:
-    """Collects dg by adding alone (kda.md §3): ``dg_t`` gets only the paths that token t decays.
+    """Collects dg by adding alone (docs/mathematics.md, section 3): ``dg_t`` gets only the paths that token t decays.
 
     A path that enters row r from an anchor, or from the state, is decayed by the tokens from there to r: ``dg_t`` sums
     the rows r >= t of its block. A path that leaves column i for an anchor, or for the end, is decayed by the tokens

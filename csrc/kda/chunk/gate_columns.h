@@ -2,7 +2,7 @@
 // tokens.
 //
 // Every decay is exp of a sum of log-decays from an anchor outwards. With a channel's tokens in one thread such sums
-// are running sums: nothing is subtracted, whatever the gate (kda.md, section 4).
+// are running sums: nothing is subtracted, whatever the gate (docs/mathematics.md, section 4).
 #pragma once
 #include "kda/chunk/inputs.h"
 #include "kda/chunk/shape.h"

@@ -6,10 +6,10 @@
 //     U^T = (T V)^T - S^T W^T
 //     O^T = S^T (scale Gamma.Q)^T + U^T A_qk^T          S^T <- S^T Diag(Gamma_C) + U^T K~
 // Where two warps have half of K each, they add up S^T W^T through shared memory, and the first completes the outputs.
-// Helper warps bring the records of the next chunks (workspace.h) and take the outputs away meanwhile.
+// Helper warps bring the records of the next chunks (record.h) and take the outputs away meanwhile.
 //
 // The passes differ in what they keep (ScanPass). The gradients of the states run through the same records from the
-// last to the first (chunk_bwd/reverse.h).
+// last to the first (chunk_bwd/scan.h).
 #pragma once
 #include "kda/chunk/segments.h"
 #include "kda/chunk/state_io.h"
@@ -98,8 +98,8 @@ struct ScanBarrier {
 /// stages: a check then is read by all before the next one is written.
 inline constexpr int kCheckInterval = 4;
 /// Rows of M count as zero once all their entries are below the smallest normal fp32 number: chunks map rows to rows
-/// that are no longer (kda.md, section 4: beta |k|^2 <= 2), so that the rest cannot bring them back, and of a state
-/// S_start at most sqrt(K) 2^-126 |S_start| is left out.
+/// that are no longer (docs/mathematics.md, section 4: beta |k|^2 <= 2), so that the rest cannot bring them back, and
+/// of a state S_start at most sqrt(K) 2^-126 |S_start| is left out.
 inline constexpr float kNegligible = 1.17549435e-38f;
 
 template <class Variant, ScanPass kPass>

@@ -17,7 +17,7 @@ inline constexpr double kSegmentShare = 0.25;   // of the records: states of seg
 inline constexpr int64_t kMostSegmentBytes = 32 << 20;
 inline constexpr size_t kRecordAlignment = 1024;
 
-/// What a variant takes, in microseconds on an H100 (bench/NOTES.md): fitted to measurements of bf16_k128_sm90,
+/// What a variant takes, in microseconds on an H100 (bench/log): fitted to measurements of bf16_k128_sm90,
 /// fp16_k128_sm90, fp32_k128, bf16_k64_sm90 and bf16_k256; the others are taken to be like these. What has to be moved
 /// takes what it takes at copy_tb_s().
 struct ScanCost {

@@ -1,5 +1,5 @@
-// A few steps of the recurrence (kda.md, section 1) on one run of values of one head of one sequence per block. The
-// state is read once and written once; everything else is small beside it.
+// A few steps of the recurrence (docs/mathematics.md, section 1) on one run of values of one head of one sequence per
+// block. The state is read once and written once; everything else is small beside it.
 #pragma once
 #include "kda/decode/state_tile.h"
 #include "kda/decode/token.h"
