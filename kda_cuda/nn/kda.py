@@ -82,6 +82,25 @@ class KimiDeltaAttention(nn.Module):
 
         return super()._apply(keep_fp32, recurse)
 
+    @property
+    def _is_fsdp_managed_module(self) -> bool:
+        """FSDP2 sets this when it has taken parameters of the layer into a group."""
+        return vars(self).get("_managed", False)
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, managed: bool) -> None:
+        """Refuses a group of two dtypes, which FSDP2 would refuse in the first forward, without a way out."""
+        first, vars(self)["_managed"] = not self._is_fsdp_managed_module, managed
+        if first and hasattr(self.A_log, "device_mesh"):
+            grouped = [m for m in self.children() if not any(c.__name__ == "FSDPModule" for c in type(m).__mro__)]
+            trained = [p for p in (self.A_log, *(p for m in grouped for p in m.parameters())) if p.requires_grad]
+            dtypes = {str(p.dtype).removeprefix("torch.") for p in trained}
+            if len(dtypes) > 1:
+                raise Checker("fully_shard").value_error(
+                    f"the parameters of a KimiDeltaAttention have dtypes {sorted(dtypes)}, expected one: "
+                    "kda_cuda.parallel.shard(model, ...) shards such a model, with A_log and dt_bias apart"
+                )
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A_log may be ``[1, 1, heads, 1]``, as released checkpoints have it, and dt_bias ``[heads, head_dim]``."""
         fit_on_load(state_dict, prefix, self, "A_log")
