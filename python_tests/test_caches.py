@@ -85,6 +85,18 @@ def test_steps_without_gradients_leave_what_autograd_kept(make, trained, device)
         state.backward(retain_graph=True)
 
 
+@LAYERS
+@torch.no_grad()
+def test_compiled_pieces_continue(make):
+    """One graph a call, cache and all."""
+    layer, x = make(), torch.randn(2, 9, HIDDEN)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    cache = layer.new_cache(2)
+    pieces = torch.cat([compiled(part, cache) for part in x.split([8, 1], dim=1)], 1)
+    torch.testing.assert_close(pieces, layer(x), **CLOSE)
+
+
 def test_detach_stops_gradients():
     layer, x = mla_layer(), torch.randn(1, 4, HIDDEN, requires_grad=True)
     cache = layer.new_cache(1)

@@ -37,6 +37,16 @@ def test_no_tokens(make, shape, cached):
     assert x.grad.shape == shape
 
 
+@pytest.mark.devices("emulator", "cuda")
+@pytest.mark.parametrize("shape", [(2, 0, HIDDEN), (0, 3, HIDDEN), (0, 1, HIDDEN)], ids=str)
+@torch.no_grad()
+def test_no_tokens_on_the_kernels(shape, device):
+    layer = kda_layer().to(device)
+    cache, x = layer.new_cache(shape[0]), torch.zeros(shape, device=device)
+    before = cache.state.clone()
+    assert layer(x).shape == layer(x, cache).shape == shape and torch.equal(cache.state, before)
+
+
 @LAYERS
 @torch.no_grad()
 def test_no_tokens_leave_the_cache_as_it_is(make):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..checks import Checker
+from ..checks import Checker, check_contents
 
 __all__ = ["KDACache", "MLACache", "concatenate"]
 
@@ -17,7 +17,7 @@ def _own(x: Tensor) -> Tensor:
 
     A copy is needed of a tensor of inference mode outside of it, and of a result of autograd while gradients are off.
     """
-    if x.is_inference() and not torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and x.is_inference() and not torch.is_inference_mode_enabled():
         return x.clone()
     return x.detach().clone() if x.requires_grad and not torch.is_grad_enabled() else x
 
@@ -42,7 +42,7 @@ class RowCache:
 
     @property
     def batch_size(self) -> int:
-        return len(self._rows())
+        return self._rows().shape[0]
 
     def row_lengths(self) -> Tensor:
         """int64 ``[batch]``: the tokens of each row."""
@@ -297,7 +297,7 @@ def _row_indices(op: str, rows: Tensor | Sequence[int], cache: RowCache) -> Tens
     c.rank("rows", rows, "rows")
     c.dtype("rows", rows, (torch.int64, torch.int32))
     inside = (rows >= 0) & (rows < cache.batch_size)
-    if not bool(inside.all()):
+    if check_contents(rows) and not bool(inside.all()):
         raise c.value_error(f"rows has {int(rows[~inside][0])}, expected 0 <= row < {cache.batch_size}")
     return rows
 
@@ -306,7 +306,7 @@ def check_rows(c: Checker, x: Tensor, cache: RowCache | None) -> None:
     """That ``x`` is ``[batch, tokens, hidden]`` with a row for each of the cache's."""
     c.tensor("x", x)
     c.rank("x", x, "batch, tokens, hidden")
-    if cache is not None and len(x) != cache.batch_size:
+    if cache is not None and x.shape[0] != cache._rows().shape[0]:
         raise c.value_error(f"x has shape {list(x.shape)}, expected batch={cache.batch_size}, the rows of the cache")
 
 

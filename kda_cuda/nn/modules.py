@@ -72,17 +72,12 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     Only then may the weight be used without the call. Wrappers, adapters, parametrizations, quantised or sharded
     weights, biases and hooks all make it False.
     """
-    return (
-        type(module) is kind
-        and "forward" not in vars(module)
-        and not any(getattr(module, hooks) for hooks in _HOOKS)
-        and {name for name, p in module._parameters.items() if p is not None} == {"weight"}
-        and type(module.weight) in (nn.Parameter, Tensor)
-        and not nn.modules.module._has_any_global_hook()
-    )
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if type(module) is not kind or "forward" in vars(module) or nn.modules.module._has_any_global_hook():
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    parameters = module._parameters
+    return type(parameters.get("weight")) in (nn.Parameter, Tensor) and parameters.get("bias") is None
 
 
 def device_and_dtype(module: nn.Module, leave_out: tuple[str, ...] = ()) -> tuple[torch.device, torch.dtype]:
