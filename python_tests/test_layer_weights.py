@@ -93,6 +93,25 @@ def test_mla_steps_call_a_changed_projection(change):
 
 
 @torch.no_grad()
+def test_mla_steps_call_a_projection_under_hooks_of_all_modules():
+    layer = mla_layer()
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, y: 2 * y if module is layer.kv_b_proj else y
+    )
+    try:
+        assert_pieces_equal_one_pass(layer, torch.randn(2, 12, HIDDEN))
+    finally:
+        handle.remove()
+
+
+def test_steps_run_the_backward_hooks_of_a_projection():
+    layer, seen = mla_layer(), []
+    layer.kv_b_proj.register_full_backward_hook(lambda module, inputs, outputs: seen.append(1))
+    layer(torch.randn(1, 1, HIDDEN), layer.new_cache(1)).sum().backward()
+    assert seen == [1]
+
+
+@torch.no_grad()
 def test_mla_steps_absorb_a_plain_projection(monkeypatch):
     """So that the comparison above cannot pass by never absorbing."""
     layer, x = mla_layer(), torch.randn(1, 3, HIDDEN)

@@ -228,13 +228,10 @@ class MLACache(RowCache):
         result has after the tokens of a row is finite and means nothing.
         """
         begin, end = self.length, self.length + latents.shape[1]
-        new, grads = latents.to(self.buffer.dtype), torch.is_grad_enabled()
+        new = latents.to(self.buffer.dtype)
         if counts is not None or self.lengths is not None:
             place = self.row_lengths()[:, None] + torch.arange(end - begin, device=new.device)
-            place = place.unsqueeze(-1).expand_as(new)
-            self.buffer = (torch.scatter if grads else Tensor.scatter_)(self._with_room(end), 1, place, new)
-        elif grads:
-            self.buffer = torch.cat((_own(self.buffer[:, :begin]), new), dim=1)
+            self.buffer = self._with_room(end).scatter_(1, place.unsqueeze(-1).expand_as(new), new)
         else:
             self.buffer = self._with_room(end)
             self.buffer[:, begin:end] = new
@@ -242,7 +239,7 @@ class MLACache(RowCache):
         return self.buffer[:, :end].to(latents.dtype)
 
     def _with_room(self, end: int) -> Tensor:
-        """A buffer that may be written up to ``end``. While gradients are enabled it has no further room."""
+        """A buffer that may be written up to ``end``. While gradients are enabled it is new, without further room."""
         held, grads = self.buffer[:, : self.length], torch.is_grad_enabled()
         if not grads and end <= self.buffer.shape[1]:
             return _own(self.buffer)
