@@ -251,6 +251,9 @@ def test_crop_where_it_cannot_be_changes_nothing(model):
     with pytest.raises(ValueError) as error:
         cache.crop(22)
     assert str(error.value) == message and cache.row_lengths().tolist() == [25, 25]
+    cache.layers[2].drop_checkpoints()  # of one layer alone: the layers before it stay as they are
+    with pytest.raises(ValueError, match=r"length is 20 and row 0 .* expected one of \[0, 25\]"):
+        cache.crop(20)
     assert torch.equal(continued(model, prompt(2, 5), cache), expected)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -31,15 +29,30 @@ class Adapted(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A quantised projection: its weight is no floating point tensor."""
+    """A quantised projection: its weight has no dtype to compute in."""
+
+    dtype = torch.int8
 
     def __init__(self, base: nn.Linear):
         super().__init__()
         self.scale = base.weight.detach().abs().max() / 127
-        self.weight = nn.Parameter((base.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.weight = nn.Parameter((base.weight.detach() / self.scale).round().to(self.dtype), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ (self.weight.to(x.dtype) * self.scale).T
+
+
+class Float8Linear(Int8Linear):
+    dtype = torch.float8_e4m3fn
+
+
+class Doubled(torch.Tensor):
+    """A weight with a product of its own, as quantised tensors have."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        y = super().__torch_function__(function, types, arguments, options or {})
+        return 2 * y.as_subclass(torch.Tensor) if function is nn.functional.linear else y
 
 
 class Twice(nn.Module):
@@ -68,6 +81,11 @@ def _hooked_before(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
+def _subclassed(linear: nn.Linear) -> nn.Linear:
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Doubled))
+    return linear
+
+
 def _parametrized(linear: nn.Linear) -> nn.Linear:
     parametrize.register_parametrization(linear, "weight", Twice())
     return linear
@@ -79,7 +97,7 @@ def assert_pieces_equal_one_pass(layer: nn.Module, x: torch.Tensor, parts=(8, 1,
     torch.testing.assert_close(pieces, layer(x), rtol=1e-4, atol=1e-5)
 
 
-CHANGES = [Adapted, Int8Linear, _with_bias, _called_instead, _hooked, _hooked_before, _parametrized]
+CHANGES = [Adapted, Int8Linear, _with_bias, _called_instead, _hooked, _hooked_before, _parametrized, _subclassed]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
@@ -149,13 +167,14 @@ def test_kda_steps_are_fused_while_nothing_is_changed(device):
 
 
 @LAYERS
+@pytest.mark.parametrize("kind", [Int8Linear, Float8Linear])
 @torch.no_grad()
-def test_a_quantised_query_projection_has_a_cache(make):
+def test_a_quantised_query_projection_has_a_cache(make, kind):
     layer = make()
-    layer.q_proj = Int8Linear(layer.q_proj)
+    layer.q_proj = kind(layer.q_proj)
     assert_pieces_equal_one_pass(layer, torch.randn(2, 12, HIDDEN))
-    expected = copy.deepcopy(layer).bfloat16().new_cache(2)
-    assert {t.dtype for t in vars(expected).values() if isinstance(t, torch.Tensor)} <= {torch.bfloat16, torch.float32}
+    dtypes = {t.dtype for t in vars(layer.new_cache(2)).values() if isinstance(t, torch.Tensor)}
+    assert dtypes == {torch.float32}
 
 
 @torch.no_grad()
