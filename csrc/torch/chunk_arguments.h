@@ -10,7 +10,7 @@ namespace kda {
 inline Rows rows_of(char const* op, char const* name, Tensor const& x) {
   bool const is_fp32 = x.scalar_type() == ScalarType::Float;
   if (x.dim() == 3) return {x.data_ptr(), {x.stride(0), x.stride(1), x.stride(2)}, is_fp32, false};
-  require(x.size(3) <= 1 || x.stride(3) == 1, op,
+  require(x.numel() == 0 || x.size(3) <= 1 || x.stride(3) == 1, op,
           std::string(name) + " is strided in its last dimension, expected it contiguous");
   int64_t const elements = 16 / int64_t(x.element_size());
   bool in_pieces = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && x.size(3) % elements == 0;

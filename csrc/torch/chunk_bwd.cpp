@@ -100,7 +100,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
   Transforms{scale, use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval, lower_bound, A_log, dt_bias}.set(kOp,
                                                                                                                   p);
   p.batch_invariant = batch_invariant;
-  Tensor const d_output = d_o.stride(3) == 1 || d_o.size(3) <= 1 ? d_o : torch::stable::contiguous(d_o);
+  bool const in_rows = d_o.numel() == 0 || d_o.stride(3) == 1 || d_o.size(3) <= 1;
+  Tensor const d_output = in_rows ? d_o : torch::stable::contiguous(d_o);
   p.d_o = rows_of(kOp, "do", d_output);
 
   Allocation const allocate{q, wanted};

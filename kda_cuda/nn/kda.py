@@ -1,0 +1,243 @@
+"""The layer of Kimi Delta Attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .. import decoding_layer
+from ..checks import Checker
+from ..ops import chunk_kda, fused_recurrent_kda
+from .cache import KDACache, check_rows
+from .layouts import Documents, Layout, PaddedRows, layout_of
+from .modules import GatedRMSNorm, ShortConvolution, device_and_dtype, fit_on_load, is_plain
+
+__all__ = ["KimiDeltaAttention"]
+
+GATE_PARAMETERS = ("A_log", "dt_bias")
+NEVER = -1e4  # the logit of a write or of a decay that does not happen: exactly 0 in every dtype
+
+
+class KimiDeltaAttention(nn.Module):
+    """Kimi Delta Attention over ``[batch, tokens, hidden_size]``, in parallel or a few tokens on top of a cache.
+
+    Projections, a causal convolution with SiLU on each of q, k and v, the gate
+    ``-exp(A_log) softplus(f_b(f_a x) + dt_bias)``, ``beta = sigmoid(b x)``, l2-normalised q and k, the delta rule, and
+    ``o_proj(RMSNorm(o) sigmoid(g_b(g_a x)))``. Source: Kimi Linear report, section 4.
+
+    Args:
+        hidden_size: width of the input and of the output.
+        num_heads, head_dim: of q, k and v alike.
+        conv_size: taps of the short convolutions.
+        norm_eps: of the output norm.
+
+    Example:
+        >>> import torch
+        >>> from kda_cuda.layers import KimiDeltaAttention
+        >>> layer = KimiDeltaAttention(hidden_size=64, num_heads=2, head_dim=32)
+        >>> layer(torch.randn(1, 10, 64)).shape
+        torch.Size([1, 10, 64])
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, conv_size: int = 4, norm_eps: float = 1e-5):
+        super().__init__()
+        self.num_heads, self.head_dim, self.conv_size = num_heads, head_dim, conv_size
+        width = num_heads * head_dim
+        for name in ("q", "k", "v"):
+            self.add_module(f"{name}_proj", nn.Linear(hidden_size, width, bias=False))
+            self.add_module(f"{name}_conv1d", ShortConvolution(width, conv_size))
+        self.f_a_proj = nn.Linear(hidden_size, head_dim, bias=False)
+        self.f_b_proj = nn.Linear(head_dim, width, bias=False)
+        self.b_proj = nn.Linear(hidden_size, num_heads, bias=False)
+        self.g_a_proj = nn.Linear(hidden_size, head_dim, bias=False)
+        self.g_b_proj = nn.Linear(head_dim, width, bias=False)
+        self.A_log = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
+        self.o_norm = GatedRMSNorm(head_dim, norm_eps)
+        self.o_proj = nn.Linear(width, hidden_size, bias=False)
+        self.reset_gate_parameters()
+
+    @torch.no_grad()
+    def reset_gate_parameters(self) -> None:
+        """Amplitudes A uniform in [1, 16]; time steps softplus(dt_bias) log-uniform in [1e-3, 1e-1]."""
+        self.A_log.uniform_(1, 16).log_()
+        dt = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+        dt.add_(torch.log(-torch.expm1(-dt)))
+
+    def reset_parameters(self) -> None:
+        """Sets the parameters that belong to the layer itself; its modules have a ``reset_parameters`` of their own."""
+        self.reset_gate_parameters()
+
+    def _apply(self, fn, recurse=True):
+        """Casting a model to 16 bits leaves A_log and dt_bias in fp32: they scale every decay of a whole context."""
+        own = [p for name in GATE_PARAMETERS if (p := self._parameters.get(name)) is not None]
+        kept = [t for p in own for t in (p, p.grad) if t is not None]
+
+        def keep_fp32(t: Tensor) -> Tensor:
+            moved = fn(t)
+            is_kept = moved.dtype != t.dtype and any(t is x for x in kept)
+            return t.to(moved.device) if is_kept else moved
+
+        return super()._apply(keep_fp32, recurse)
+
+    @property
+    def _is_fsdp_managed_module(self) -> bool:
+        """FSDP2 sets this when it has taken parameters of the layer into a group."""
+        return vars(self).get("_managed", False)
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, managed: bool) -> None:
+        """Refuses a group of two dtypes, which FSDP2 would refuse in the first forward, without a way out."""
+        first, vars(self)["_managed"] = not self._is_fsdp_managed_module, managed
+        if first and hasattr(self.A_log, "device_mesh"):
+            grouped = [m for m in self.children() if not any(c.__name__ == "FSDPModule" for c in type(m).__mro__)]
+            trained = [p for p in (self.A_log, *(p for m in grouped for p in m.parameters())) if p.requires_grad]
+            dtypes = {str(p.dtype).removeprefix("torch.") for p in trained}
+            if len(dtypes) > 1:
+                raise Checker("fully_shard").value_error(
+                    f"the parameters of a KimiDeltaAttention have dtypes {sorted(dtypes)}, expected one: "
+                    "kda_cuda.parallel.shard(model, ...) shards such a model, with A_log and dt_bias apart"
+                )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """A_log may be ``[1, 1, heads, 1]``, as released checkpoints have it, and dt_bias ``[heads, head_dim]``."""
+        fit_on_load(state_dict, prefix, self, "A_log")
+        fit_on_load(state_dict, prefix, self, "dt_bias", (self.num_heads, self.head_dim))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def new_cache(
+        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> KDACache:
+        """For ``batch_size`` sequences that have not begun. Default: device and dtype of the layer's weights."""
+        like = device_and_dtype(self, leave_out=GATE_PARAMETERS)
+        device, dtype = like[0] if device is None else device, like[1] if dtype is None else dtype
+        width = self.num_heads * self.head_dim
+        state = (batch_size, self.num_heads, self.head_dim, self.head_dim)
+        return KDACache(
+            torch.zeros(batch_size, 3 * width, self.conv_size - 1, device=device, dtype=dtype),
+            torch.zeros(state, device=device, dtype=torch.promote_types(dtype, torch.float32)),
+        )
+
+    def cache_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """Of one sequence; ``tokens`` does not matter."""
+        width = self.num_heads * self.head_dim
+        state = torch.promote_types(dtype, torch.float32)
+        return 3 * width * (self.conv_size - 1) * dtype.itemsize + width * self.head_dim * state.itemsize
+
+    def forward(
+        self,
+        x: Tensor,
+        cache: KDACache | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        layout: Layout | None = None,
+    ) -> Tensor:
+        """``[batch, tokens, hidden_size]`` for such an ``x``.
+
+        Args:
+            cache: it is read, and brought forward past the tokens of x; without it x starts the sequences.
+            attention_mask: bool or integer ``[batch, tokens]``, nonzero for tokens: the others, anywhere in a row, are
+                padding. They change nothing and get zeros. With a cache, columns of past tokens may come first.
+            cu_seqlens: int32 or int64 ``[documents + 1]``: x is one row, and document n its tokens ``cu_seqlens[n]`` to
+                ``cu_seqlens[n + 1]``. No document sees another. Not with a cache.
+            layout: what the two before say, prepared for several layers; x is then in the order of the layout.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit; the message names it.
+        """
+        op = "KimiDeltaAttention"
+        check_rows(Checker(op), x, cache)
+        if layout is None:
+            own = layout_of(op, x, cache is not None, attention_mask, cu_seqlens)
+            return own.leave(self._forward(own.enter(x), cache, own))
+        return self._forward(x, cache, layout)
+
+    def _forward(self, x: Tensor, cache: KDACache | None, layout: Layout) -> Tensor:
+        heads, counts = (-1, self.head_dim), layout.counts
+        gate = self.f_b_proj(self.f_a_proj(x)).unflatten(-1, heads)
+        beta = self.b_proj(x)
+        output_gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, heads)
+        single_step = cache is not None and x.shape[1] == 1
+        if cache is not None:
+            cache.own()
+        if single_step and self._can_fuse(gate):
+            return self.o_proj(self._fused_step(x, gate, beta, output_gate, cache, counts).flatten(-2))
+        q, k, v = self._convolved(x, cache, layout)
+        if cache is not None and isinstance(layout, PaddedRows):  # padding leaves the state as it is
+            padding = layout.padding(x.shape[1]).unsqueeze(-1)
+            gate, beta = gate.masked_fill(padding.unsqueeze(-1), NEVER), beta.masked_fill(padding, NEVER)
+        o, state = (fused_recurrent_kda if single_step else chunk_kda)(
+            q, k, v, gate, beta,
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            initial_state=None if cache is None else cache.state,
+            output_final_state=cache is not None,
+            use_qk_l2norm_in_kernel=True,
+            use_gate_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True,
+            state_v_first=True,
+            cu_seqlens=layout.cu_seqlens,
+        )  # fmt: skip
+        if cache is not None:
+            cache.state = state
+            cache.advance(x.shape[1], counts)
+        return self.o_proj(self.o_norm(o, output_gate).flatten(-2))
+
+    def _convolved(self, x: Tensor, cache: KDACache | None, layout: Layout) -> list[Tensor]:
+        """q, k, v ``[batch, tokens, heads, head_dim]``; the cache then holds the last inputs."""
+        inputs = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        pasts = [None] * 3 if cache is None else cache.conv.chunk(3, dim=1)
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        convolve = self._convolved_alone if isinstance(layout, Documents) else lambda conv, y, past, _: conv(y, past)
+        streams = [convolve(*arguments, layout) for arguments in zip(convolutions, inputs, pasts, strict=True)]
+        if cache is not None:
+            seen = torch.cat((cache.conv, torch.cat(inputs, dim=-1).transpose(1, 2).to(cache.conv.dtype)), dim=2)
+            cache.conv = _last_inputs(seen, self.conv_size - 1, layout.counts)
+        return [y.unflatten(-1, (-1, self.head_dim)) for y in streams]
+
+    def _convolved_alone(self, conv: nn.Module, y: Tensor, past: None, layout: Documents) -> Tensor:
+        """Documents with zeros between them, so that no convolution reaches from one into the next."""
+        place, extent = layout.spread(y.shape[1], self.conv_size - 1)
+        apart = y.new_zeros(1, extent, y.shape[2]).index_copy(1, place, y)
+        return conv(apart, past).index_select(1, place)
+
+    def _can_fuse(self, gate: Tensor) -> bool:
+        """Whether one kernel may stand for convolutions, recurrence and norm: none of them is wrapped or replaced."""
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        return (
+            decoding_layer.serves(gate, self.head_dim, self.conv_size)
+            and all(is_plain(conv, ShortConvolution) for conv in convolutions)
+            and is_plain(self.o_norm, GatedRMSNorm)
+        )
+
+    def _fused_step(
+        self, x: Tensor, gate: Tensor, beta: Tensor, output_gate: Tensor, cache: KDACache, counts: Tensor | None
+    ) -> Tensor:
+        """Everything between the projections in one launch; the cache is updated in place."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        rows = None
+        if counts is not None:  # rows without a token have a null slot
+            rows = torch.where(counts > 0, torch.arange(len(counts), device=counts.device), -1)
+        y = decoding_layer.decode_layer(
+            q, k, v, gate, beta, output_gate,
+            conv_state=cache.conv,
+            conv_weights=(self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight),
+            norm_weight=self.o_norm.weight,
+            state=cache.state,
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            slot_of=rows,
+            norm_eps=self.o_norm.eps,
+        )  # fmt: skip
+        cache.advance(1, counts)
+        return y
+
+
+def _last_inputs(seen: Tensor, taps: int, counts: Tensor | None) -> Tensor:
+    """The last ``taps`` of ``[batch, channels, taps + tokens]``, counted from the last token of each row."""
+    if counts is None:
+        return seen[:, :, seen.shape[2] - taps :].contiguous()
+    places = counts[:, None, None] + torch.arange(taps, device=counts.device)
+    return torch.take_along_dim(seen, places, dim=2)

@@ -1,0 +1,105 @@
+"""The small modules of the layers, and what may be read of a module without calling it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["GatedRMSNorm", "LatentRMSNorm", "ShortConvolution"]
+
+
+class ShortConvolution(nn.Conv1d):
+    r"""Causal depthwise convolution, then SiLU: :math:`y_{t,c} = SiLU(\sum_j w_{c,j} x_{t-taps+1+j,c})`.
+
+    Args:
+        channels: of the input ``[batch, tokens, channels]``.
+        taps: how many tokens an output sees, its own included.
+
+    Source: Kimi Linear report, section 4.
+    """
+
+    def __init__(self, channels: int, taps: int = 4):
+        super().__init__(channels, channels, taps, groups=channels, bias=False)
+
+    def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
+        """``past`` [batch, channels, taps - 1]: the inputs before x; None: zeros, the start of a sequence."""
+        if 0 in x.shape[:2]:  # conv1d refuses an empty input
+            return x
+        x = x.transpose(1, 2)
+        taps = self.kernel_size[0]
+        x = F.pad(x, (taps - 1, 0)) if past is None else torch.cat((past.to(x.dtype), x), dim=2)
+        return F.silu(F.conv1d(x, self.weight, groups=self.groups)).transpose(1, 2)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Weights without the middle dimension, ``[channels, taps]``, load too."""
+        fit_on_load(state_dict, prefix, self, "weight")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class GatedRMSNorm(nn.Module):
+    r""":math:`y = x / \sqrt{mean(x^2) + eps} \cdot weight \cdot \sigma(gate)` over the last dimension, in fp32.
+
+    Source: Kimi Linear report, section 4 (the sigmoid output gate).
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.fill_(1)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
+        return (normed * torch.sigmoid(gate.to(wide))).to(x.dtype)
+
+
+class LatentRMSNorm(nn.RMSNorm):
+    """RMSNorm in the dtype of its weight, returned in the dtype of its input: the two differ under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of ``module`` does what ``kind`` does with one plain ``weight``, and nothing else.
+
+    Only then may the weight be used without the call. Wrappers, adapters, parametrizations, quantised or sharded
+    weights, biases and hooks all make it False.
+    """
+    if type(module) is not kind or "forward" in vars(module) or nn.modules.module._has_any_global_hook():
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    parameters = module._parameters
+    return type(parameters.get("weight")) in (nn.Parameter, Tensor) and parameters.get("bias") is None
+
+
+def device_and_dtype(module: nn.Module, leave_out: tuple[str, ...] = ()) -> tuple[torch.device, torch.dtype]:
+    """Those of the first parameter that holds numbers to compute with: neither quantised nor named in ``leave_out``.
+
+    Without one the device is that of any parameter, and the dtype is torch's default.
+    """
+    named = list(module.named_parameters())
+    for name, p in named:
+        if p.is_floating_point() and p.dtype.itemsize >= 2 and name.rpartition(".")[2] not in leave_out:
+            return p.device, p.dtype
+    return named[0][1].device if named else torch.device("cpu"), torch.get_default_dtype()
+
+
+def fit_on_load(state_dict: dict, prefix: str, module: nn.Module, name: str, *shapes: tuple[int, ...]) -> None:
+    """Gives an entry of ``state_dict`` the shape of the parameter, if it differs by dimensions of one alone.
+
+    ``shapes``: other shapes that hold the numbers in the parameter's order.
+    """
+    value, parameter = state_dict.get(prefix + name), module._parameters.get(name)
+    if not isinstance(value, Tensor) or parameter is None or value.shape == parameter.shape:
+        return
+    known = [[n for n in shape if n != 1] for shape in (parameter.shape, *shapes)]
+    if [n for n in value.shape if n != 1] in known:
+        state_dict[prefix + name] = value.reshape(parameter.shape)
