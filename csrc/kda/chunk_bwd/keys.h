@@ -21,6 +21,7 @@ struct KeyGradients : KeysThread<Variant> {
   static constexpr int kPerGroup = Base::Shape::kWarpsPerGroup;
 
   KDA_DEVICE void run() {
+    for (int i = 0; i < Base::kTiles; ++i) this->bringer(i).init();
     this->load_gate_parameters(chunk.value_head);
     this->load_inputs(chunk);
     bool const wide = this->gate_is_wide();
@@ -31,6 +32,7 @@ struct KeyGradients : KeysThread<Variant> {
     else cp_async_wait<Base::kTiles>();
     this->sync_team();
     this->load_gate(chunk);
+    if (wide) this->bringer(0).release();
     this->normalise();
     this->keep_inputs();
     if (wide) this->load_cell();

@@ -6,6 +6,7 @@
 //   hand-over    decayed operands              fp32 results of products, for the threads that have the channels
 #pragma once
 #include "kda/chunk/column_thread.h"
+#include "kda/chunk_bwd/bring.h"
 #include "kda/chunk_bwd/cell.h"
 #include "kda/chunk_bwd/params.h"
 
@@ -51,6 +52,7 @@ struct KeysStorage {
   float gate_bias[kKeyTile], gate_amplitude;
   float d_amplitude[kWarps];
   bool steep[kWarps];
+  Mbarrier full[kTiles];
 
   template <class G>
   KDA_DEVICE auto& gate() {

@@ -36,10 +36,13 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
   }
   KDA_DEVICE float2 scaled_q(int j) const { return this->q(j, raw_q[j]) * Base::both(this->p.scale); }
 
-  /// Score gradients and the first tiles of V, each a group of its own. A wide gate lies where these go.
+  /// Score gradients and the first tiles of V. A wide gate lies where these go.
   KDA_DEVICE void load_cell() {
-    load(s.scores, cell.score_gradients());
-    for (int tile = 0; tile < kTiles && tile < cell.tiles; ++tile) load_tile(tile);
+    auto& from = cell.score_gradients();
+    for (int tile = 0; tile < kTiles && tile < cell.tiles; ++tile) {
+      if (tile == 0) load_tile(tile, s.scores, from);
+      else load_tile(tile);
+    }
   }
 
   /// results <- dO S_0^T, -dX S_0^T and U dS_C^T, and s.across. Tiles of V may still be on their way.
@@ -49,6 +52,7 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
     for (int tile = 0; tile < cell.tiles; ++tile) {
       if (kTiles > 1 && tile + 1 < cell.tiles) cp_async_wait<1>();
       else cp_async_wait<0>();
+      bringer(tile).wait(tile / kTiles % 2);
       this->sync_team();
       multiply_tile(s.tiles[tile % kTiles]);
       add_across(s.tiles[tile % kTiles], across);
@@ -96,21 +100,21 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
     }
   }
 
- private:
-  template <class T>
-  KDA_DEVICE void load(T& to, T const& from) {
-    static_assert(sizeof(T) % 16 == 0);
-    for (int i = thread * 16; i < int(sizeof(T)); i += kThreads * 16)
-      cp_async_16(reinterpret_cast<char*>(&to) + i, reinterpret_cast<char const*>(&from) + i);
+  KDA_DEVICE auto bringer(int tile) const {
+    return Bringer<Base::Shape::kConfig.wgmma, kThreads>{s.full[tile % kTiles], thread};
   }
-  KDA_DEVICE void load_tile(int tile) {
+
+ private:
+  /// A group of its own; `more`: what comes along.
+  template <class... T>
+  KDA_DEVICE void load_tile(int tile, T&... more) {
     auto& to = s.tiles[tile % kTiles];
     int const first = tile * kValueTile, columns = call.value_dim - first;
+    bringer(tile).bring(to.u, cell.u(tile), to.state, cell.state(tile), to.d_state, cell.d_state(tile), more...);
     tile_rows<E>(call.d_o, chunk, chunk.value_head, first, columns)
         .template load<kValueTile>(to.d_o, 0, thread, kThreads);
     tile_rows<E>(call.dv, chunk, chunk.value_head, first, columns)
         .template load<kValueTile>(to.d_x, 0, thread, kThreads);
-    load(to.u, cell.u(tile)), load(to.state, cell.state(tile)), load(to.d_state, cell.d_state(tile));
     cp_async_commit();
   }
   KDA_DEVICE void multiply_tile(ValueTile const& in) {

@@ -7,6 +7,7 @@
 // and stays out of dA_qk (keys.h).
 #pragma once
 #include "kda/chunk/tile_rows.h"
+#include "kda/chunk_bwd/bring.h"
 #include "kda/chunk_bwd/cell.h"
 #include "kda/chunk_bwd/params.h"
 #include "tile/solve.h"
@@ -29,6 +30,7 @@ struct ValuesStorage {
   typename Record::Values d_o;
   float beta[Shape::kChunk], raw_beta[Shape::kChunk];
   bool has_small_beta[kConsumerWarps];
+  Mbarrier full;
   float d_beta[kConsumerWarps][Shape::kChunk];
 };
 
@@ -47,18 +49,23 @@ struct ValueGradients {
   BackwardCell<Variant> const cell;
   ChunkOfHead const chunk;
   int const thread = thread_index(), warp = thread / 32, lane = thread % 32;
+  Bringer<Shape::kConfig.wgmma, kThreads> const bringer{s.full, thread};
   float d_beta[2 * kBlocks][2] = {};         // of this lane's columns: tokens 8 i + lane % 4 * 2
   tile::Accumulator da_qk[kBlocks][2] = {};  // rows of block `warp`
   tile::Accumulator da_kk[kBlocks][2] = {};
 
   KDA_DEVICE void run() {
-    load_chunk();
+    bringer.init();
+    load_beta_of_chunk();
     for (int tile = 0; tile < cell.tiles; ++tile) {
-      if (tile) sync_block();
+      if (tile) {
+        bringer.release();
+        sync_block();
+      }
       load_tile(tile);
-      cp_async_commit();
       cp_async_wait<0>();
-      sync_block();
+      sync_block();  // the barrier of the copies is there
+      bringer.wait(tile % 2);
       solve(tile);
       sync_block();
       store_values(tile);
@@ -69,15 +76,7 @@ struct ValueGradients {
   }
 
  private:
-  template <class T>
-  KDA_DEVICE void load(T& to, T const& from) {
-    static_assert(sizeof(T) % 16 == 0);
-    for (int i = thread * 16; i < int(sizeof(T)); i += kThreads * 16)
-      cp_async_16(reinterpret_cast<char*>(&to) + i, reinterpret_cast<char const*>(&from) + i);
-  }
-  KDA_DEVICE void load_chunk() {
-    load(s.k_tilde, cell.record().k_tilde), load(s.a_qk, cell.record().a_qk);
-    load(s.l, cell.inverse().l), load(s.diagonal, cell.inverse().diagonal);
+  KDA_DEVICE void load_beta_of_chunk() {
     bool const live = thread < chunk.rows;
     float const raw = live ? load_beta<E>(p, chunk, thread) : 0.f, beta = live ? write_strength(p, raw) : 0.f;
     if (thread < kChunk) s.raw_beta[thread] = raw, s.beta[thread] = beta;
@@ -85,9 +84,17 @@ struct ValueGradients {
     if (lane == 0) s.has_small_beta[warp] = small;
   }
   KDA_DEVICE void load_tile(int tile) {
-    load(s.d_state, cell.d_state(tile)), load(s.u, cell.u(tile));
+    auto& d_state = cell.d_state(tile);
+    if (tile) {
+      bringer.bring(s.d_state, d_state, s.u, cell.u(tile));
+    } else {
+      auto& inverse = cell.inverse();
+      bringer.bring(s.d_state, d_state, s.u, cell.u(tile), s.k_tilde, cell.record().k_tilde, s.a_qk, cell.record().a_qk,
+                    s.l, inverse.l, s.diagonal, inverse.diagonal);
+    }
     tile_rows<E>(p.d_o, chunk, chunk.value_head, tile * kValueTile, p.value_dim - tile * kValueTile)
         .template load<kValueTile>(s.d_o, 0, thread, kThreads);
+    cp_async_commit();
   }
 
   /// Of this warp's 16 columns of V, transposed: dU, dR and what it adds to dbeta, and dX. Until dbeta is known, U is
