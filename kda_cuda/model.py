@@ -234,6 +234,8 @@ class HybridLM(nn.Module):
         generator = torch.Generator(tokens.device).manual_seed(seed)
         cache = self.new_cache(len(tokens), tokens.device)
         prompt = layout_of("generate", tokens, False, attention_mask)
+        if attention_mask is not None and bool(attention_mask.all()):  # one look, which may spare masks in every step
+            attention_mask, prompt = None, Layout()
         options = {} if attention_mask is None else {"attention_mask": attention_mask}
         for _ in range(max_new_tokens):
             logits = prompt.last(self(tokens, cache, **options)).float()

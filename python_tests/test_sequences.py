@@ -177,6 +177,16 @@ def test_the_mask_of_transformers_begins_with_the_past(model):
         torch.testing.assert_close(logits[b, full[b].bool()], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_a_mask_without_padding_costs_nothing(model, monkeypatch):
+    tokens, cache, seen = prompt(2, 9), model.new_cache(2), []
+    model(tokens, cache, attention_mask=torch.ones(2, 9, dtype=torch.long))
+    assert [layer.lengths for layer in cache.layers] == [None] * 8
+    forward = HybridLM.forward
+    monkeypatch.setattr(HybridLM, "forward", lambda *a, **options: seen.append(options) or forward(*a, **options))
+    model.generate(tokens, 2, attention_mask=torch.ones(2, 9, dtype=torch.bool))
+    assert seen == [{}, {}]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_prompts_of_different_lengths_generate_what_they_do_alone(model, side):
     rows = [prompt(1, 20)[0, -n:] for n in (20, 3, 9)]

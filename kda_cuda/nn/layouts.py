@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..checks import INDEX_DTYPES, Checker, check_cu_seqlens, cu_seqlens_list
+from ..checks import INDEX_DTYPES, Checker, check_contents, check_cu_seqlens, cu_seqlens_list
 
 __all__ = ["Documents", "Layout", "PaddedRows", "documents_of_positions", "layout_of"]
 
@@ -109,7 +109,10 @@ def layout_of(
         return Documents(cu_seqlens.contiguous())
     if attention_mask is None:
         return Layout()
-    return PaddedRows(_checked_mask(c, x, cached, attention_mask))
+    mask = _checked_mask(c, x, cached, attention_mask)
+    if check_contents(mask) and bool(mask.all()):  # rows stay of one length, and cost no masks
+        return Layout()
+    return PaddedRows(mask)
 
 
 def _checked_mask(c: Checker, x: Tensor, cached: bool, mask: Tensor) -> Tensor:
