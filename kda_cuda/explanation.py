@@ -93,7 +93,8 @@ def explain(*args: Any, op: str = "chunk_kda", backward: bool = False, **kwargs:
 
 def _backward_step(call: Call, namespace: str) -> Step:
     name = _BACKWARD[raw_op(call.op)]
-    served_by, reason = variants.choose_backward(name, namespace, call.owner)
+    key_dim = call.arguments.q.shape[3] if name == "chunk_bwd" else None
+    served_by, reason = variants.choose_backward(name, namespace, call.owner, key_dim)
     kernel = variants.is_kernel(served_by, call.owner)
     plan = _chunk_bwd_plan(served_by, call.arguments) if kernel and name == "chunk_bwd" else {}
     return Step(name, served_by, kernel, reason, plan)

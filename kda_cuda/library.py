@@ -126,9 +126,9 @@ class _OnceDifferentiable(torch.autograd.Function):
         raise RuntimeError(f"{ctx.op} has no derivative: second derivatives of kda_cuda's ops are not implemented")
 
 
-def _backward(namespace: str, name: str, x: Tensor, arguments: tuple) -> tuple[Tensor, ...]:
+def _backward(namespace: str, name: str, x: Tensor, arguments: tuple, key_dim: int | None = None) -> tuple[Tensor, ...]:
     """The backward of the same namespace where it has one for this device, else the reference's."""
-    served_by, reason = variants.choose_backward(name, namespace, x)
+    served_by, reason = variants.choose_backward(name, namespace, x, key_dim)
     if served_by == NAMESPACE_REFERENCE != namespace:
         variants.warn_no_kernel(name, reason)
     op = variants.op_in(served_by, name)
@@ -185,7 +185,7 @@ def _chunk_backward(namespace: str, ctx, do, dfinal_state, dh):
     if dfinal_state is not None and dfinal_state.numel() == 0:
         dfinal_state = None
     arguments = ChunkBwd(do=do, dfinal_state=dfinal_state, wanted=wanted, **saved)
-    return _CHUNK.gradients(ctx, _backward(namespace, "chunk_bwd", v, arguments))
+    return _CHUNK.gradients(ctx, _backward(namespace, "chunk_bwd", v, arguments, arguments.q.shape[3]))
 
 
 _AUTOGRAD = {"chunk": (_chunk_backward, _CHUNK.save), "kda_gate": (_gate_backward, _GATE.save)}

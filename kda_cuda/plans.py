@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,21 +11,9 @@ import torch
 from torch import Tensor
 
 from . import calls, variants
-from .build_info import ops_library
 from .checks import MAX_KEY_DIM, Checker
+from .native import DTYPE_CODES, compiled, on_device
 from .reference.chunk_bwd import ALL_GRADIENTS
-from .schemas import NAMESPACE_EMULATED
-
-_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/kda/dtype.h
-
-
-@functools.cache
-def compiled(namespace: str) -> ctypes.CDLL:
-    if namespace == NAMESPACE_EMULATED:
-        from .testing import load_emulator
-
-        return load_emulator()
-    return ctypes.CDLL(str(ops_library()))
 
 
 @contextlib.contextmanager
@@ -80,9 +67,8 @@ class ChunkShape:
     def _plan(self, namespace: str, name: str, sizes: tuple[int, ...]) -> dict[str, str]:
         sequences = -1 if self.sequences is None else self.sequences
         types = [ctypes.c_int, *[ctypes.c_longlong] * 2, *[ctypes.c_int] * (1 + len(sizes))]
-        arguments = (_DTYPE_CODES[self.dtype], self.batch, self.tokens, sequences, *sizes)
-        on_gpu = self.device is not None and self.device.type == "cuda"
-        with torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext():
+        arguments = (DTYPE_CODES[self.dtype], self.batch, self.tokens, sequences, *sizes)
+        with on_device(self.device):
             return _ask(namespace, name, types, arguments, "no variant fits this device")
 
 
@@ -98,7 +84,7 @@ def decode_plan(
     pools = [(None, 0) if pool is None else (pool.data_ptr(), pool.stride(0)) for pool in (state, new_state)]
     dtype = next((pool.dtype for pool in (state, new_state) if pool is not None), torch.float32)
     types = [*[ctypes.c_int] * 3, ctypes.c_longlong, *[ctypes.c_int] * 4, *[ctypes.c_void_p, ctypes.c_longlong] * 2]
-    arguments = (layer, _DTYPE_CODES[dtype], v_first, *sizes, *pools[0], *pools[1])
+    arguments = (layer, DTYPE_CODES[dtype], v_first, *sizes, *pools[0], *pools[1])
     return _ask(namespace, "kda_plan_decode", types, arguments, "there is nothing to do")
 
 
@@ -167,7 +153,7 @@ def workspace_size(
     x = torch.empty(0, dtype=dtype, device=device)
     namespace, _ = variants.choose("chunk_fwd" if backward else "prefill", x)
     if backward:
-        namespace, _ = variants.choose_backward("chunk_bwd", namespace, x)
+        namespace, _ = variants.choose_backward("chunk_bwd", namespace, x, key_dim)
     if not variants.is_kernel(namespace, x):
         return 0
     shape = ChunkShape(dtype, batch, tokens, sequences, heads, value_heads, key_dim, value_dim, x.device)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import library, variants
+from . import library, native, variants
 
 _NAME = "libkda_cuda_emulated.so"
 _ARCHS = {"80": (163, 0), "86": (99, 0), "90": (227, 1)}  # KB of shared memory per block, wgmma
@@ -36,6 +36,7 @@ def load_emulator() -> ctypes.CDLL:
     torch.ops.load_library(str(path))
     variants.find_kernels(library.NAMESPACE_EMULATED)
     handle = ctypes.CDLL(str(path))
+    native.register(library.NAMESPACE_EMULATED, handle)
     handle.kda_emulator_configure.argtypes = [ctypes.c_uint64, *[ctypes.c_int] * 4]
     return handle
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .build_info import ops_library, why_no_ops
+from .native import backward_fits
 from .schemas import NAMESPACE, NAMESPACE_EMULATED, NAMESPACE_REFERENCE, SCHEMAS
 
 _kernels: dict[str, frozenset[str]] = {NAMESPACE: frozenset(), NAMESPACE_EMULATED: frozenset()}
@@ -81,13 +82,19 @@ def choose(op: str, x: Tensor) -> tuple[str, str]:
     return NAMESPACE_REFERENCE, f"no kernel for {x.device.type} tensors"
 
 
-def choose_backward(op: str, namespace: str, x: Tensor) -> tuple[str, str]:
-    """The same for the backward of a call that ``namespace`` served: its own, or the reference on the same device."""
-    if is_kernel(namespace, x):
-        if op not in _kernels[namespace]:
-            return NAMESPACE_REFERENCE, "its backward kernel is not compiled in"
-        return namespace, "compiled kernel"
-    return namespace, "the forward runs the PyTorch reference"
+def choose_backward(op: str, namespace: str, x: Tensor, key_dim: int | None = None) -> tuple[str, str]:
+    """The same for the backward of a call that ``namespace`` served: its own, or the reference on the same device.
+
+    ``key_dim``: of a chunkwise call, whose kernels not every device has the shared memory for.
+    """
+    if not is_kernel(namespace, x):
+        return namespace, "the forward runs the PyTorch reference"
+    if op not in _kernels[namespace]:
+        return NAMESPACE_REFERENCE, "its backward kernel is not compiled in"
+    if key_dim is not None and not backward_fits(namespace, x, key_dim):
+        dtype = str(x.dtype).removeprefix("torch.")
+        return NAMESPACE_REFERENCE, f"this device has too little shared memory per block for {dtype} and K={key_dim}"
+    return namespace, "compiled kernel"
 
 
 def warn_no_kernel(op: str, reason: str) -> None:

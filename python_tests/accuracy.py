@@ -3,7 +3,7 @@
 A result passes if its relative RMS error is at most twice that of the same mathematics with the same roundings
 (:func:`low_precision_reference`) plus 1e-6, and never above a cap; and if no row is off by more than ten caps. Where
 the truth is not finite the result must be the same there. The roundings of a few numbers may cancel by luck: these have
-a quarter of the cap at least.
+half of the cap at least.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def budget(case: Case, name: str, low_precision: Tensor, truth: Tensor) -> Budge
     limit = cap(case, low_precision_dtype(case, low_precision), name in GRADIENTS)
     rms = 2 * measure(low_precision, truth).rms + FLOOR
     if truth.numel() < FEW:
-        rms = max(rms, limit / 4)
+        rms = max(rms, limit / 2)
     return Budget(min(rms, limit), ROW_FACTOR * limit)
 
 

@@ -148,6 +148,14 @@ extern "C" __attribute__((visibility("default"))) int kda_plan_chunk_bwd(int dty
   return -1;
 }
 
+/// Whether a variant of the backward fits the current device.
+extern "C" __attribute__((visibility("default"))) int kda_chunk_bwd_fits(int dtype, int key_dim) try {
+  return kda::select_chunk_bwd(kda::Dtype(dtype), key_dim, {kda::has_wgmma(), kda::shared_memory_limit()}).backward !=
+         nullptr;
+} catch (std::exception const&) {
+  return 1;  // the op then says what is wrong
+}
+
 /// From now on this thread plans for a Hopper GPU with so many multiprocessors, copying so many TB/s; 0: for the
 /// current device again.
 extern "C" __attribute__((visibility("default"))) void kda_plan_for(int multiprocessors, double copy_tb_s) {
