@@ -125,23 +125,28 @@ struct ValueGradients {
       for (int half = 0; half < 2; ++half) {
         int const column = i * 16 + half * 8;
         tile::Accumulator u = tile::load_accumulator<E>(s.u, row, column);
+        float2 const beta = *reinterpret_cast<float2 const*>(&s.beta[column + lane % 4 * 2]);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          float const beta = s.beta[column + lane % 4 * 2 + e % 2];
           d_beta[2 * i + half][e % 2] += x[i][half].x[e] * u.x[e];
-          x[i][half].x[e] *= beta;
-          u.x[e] *= beta / at_least<E>(beta);
+          x[i][half].x[e] *= e % 2 ? beta.y : beta.x;
         }
-        if (small_beta) {
-          tile::store_accumulator<E>(s.u, row, column, u);
-          tile::store_accumulator<E>(cell.u(tile), row, column, u);
-        }
+        if (small_beta) keep_true_values(u, beta, tile, row, column);
       }
     }
     sync_block();  // dX lies where dS_C was
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i)
       tile::store_transposed<E, Shape::kConfig.wgmma>(s.d_x, i * 16, row, x[i][0], x[i][1]);
+  }
+
+  /// U of the beta that is, instead of the one that dbeta is divided by.
+  KDA_DEVICE void keep_true_values(tile::Accumulator& u, float2 beta, int tile, int row, int column) {
+    float2 const share{beta.x / at_least<E>(beta.x), beta.y / at_least<E>(beta.y)};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) u.x[e] *= e % 2 ? share.y : share.x;
+    tile::store_accumulator<E>(s.u, row, column, u);
+    tile::store_accumulator<E>(cell.u(tile), row, column, u);
   }
 
   KDA_DEVICE void store_values(int tile) {
