@@ -24,7 +24,8 @@ from resource_table import demangle, kernels_of
 HAVE_HGMMA = re.compile(r"chunk_(fwd_scan|fwd_summarise|bwd_scan)_kernel<\w+Sm90>")
 # To demand it of more kernels, add them here.
 NO_LOCAL_MEMORY_IN_LOOPS = [
-    re.compile(r"chunk_(fwd|bwd)_scan_kernel<((Bf|Fp)16|Fp32)\w+>"),
+    re.compile(r"chunk_fwd_scan_kernel<((Bf|Fp)16|Fp32)\w+>"),
+    re.compile(r"chunk_bwd_scan_kernel<((Bf|Fp)16\w+|Fp32K64)>"),
     re.compile(r"chunk_fwd_summarise_kernel<((Bf|Fp)16\w+(C32|Sm90)|(Bf|Fp)16K(64|256)|Fp32K(64|128))>"),
 ]
 NOT_CHECKED = "NOT CHECKED: the machine code of the kernels, as there is no {} on PATH or from PyPI"

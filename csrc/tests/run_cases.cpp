@@ -23,8 +23,7 @@ std::vector<ChunkFwdVariant> const& variants() {
 
 std::vector<ChunkBwdVariant> const& backward_variants() {
 #if defined(KDA_SLICE)
-  static std::vector<ChunkBwdVariant> const slice = {describe_chunk_bwd<Bf16K64Sm90>(),
-                                                     describe_chunk_bwd<Bf16K64C32>(), describe_chunk_bwd<Fp32K64>()};
+  static std::vector<ChunkBwdVariant> const slice = {describe_chunk_bwd<Bf16K64Sm90>(), describe_chunk_bwd<Fp32K64>()};
   return slice;
 #else
   return chunk_bwd_variants();
