@@ -160,7 +160,7 @@ def workspace_size(
     plan = shape.backward_plan(namespace) if backward else shape.forward_plan(namespace, batch_invariant=invariant)
     if "workspace_bytes" not in plan:
         raise RuntimeError(f"kda_cuda::workspace_size: {plan['plan']}")
-    return int(plan["workspace_bytes"])
+    return int(plan["workspace_bytes"]) + int(plan.get("scratch_bytes", 0))
 
 
 def check_sizes(

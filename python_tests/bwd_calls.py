@@ -19,7 +19,9 @@ from .devices import Device
 
 # Every kernel of the backward, in the order of their launches; a call runs those that its gradients need.
 # The first one of all, chunk_prepare, is the forward's.
-KERNELS = ("chunk_bwd_scan", "chunk_bwd_values", "chunk_bwd_keys", "chunk_bwd_sum_heads", "chunk_bwd_reduce")
+KERNELS = (
+    "chunk_bwd_clear", "chunk_bwd_scan", "chunk_bwd_values", "chunk_bwd_keys", "chunk_bwd_sum_heads", "chunk_bwd_reduce"
+)  # fmt: skip
 # What must not run where only these gradients are asked for.
 UNNEEDED = {
     (): set(KERNELS),

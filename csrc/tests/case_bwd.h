@@ -37,7 +37,7 @@ inline std::map<std::string, CaseTensor> run_chunk_bwd(CaseFile const& c, ChunkB
     p.initial_state = state_ref(c, c["initial_state"]);
     p.d_initial_state = state_ref(c, d.at("dinitial_state"));
   }
-  ChunkBwdSchedule const schedule = variant.schedule(p.plan, p.heads, p.value_heads, p.value_dim);
+  ChunkBwdSchedule const schedule = variant.schedule(p.plan, p.value_heads, p.value_dim);
   Buffer<char> const workspace(std::vector<char>(schedule.workspace_bytes, char(0xFF)));
   p.workspace = workspace.data();
   variant.launch(p, schedule, forward, nullptr);

@@ -39,7 +39,8 @@ struct Streams {
     require_shape(op, "beta", beta, {batch, tokens, value_heads});
     require(value_heads <= 65535 && value_dim <= 65535 * kValueTile, op,
             "v has shape " + shape_text(v) + ", expected HV <= 65535 and V <= 4194240, which grids of blocks have");
-    require(heads > 0 && value_heads % heads == 0, op, "v has a number of heads that is no multiple of q's");
+    require(heads > 0 && value_heads > 0 && value_heads % heads == 0, op,
+            "v has a number of heads that is no multiple of q's");
     ScalarType const dtype = q.scalar_type();
     require(k.scalar_type() == dtype && v.scalar_type() == dtype, op, "q, k and v differ in dtype");
     for (auto const& [name, x] : {std::pair{"g", &g}, {"beta", &beta}})

@@ -20,13 +20,18 @@ struct Gradients {
 struct Allocation {
   Tensor const& owner;
   int64_t wanted;
+  bool all_zero;      // nothing depends on anything
+  bool without_gate;  // nothing depends on its parameters
 
   Tensor none(ScalarType dtype) const { return torch::stable::new_empty(owner, {0}, dtype); }
   Tensor tokens(Wanted bit, Tensor const& x) const {
-    return wanted & bit ? torch::stable::new_empty(x, x.sizes()) : none(x.scalar_type());
+    if (!(wanted & bit)) return none(x.scalar_type());
+    return all_zero ? torch::stable::new_zeros(x, x.sizes()) : torch::stable::new_empty(x, x.sizes());
   }
   Tensor optional(Wanted bit, OptionalTensor const& x) const {
-    return x && (wanted & bit) ? torch::stable::new_empty(*x, x->sizes()) : none(ScalarType::Float);
+    if (!x || !(wanted & bit)) return none(ScalarType::Float);
+    bool const zero = all_zero || (without_gate && bit != kInitialState);
+    return zero ? torch::stable::new_zeros(*x, x->sizes()) : torch::stable::new_empty(*x, x->sizes());
   }
 };
 
@@ -37,11 +42,11 @@ float* floats_if(Tensor const& x, bool wanted) { return wanted ? static_cast<flo
 struct Destinations {
   Tensor dv, dq, dk;  // scratch: dX where dv is not wanted, and of grouped heads one dq and dk for each value head
 
-  void set(ChunkBwdParams& p, Gradients const& d, int64_t wanted) {
+  void set(ChunkBwdParams& p, Gradients const& d, int64_t wanted, bool use_gate) {
     bool const of_keys = wanted & (kQ | kK | kG | kALog | kDtBias), of_tokens = of_keys || (wanted & (kV | kBeta));
     if (of_tokens) p.dv = rows_of(kOp, "dv", dv = wanted & kV ? d.v : scratch(d.v, p, p.value_dim, std::nullopt));
     p.dg = rows_if("dg", d.g, wanted & kG), p.dbeta = rows_if("dbeta", d.beta, wanted & kBeta);
-    p.dA_log = floats_if(d.A_log, d.A_log.numel() > 0), p.ddt_bias = floats_if(d.dt_bias, d.dt_bias.numel() > 0);
+    if (use_gate) p.dA_log = floats_if(d.A_log, wanted & kALog), p.ddt_bias = floats_if(d.dt_bias, wanted & kDtBias);
     if (p.value_heads == p.heads) {
       p.dq = rows_if("dq", d.q, wanted & kQ), p.dk = rows_if("dk", d.k, wanted & kK);
       return;
@@ -99,12 +104,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
   set_plan(kOp, p, q, cu_seqlens, choice.backward->chunk);
   Transforms{scale, use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval, lower_bound, A_log, dt_bias}.set(kOp,
                                                                                                                   p);
-  p.batch_invariant = batch_invariant;
+  p.batch_invariant = batch_invariant;  // holds anyway: nothing is divided by what a sequence is batched with
   bool const in_rows = d_o.numel() == 0 || d_o.stride(3) == 1 || d_o.size(3) <= 1;
   Tensor const d_output = in_rows ? d_o : torch::stable::contiguous(d_o);
   p.d_o = rows_of(kOp, "do", d_output);
 
-  Allocation const allocate{q, wanted};
+  require(2 * int64_t(value_tiles(p.value_dim)) <= 65535, kOp,
+          "v has shape " + shape_text(v) + ", expected V <= 2097088, which grids of blocks have");
+  bool const nothing = p.plan.sequences == 0 || p.value_dim == 0;
+  Allocation const allocate{q, wanted, nothing, !use_gate};
   Gradients d{allocate.tokens(kQ, q),
               allocate.tokens(kK, k),
               allocate.tokens(kV, v),
@@ -114,16 +122,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
               allocate.optional(kDtBias, dt_bias),
               allocate.optional(kInitialState, initial_state)};
   Destinations to;
-  to.set(p, d, wanted);
+  to.set(p, d, wanted, use_gate);
   Tensor initial, d_final;
   p.initial_state = state_of("initial_state", initial_state, initial, p, state_v_first);
   p.d_final_state = state_of("dfinal_state", dfinal_state, d_final, p, state_v_first);
   if (d.initial_state.numel()) p.d_initial_state = states_in(kOp, "initial_state", d.initial_state, p, state_v_first);
 
-  ChunkBwdSchedule const schedule = choice.backward->schedule(p.plan, p.heads, p.value_heads, p.value_dim);
+  ChunkBwdSchedule const schedule = choice.backward->schedule(p.plan, p.value_heads, p.value_dim);
   Tensor const workspace = torch::stable::new_empty(q, {int64_t(schedule.workspace_bytes)}, ScalarType::Byte);
   p.workspace = workspace.data_ptr();
-  if (wanted && p.plan.sequences > 0) choice.backward->launch(p, schedule, *choice.forward, device.stream());
+  if (wanted && !nothing) choice.backward->launch(p, schedule, *choice.forward, device.stream());
   return {d.q, d.k, d.v, d.g, d.beta, d.A_log, d.dt_bias, d.initial_state};
 }
 

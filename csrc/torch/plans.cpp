@@ -131,7 +131,11 @@ extern "C" __attribute__((visibility("default"))) int kda_plan_chunk_bwd(int dty
                             false,
                             choice.backward->chunk,
                             {}};
-  kda::ChunkBwdSchedule const schedule = choice.backward->schedule(plan, heads, value_heads, value_dim);
+  kda::ChunkBwdSchedule const schedule = choice.backward->schedule(plan, value_heads, value_dim);
+  // What the op allocates besides: dX if dv is not wanted, and of grouped heads dq and dk for each value head.
+  long long const rows = tokens * (sequences < 0 ? batch : 1) * value_heads;
+  long long scratch = (wanted & ~0x80) && !(wanted & 4) ? rows * value_dim * choice.backward->element_bytes() : 0;
+  if (heads != value_heads) scratch += rows * key_dim * 4 * ((wanted & 1) + (wanted >> 1 & 1));
   std::string kernels = sequences >= 0 && (wanted & ~0x80) ? "chunk_bwd_clear, " : "";
   kernels += "chunk_prepare, chunk_bwd_scan";
   if (wanted & ~0x80) kernels += ", chunk_bwd_values";
@@ -140,9 +144,9 @@ extern "C" __attribute__((visibility("default"))) int kda_plan_chunk_bwd(int dty
   if ((wanted & 3) && heads != value_heads) kernels += ", chunk_bwd_sum_heads";
   return std::snprintf(to, size_t(capacity),
                        "variant=%s\nchunk=%d\nkey_tile=%d\nrounds=%d\nheads_per_round=%d\nworkspace_bytes=%zu\n"
-                       "shared_bytes=%zu\nkernels=%s",
+                       "scratch_bytes=%lld\nshared_bytes=%zu\nkernels=%s",
                        choice.backward->name, choice.backward->chunk, choice.backward->key_tile, schedule.rounds,
-                       schedule.heads_per_round, schedule.workspace_bytes, choice.backward->shared_bytes,
+                       schedule.heads_per_round, schedule.workspace_bytes, scratch, choice.backward->shared_bytes,
                        kernels.c_str());
 } catch (std::exception const&) {
   return -1;

@@ -12,7 +12,7 @@ template <class E>
 inline constexpr float kGentle = std::is_same_v<E, Bf16>   ? 64.f
                                  : std::is_same_v<E, Fp16> ? 6.f
                                                            : 8.f;
-/// Largest |k| that may be multiplied by 2^kGentle.
+/// Largest |q| and |k| that may be multiplied by 2^kGentle.
 template <class E>
 inline constexpr float kLargestKey = std::is_same_v<E, Fp16> ? 512.f : 1e12f;
 
@@ -99,7 +99,7 @@ struct ColumnThread {
     cp_async_commit();
   }
 
-  /// 1 / |q| and 1 / |k| of every token, and whether the gate of any thread or the size of any key is too much for
+  /// 1 / |q| and 1 / |k| of every token, and whether the gate of any thread or the size of any row is too much for
   /// BlockScores. A few lanes share a row, a piece of 16 bytes each at a time.
   KDA_DEVICE void normalise() {
     constexpr int kPiece = Storage::Wide::kPiece, kPieces = kKeyTile / kPiece;
@@ -122,7 +122,7 @@ struct ColumnThread {
     if (lane % kLanes < kTurns) {
       int const turn = lane % kLanes, row = turn * kRows + row0;  // of q, then of k
       s.norm[row] = p.l2norm ? rsqrt_accurate(square + 1e-6f) : 1.f;
-      steep = steep || (!p.l2norm && row >= kChunk && !(square <= kLargestKey<E> * kLargestKey<E>));
+      steep = steep || (!p.l2norm && !(square <= kLargestKey<E> * kLargestKey<E>));
     }
     bool const any = warp_any(steep);
     if (lane == 0) s.steep[warp] = any;

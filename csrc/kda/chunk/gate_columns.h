@@ -30,12 +30,17 @@ KDA_DEVICE float write_strength(ChunkInputs const& p, float beta) {
   return (p.neg_eigval ? 2.f : 1.f) * sigmoid(beta);
 }
 
-/// The backward divides by beta: of those below this, none of which changes any other result, it takes this instead.
+/// The backward divides U by beta. A smaller beta counts as this one in its records; what follows from them takes U
+/// times beta_share.
 template <class E>
 inline constexpr float kLeastBeta = std::is_same_v<E, Fp16> ? 0x1p-14f : 0x1p-60f;
 template <class E>
-KDA_DEVICE float at_least(float beta) {
-  return fabsf(beta) >= kLeastBeta<E> ? beta : beta < 0.f ? -kLeastBeta<E> : kLeastBeta<E>;
+KDA_DEVICE float at_least(float beta) {  // nan stays nan
+  return fabsf(beta) < kLeastBeta<E> ? copysignf(kLeastBeta<E>, beta) : beta;
+}
+template <class E>
+KDA_DEVICE float beta_share(float beta) {
+  return beta / at_least<E>(beta);
 }
 
 /// The plan with a chunk that the compiler knows.

@@ -5,11 +5,13 @@
 
 namespace kda {
 
-/// What solves with I + Diag(beta) A_kk: the backward needs it once more.
+/// What solves with I + Diag(beta) A_kk: the backward needs it once more. And what is to be known of small betas.
 template <class Variant>
 struct ChunkInverse {
   typename ChunkTransition<Variant>::Square l;                 // Diag(beta) A_kk below its diagonal blocks
   tile::DiagonalBlock diagonal[ChunkShape<Variant>::kBlocks];  // the inverses of its diagonal blocks
+  float beta_share[ChunkShape<Variant>::kChunk];               // gate_columns.h
+  uint32_t has_small_beta;                                     // a share is not 1
 };
 
 }  // namespace kda

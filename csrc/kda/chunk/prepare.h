@@ -106,7 +106,7 @@ struct Prepare : PrepareThread<Variant, kTeams> {
     this->load_gate(chunk);
     if (thread >= kChunk) return;
     beta = write_strength(p, beta);
-    if (p.inverse_offset) beta = at_least<E>(beta);
+    if (p.inverse_offset) beta = keep_share(beta, thread < chunk.rows);
     s.beta[thread] = thread < chunk.rows ? beta : 0.f;
   }
 
@@ -178,12 +178,25 @@ struct Prepare : PrepareThread<Variant, kTeams> {
       if (i + thread < kPieces)
         reinterpret_cast<uint4*>(to)[i + thread] = reinterpret_cast<uint4 const*>(from)[i + thread];
   }
-  /// For the backward.
+  KDA_DEVICE ChunkInverse<Variant>& kept_inverse() const {
+    return *reinterpret_cast<ChunkInverse<Variant>*>(out.bytes + p.inverse_offset);
+  }
+  /// For the backward: the beta that counts. The first kChunk threads.
+  KDA_DEVICE float keep_share(float beta, bool live) {
+    float const share = live ? beta_share<E>(beta) : 1.f;
+    kept_inverse().beta_share[thread] = share;
+    s.has_small_beta[thread] = share != 1.f;
+    return at_least<E>(beta);
+  }
   KDA_DEVICE void keep_inverse() {
-    auto& to = *reinterpret_cast<ChunkInverse<Variant>*>(out.bytes + p.inverse_offset);
+    auto& to = kept_inverse();
     copy(to.l.data, s.l.data);
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) copy(to.diagonal[i].x, s.diagonal[i].x);
+    if (thread) return;
+    bool any = false;
+    for (bool small : s.has_small_beta) any = any || small;
+    to.has_small_beta = any;
   }
   /// The tiles of 64 columns that lie in the panels of s.v, one behind the other.
   KDA_DEVICE void store_values(int first) {

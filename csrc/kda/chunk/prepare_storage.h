@@ -41,7 +41,7 @@ struct PrepareStorage {
   float dots[Shape::kWarpsPerGroup][kChunk];                             // of q and k, partial sums over channels
   float norm[2 * kChunk], beta[kChunk];                                  // 1 / |q|, then 1 / |k|
   float gate_bias[Shape::kKeyTile], gate_amplitude;
-  bool steep[kWarps];
+  bool steep[kWarps], has_small_beta[kChunk];
   WalkedChunk walk[2];  // this turn's and the next one's
 
   template <class G>

@@ -207,6 +207,7 @@ struct ScanConsumer {
   tile::Accumulator o[kTokenTiles];         // O^T
   tile::LeftFragment<E> left[kChunk / 16];  // U^T, as operand
   Products products;
+  float const* shares = nullptr;  // of kStates: what is U is times this, token by token; null: all are 1
 
   KDA_DEVICE int row() const { return warp % kConsumerWarps * 16; }  // of S^T in the tile: 16 columns of V
   KDA_DEVICE int key() const { return kParts == 1 ? 0 : warp / kConsumerWarps * kPartTile; }
@@ -227,6 +228,8 @@ struct ScanConsumer {
     products.template wait<kOutputs ? 1 : 0>();
     if constexpr (kParts > 1) join_parts((stage + Shape::kStages * int(parity)) % 2);
     correct_values(in);
+    if constexpr (kPass == ScanPass::kStates)
+      if (shares) take_shares();
     advance(in);
   }
 
@@ -306,6 +309,16 @@ struct ScanConsumer {
     if constexpr (kOutputs)
       if (completes_output()) products.start_lower(o, left, in.record.a_qk);
     products.template wait<0>();
+  }
+
+  KDA_DEVICE void take_shares() {
+#pragma unroll
+    for (int c = 0; c < kTokenTiles; c += 2) {
+      tile::Accumulator u[2] = {x[c], x[c + 1]};
+#pragma unroll
+      for (int e = 0; e < 8; ++e) u[e / 4].x[e % 4] *= shares[(c + e / 4) * 8 + lane_index() % 4 * 2 + e % 2];
+      left[c / 2] = tile::left_from<E>(u[0], u[1]);
+    }
   }
 
   KDA_DEVICE void decay(Stage const& in) {

@@ -2,7 +2,8 @@
 //
 //   prepare    writes the record, T V and the inverse
 //   scan       reads the record; writes U over T V, S_0 and dS_C
-//   values     reads U and dS_C; writes the gradients of the scores over W and K~, which nobody needs any more
+//   values     reads K~, A_qk, the inverse, U and dS_C; writes the gradients of the scores over W and K~, and their
+//              diagonal. A block has a cell for itself, so nobody reads what it writes over
 //   keys       reads U, S_0, dS_C and the gradients of the scores; writes what one chunk adds to dA_log and ddt_bias
 //   reduce     sums these
 #pragma once
@@ -10,13 +11,13 @@
 
 namespace kda {
 
-/// dO U^T and -dX U^T, lower triangles without the diagonal.
+/// scale dO U^T and -dX U^T, lower triangles without the diagonal.
 template <class Variant>
 struct ScoreGradients {
   typename ChunkRecord<Variant>::Square qk, kk;
 };
 
-/// What is summed over tokens, and the diagonal of dO U^T.
+/// What is summed over tokens, and the diagonal of scale dO U^T.
 template <class Variant>
 struct ChunkSums {
   float diagonal[ChunkShape<Variant>::kChunk];

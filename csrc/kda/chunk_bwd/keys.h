@@ -1,8 +1,8 @@
-// Gradients of q, k and the gate, of one chunk of one value head. With q' = scale q, e the decays around an anchor, and
-// results that gather everything that meets at the anchor (keys_anchored.h; keys_split.h for steep gates):
+// Gradients of q, k and the gate, of one chunk of one value head. With the decays e around an anchor, and results that
+// gather everything that meets at the anchor (keys_anchored.h; keys_split.h for steep gates):
 //
-//     dq'_r = e_r D^q_r + diag k_r          dk_r = e_r D^k_r + D^c_r / e_r + diag q'_r
-//     D^q: dO S_0^T, dA_qk k                D^k: -dX S_0^T, dA_kk k          D^c: U dS_C^T, dA_qk^T q', dA_kk^T k
+//     dq_r = e_r D^q_r + diag k_r           dk_r = e_r D^k_r + D^c_r / e_r + diag q_r
+//     D^q: scale dO S_0^T, dA_qk k          D^k: -dX S_0^T, dA_kk k          D^c: U dS_C^T, dA_qk^T q, dA_kk^T k
 //
 // The gate of token t gets what flows through t: from rows r >= t what began before t, and so on. Diagonals have no
 // decay. Then the chain rule through l2norm and the gate.
@@ -50,7 +50,7 @@ struct KeyGradients : KeysThread<Variant> {
     for (int j = 0; j < kTokensPerThread; ++j) {
       float2 const d = Base::both(s.diagonal[this->row(j)]);
       dq[j] = dq[j] + d * this->k(j, this->raw_k[j]);
-      dk[j] = dk[j] + d * this->scaled_q(j);
+      dk[j] = dk[j] + d * this->q(j, this->raw_q[j]);
     }
   }
 
@@ -59,7 +59,6 @@ struct KeyGradients : KeysThread<Variant> {
     float dots[2][kTokensPerThread];
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
-      dq[j] = dq[j] * Base::both(p.scale);
       float2 const q = this->q(j, this->raw_q[j]) * dq[j], k = this->k(j, this->raw_k[j]) * dk[j];
       dots[0][j] = q.x + q.y, dots[1][j] = k.x + k.y;
     }

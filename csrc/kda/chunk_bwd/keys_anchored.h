@@ -32,7 +32,7 @@ struct AnchoredGradients {
     for_each_from_anchor(c, [&](int j, float2 log2_e) {
       float2 const e = Thread::exp2(log2_e), k = c.k(j, c.raw_k[j]);
       int const row = c.row(j);
-      c.store(c.s.blocks.q, row, c.scaled_q(j) * e);
+      c.store(c.s.blocks.q, row, c.q(j, c.raw_q[j]) * e);
       c.store(c.s.blocks.k, row, k * e);
       c.store(c.s.blocks.k_inverse, row, k * Thread::exp2(Thread::both(-1.f) * log2_e));
     });

@@ -58,7 +58,7 @@ struct SplitGradients {
   KDA_DEVICE void level() {
     if constexpr (kHalf >= 1) {
       for_sides<kHalf>([&](int j, bool upper, float2 decay) {
-        c.store(c.s.blocks.q, c.row(j), upper ? c.scaled_q(j) * decay : float2{0.f, 0.f});
+        c.store(c.s.blocks.q, c.row(j), upper ? c.q(j, c.raw_q[j]) * decay : float2{0.f, 0.f});
         c.store(c.s.blocks.k, c.row(j), c.k(j, c.raw_k[j]) * decay);
       });
       c.sync_team();
@@ -112,7 +112,7 @@ struct SplitGradients {
   KDA_DEVICE float2 take_row(int j, float2 decay) {
     float2 const q = decay * c.result(0, j), k = decay * c.result(1, j);
     c.dq[j] = c.dq[j] + q, c.dk[j] = c.dk[j] + k;
-    return c.scaled_q(j) * q + c.k(j, c.raw_k[j]) * k;
+    return c.q(j, c.raw_q[j]) * q + c.k(j, c.raw_k[j]) * k;
   }
   KDA_DEVICE float2 take_column(int j, float2 decay) {
     float2 const k = decay * c.result(1, j);

@@ -26,7 +26,7 @@ struct KeysStorage {
   static constexpr int kTiles = Shape::kConfig.wgmma ? 2 : 1;  // of V, on their way or in use
 
   struct Blocks {
-    Wide q, k;       // rows: scale q and k, decayed from an anchor
+    Wide q, k;       // rows, decayed from an anchor
     Wide k_inverse;  // columns: k, decayed to it
   } blocks;
   struct ValueTile {
@@ -47,7 +47,7 @@ struct KeysStorage {
   float end_flux[kBlocks][kKeyTile];   // what columns of a block give the gate on their way to the end
   float across[kKeyTile];              // sum over V of S_0 dS_C
   float dots[2][Shape::kWarpsPerGroup][kChunk];  // of q and dq, k and dk, partial sums over channels
-  float diagonal[kChunk];                        // of dO U^T
+  float diagonal[kChunk];                        // of scale dO U^T
   float norm[2 * kChunk];                        // 1 / |q|, then 1 / |k|
   float gate_bias[kKeyTile], gate_amplitude;
   float d_amplitude[kWarps];

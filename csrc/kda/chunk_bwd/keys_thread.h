@@ -20,7 +20,7 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
   BackwardCell<Variant> const cell;
   ChunkOfHead const chunk;
   tile::Pair<E> raw_q[kTokensPerThread], raw_k[kTokensPerThread];
-  float2 dq[kTokensPerThread], dk[kTokensPerThread], dg[kTokensPerThread];  // of scale q; of k; of the log-decay
+  float2 dq[kTokensPerThread], dk[kTokensPerThread], dg[kTokensPerThread];  // dg: of the log-decay
   KeyResults results;
 
   /// The warp's part of the results.
@@ -34,7 +34,6 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
       dq[j] = dk[j] = dg[j] = {0.f, 0.f};
     }
   }
-  KDA_DEVICE float2 scaled_q(int j) const { return this->q(j, raw_q[j]) * Base::both(this->p.scale); }
 
   /// Score gradients and the first tiles of V. A wide gate lies where these go.
   KDA_DEVICE void load_cell() {
@@ -45,7 +44,7 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
     }
   }
 
-  /// results <- dO S_0^T, -dX S_0^T and U dS_C^T, and s.across. Tiles of V may still be on their way.
+  /// results <- scale dO S_0^T, -dX S_0^T and U dS_C^T, and s.across. Tiles of V may still be on their way.
   KDA_DEVICE void multiply_states() {
     float2 across[kOctets] = {};
     results = {};
@@ -61,9 +60,9 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
       load_tile(tile + kTiles);
     }
 #pragma unroll
-    for (auto& d : results.k)
+    for (int n = 0; n < kResultColumns / 8; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) d.x[e] = -d.x[e];
+      for (int e = 0; e < 4; ++e) results.q[n].x[e] *= call.scale, results.k[n].x[e] = -results.k[n].x[e];
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
 #pragma unroll
@@ -90,7 +89,7 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
       if (i >= first && i < end) sum = sum + s.group_sum[i][pair];
     return sum;
   }
-  /// The other way: of the channels of one block of tokens, times `factor`.
+  /// d <- d times the factors of its channels.
   static KDA_DEVICE void scale(tile::Accumulator (&d)[kResultColumns / 8], float const* factor) {
 #pragma unroll
     for (int n = 0; n < kResultColumns / 8; ++n) {

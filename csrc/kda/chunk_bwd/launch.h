@@ -28,14 +28,14 @@ struct ChunkBwdVariant {
   std::vector<KernelLaunch> (*kernels)();
   void (*launch)(ChunkBwdParams, ChunkBwdSchedule const&, ChunkFwdVariant const&, cudaStream_t);
 
-  /// Heads of a group stay together.
-  ChunkBwdSchedule schedule(ChunkPlan const& plan, int heads, int value_heads, int value_dim) const {
-    int64_t const slots = plan.slots(), group = value_heads / heads, per_head = slots * cell_bytes(value_dim);
+  ChunkBwdSchedule schedule(ChunkPlan const& plan, int value_heads, int value_dim) const {
+    int64_t const per_head = plan.slots() * cell_bytes(value_dim);
     double const tokens = double(plan.cu_seqlens ? plan.tokens : plan.tokens * plan.sequences);
     double const scale = double(key_tile * element_bytes()) / 256.;  // beside K = V = 128 in 16 bits
     double const allowed = std::max(kBackwardBytesPerToken * scale * tokens * value_heads, double(small_workspace()));
-    int64_t const fit = std::max<int64_t>(1, int64_t(allowed / double(std::max<int64_t>(per_head * group, 1))));
-    int64_t const rounds = divide_up(heads, std::min<int64_t>(fit, heads)), in_round = divide_up(heads, rounds) * group;
+    int64_t const fit = std::max<int64_t>(1, int64_t(allowed / double(std::max<int64_t>(per_head, 1))));
+    int64_t const rounds = divide_up(value_heads, std::min<int64_t>(fit, value_heads));
+    int64_t const in_round = divide_up(value_heads, rounds);
     return {int(divide_up(value_heads, in_round)), int(in_round), size_t(in_round * per_head) + kRecordAlignment};
   }
   int element_bytes() const { return dtype == Dtype::kFloat32 ? 4 : 2; }

@@ -98,7 +98,10 @@ KDA_DEVICE void scan_states(ChunkBwdParams const& p, ScanConsumer<Variant, ScanP
   load_state(consumer.state, state_in_slot(p.initial_state, p, slot, work.value_head), p, part);
   scan_chunks<Variant, ScanPass::kStates>(
       p, consumer, work,
-      [&](Cell const& cell) { keep_state<E>(consumer.state, cell.state(tile), consumer.row(), consumer.key()); },
+      [&](Cell const& cell) {
+        keep_state<E>(consumer.state, cell.state(tile), consumer.row(), consumer.key());
+        consumer.shares = cell.inverse().has_small_beta ? cell.inverse().beta_share : nullptr;
+      },
       [&](Cell const& cell) {
         if (consumer.completes_output()) keep_state<E>(consumer.x, cell.u(tile), consumer.row(), 0);
       });

@@ -1,10 +1,10 @@
 // Gradients of one chunk of one value head that need no decays: dV, dbeta, and those of the scores.
 //
 //     dU = A_qk^T dO + K~ dS_C        dR = (I + Diag(beta) A_kk)^-T dU        dV = dX = Diag(beta) dR
-//     dbeta_r = <dR_r, U_r> / beta_r  dA_qk = dO U^T                          dA_kk = -dX U^T
+//     dbeta_r = <dR_r, U_r> / beta_r  dA_qk = scale dO U^T                    dA_kk = -dX U^T
 //
-// dU is computed again rather than kept: rounded to 16 bits it would cost dV half of its digits. The scale is in A_qk
-// and stays out of dA_qk (keys.h).
+// dU is computed again rather than kept: rounded to 16 bits it would cost dV half of its digits. A_qk has the
+// scale.
 #pragma once
 #include "kda/chunk/tile_rows.h"
 #include "kda/chunk_bwd/bring.h"
@@ -142,7 +142,7 @@ struct ValueGradients {
 
   /// U of the beta that is, instead of the one that dbeta is divided by.
   KDA_DEVICE void keep_true_values(tile::Accumulator& u, float2 beta, int tile, int row, int column) {
-    float2 const share{beta.x / at_least<E>(beta.x), beta.y / at_least<E>(beta.y)};
+    float2 const share{beta_share<E>(beta.x), beta_share<E>(beta.y)};
 #pragma unroll
     for (int e = 0; e < 4; ++e) u.x[e] *= e % 2 ? share.y : share.x;
     tile::store_accumulator<E>(s.u, row, column, u);
@@ -212,10 +212,11 @@ struct ValueGradients {
   KDA_DEVICE void store_scores(int column0, tile::Accumulator const& qk, tile::Accumulator const& kk) {
     tile::for_pairs([&](int row, int column, int e) {
       int const r = warp * 16 + row, i = column0 + column;
-      tile::store_pair<E>(&s.a_qk.at(r, i), tile::to_pair<E>(i < r ? qk.x[e] : 0.f, i + 1 < r ? qk.x[e + 1] : 0.f));
+      float2 const scaled{p.scale * qk.x[e], p.scale * qk.x[e + 1]};
+      tile::store_pair<E>(&s.a_qk.at(r, i), tile::to_pair<E>(i < r ? scaled.x : 0.f, i + 1 < r ? scaled.y : 0.f));
       tile::store_pair<E>(&s.l.at(r, i), tile::to_pair<E>(i < r ? -kk.x[e] : 0.f, i + 1 < r ? -kk.x[e + 1] : 0.f));
-      if (i == r) cell.sums().diagonal[r] = qk.x[e];
-      if (i + 1 == r) cell.sums().diagonal[r] = qk.x[e + 1];
+      if (i == r) cell.sums().diagonal[r] = scaled.x;
+      if (i + 1 == r) cell.sums().diagonal[r] = scaled.y;
     });
   }
   template <class T>
