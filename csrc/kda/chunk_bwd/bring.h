@@ -11,7 +11,7 @@ struct Bringer {
   Mbarrier& full;
   int const thread;
 
-  /// By the thread that starts copies, before it does.
+  /// By all threads, before a barrier, after which copies may be started.
   KDA_DEVICE void init() const {
     if constexpr (kBulk) {
       if (thread) return;

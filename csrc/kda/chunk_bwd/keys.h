@@ -22,6 +22,7 @@ struct KeyGradients : KeysThread<Variant> {
 
   KDA_DEVICE void run() {
     for (int i = 0; i < Base::kTiles; ++i) this->bringer(i).init();
+    this->sync_team();
     this->load_gate_parameters(chunk.value_head);
     this->load_inputs(chunk);
     bool const wide = this->gate_is_wide();

@@ -57,6 +57,7 @@ struct ValueGradients {
   KDA_DEVICE void run() {
     bringer.init();
     load_beta_of_chunk();
+    sync_block();
     for (int tile = 0; tile < cell.tiles; ++tile) {
       if (tile) {
         bringer.release();
