@@ -1,4 +1,4 @@
-// The numbers that tell one variant of the chunkwise forward from another.
+// The numbers that tell one chunkwise variant from another.
 #pragma once
 #include "platform/platform.h"
 

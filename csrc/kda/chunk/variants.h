@@ -1,5 +1,4 @@
-// The compiled variants of the chunkwise forward. This table is the dispatcher: a variant whose file is missing does
-// not link.
+// The compiled variants of the chunkwise operations. Each operation's dispatch.h lists those that it has.
 #pragma once
 #include "kda/chunk/shape.h"
 
