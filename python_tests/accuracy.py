@@ -3,7 +3,7 @@
 A result passes if its relative RMS error is at most twice that of the same mathematics with the same roundings
 (:func:`low_precision_reference`) plus 1e-6, and never above a cap; and if no row is off by more than ten caps. Where
 the truth is not finite the result must be the same there. The roundings of a few numbers may cancel by luck: these have
-half of the cap at least.
+half of the cap at least. This hides a miss of dA_log, which bench/log/2026-11-29-backward.md describes.
 """
 
 from __future__ import annotations
