@@ -245,5 +245,5 @@ def run_rank(rank: int, folder: str) -> None:
     Path(folder, f"rank{rank}.json").write_text(json.dumps(failures))
     dist.barrier()
     dist.destroy_process_group()
-    # Everything is on file. An interpreter that ends while torch's threads still run aborts now and then, after the end.
+    # Everything is on file. An interpreter that ends while threads of torch still run aborts now and then.
     os._exit(0)
