@@ -59,7 +59,7 @@ def entries(case: Case) -> dict[str, Tensor]:
             found[field.name] = torch.tensor(int(value), dtype=torch.int64)
     rounded = accuracy.low_precision_reference(x)
     for name, truth in oracle.named(*oracle.gradients(x.double())).items():
-        limits = accuracy.budget(case, name, rounded[name].reshape(truth.shape), truth)
+        limits = accuracy.budget(case, name, rounded[name], truth)
         found[f"truth.{name}"] = truth.float()
         found[f"budget.{name}"] = torch.tensor([limits.rms, limits.worst_row], dtype=torch.float64)
     return found | (layer_entries(case) if case.key_dim == case.value_dim else {})

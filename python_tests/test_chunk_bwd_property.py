@@ -88,7 +88,7 @@ def check(case: Case, wanted: tuple[str, ...], device) -> None:
 def allowed_for(case: Case, name: str, rounded: torch.Tensor, truth: torch.Tensor) -> accuracy.Budget:
     """The cap, and up to four caps where the roundings alone need them: in few numbers nothing averages out."""
     limit = accuracy.cap(case, case.dtype, gradient=True)
-    rms = min(max(limit, 4 * accuracy.measure(rounded, truth).rms), 4 * limit)
+    rms = min(max(limit, 4 * accuracy.rms_of_draws(rounded, truth)), 4 * limit)
     return accuracy.Budget(rms, accuracy.ROW_FACTOR * rms)
 
 
