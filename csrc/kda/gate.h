@@ -98,10 +98,11 @@ KDA_DEVICE void log2_decays(float (&x)[kCount], ChannelGate const& gate) {
   }
 }
 
-/// x[j] <- d log_decay / dx of two channels, and d log_decay / dA_log, as precisely as elements E can use.
-template <class E, int kCount>
-KDA_DEVICE void gate_derivatives(float2 (&x)[kCount], float2 (&of_amplitude)[kCount], ChannelGate const& gate0,
-                                 ChannelGate const& gate1) {
+/// x[j] <- d log_decay / dx of two channels, and d log_decay / dA_log, as precisely as elements E can use. `log2_decay`:
+/// of token j, as log2_decays has it.
+template <class E, int kCount, class F>
+KDA_DEVICE void gate_derivatives(float2 (&x)[kCount], float2 (&of_amplitude)[kCount], F log2_decay,
+                                 ChannelGate const& gate0, ChannelGate const& gate1) {
   constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
   auto const set = [&](int j, float2 first, float2 second) {
     x[j] = {first.x, second.x}, of_amplitude[j] = {first.y, second.y};
@@ -110,12 +111,14 @@ KDA_DEVICE void gate_derivatives(float2 (&x)[kCount], float2 (&of_amplitude)[kCo
 #pragma unroll
     for (int j = 0; j < kCount; ++j) set(j, gate0.derivatives(x[j].x), gate1.derivatives(x[j].y));
   } else if (gate0.kind == GateKind::kSoftplus) {
-    auto const softplus_at = [](ChannelGate const& gate, float x) {
-      float const y = kLog2e * (x + gate.bias);
-      return float2{-gate.amplitude * sigmoid_fast(y), -gate.amplitude * kLn2 * log2_softplus_fast(y)};
+    auto const slope = [](ChannelGate const& gate, float x) {
+      return -gate.amplitude * sigmoid_fast(kLog2e * (x + gate.bias));
     };
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) set(j, softplus_at(gate0, x[j].x), softplus_at(gate1, x[j].y));
+    for (int j = 0; j < kCount; ++j) {
+      x[j] = {slope(gate0, x[j].x), slope(gate1, x[j].y)};
+      of_amplitude[j] = float2{kLn2, kLn2} * log2_decay(j);  // the log-decay has the amplitude as a factor
+    }
   } else {
     auto const bounded_at = [](ChannelGate const& gate, float x) {
       float const y = x + gate.bias, z = kLog2e * gate.amplitude * y;

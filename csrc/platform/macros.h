@@ -13,6 +13,7 @@
 #define __grid_constant__
 #define KDA_DEVICE inline
 #define KDA_HOST_DEVICE inline
+#define KDA_OUTLINED inline
 #define KDA_GLOBAL inline
 #define threadIdx (::kda::emulator::Engine::current().running->thread)
 #define blockIdx (::kda::emulator::Engine::current().block_index)
@@ -31,6 +32,7 @@
 #else
 #define KDA_DEVICE __device__ __forceinline__
 #define KDA_HOST_DEVICE __host__ __device__ __forceinline__
+#define KDA_OUTLINED __device__ __noinline__  // what rarely runs: it takes no registers from what calls it
 #define KDA_GLOBAL __global__
 #define KDA_WHERE
 #define KDA_WHERE_ONLY

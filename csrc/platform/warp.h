@@ -80,21 +80,21 @@ KDA_DEVICE T warp_sum(T x KDA_WHERE) {
   return x;
 }
 
-/// Sums kCount (a power of two up to 32) values over groups of kCount lanes; lane l gets the sum of x[l % kCount].
-/// kCount - 1 shuffles, where one by one it would take kCount log2(kCount).
-template <int kCount>
+/// Sums kCount (a power of two) values over groups of kCount lanes, kStride apart; lane l gets the sum of
+/// x[l / kStride % kCount]. kCount - 1 shuffles, where one by one it would take kCount log2(kCount).
+template <int kCount, int kStride = 1>
 KDA_DEVICE float group_sum_scattered(float const (&x)[kCount]) {
-  static_assert(kCount >= 1 && kCount <= 32 && (kCount & (kCount - 1)) == 0);
+  static_assert(kCount >= 1 && kCount * kStride <= 32 && (kCount & (kCount - 1)) == 0);
   if constexpr (kCount > 1) {
     constexpr int kHalf = kCount / 2;
-    bool const upper = lane_index() & kHalf;
+    bool const upper = lane_index() & kHalf * kStride;
     float y[kHalf];
 #pragma unroll
     for (int i = 0; i < kHalf; ++i) {
       float const keep = upper ? x[i + kHalf] : x[i], give = upper ? x[i] : x[i + kHalf];
-      y[i] = keep + shuffle_xor(give, kHalf);
+      y[i] = keep + shuffle_xor(give, kHalf * kStride);
     }
-    return group_sum_scattered<kHalf>(y);
+    return group_sum_scattered<kHalf, kStride>(y);
   } else {
     return x[0];
   }

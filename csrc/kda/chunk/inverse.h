@@ -5,13 +5,15 @@
 
 namespace kda {
 
-/// What solves with I + Diag(beta) A_kk: the backward needs it once more. And what is to be known of small betas.
+/// What solves with I + Diag(beta) A_kk: the backward needs it once more. And what is known of the chunk by then.
 template <class Variant>
 struct ChunkInverse {
   typename ChunkTransition<Variant>::Square l;                 // Diag(beta) A_kk below its diagonal blocks
   tile::DiagonalBlock diagonal[ChunkShape<Variant>::kBlocks];  // the inverses of its diagonal blocks
   float beta_share[ChunkShape<Variant>::kChunk];               // gate_columns.h
+  alignas(16) float norm[2 * ChunkShape<Variant>::kChunk];     // 1 / |q|, then 1 / |k|; without l2norm 1
   uint32_t has_small_beta;                                     // a share is not 1
+  uint32_t steep;                                              // the scores were made by splits
 };
 
 }  // namespace kda

@@ -3,6 +3,7 @@
 //
 //     T = (I + Diag(beta) A_kk)^-1 Diag(beta)      W = T (Gamma.K)      T V
 #pragma once
+#include "kda/chunk/prepare_thread.h"
 #include "kda/chunk/scores.h"
 
 namespace kda {
@@ -193,10 +194,11 @@ struct Prepare : PrepareThread<Variant, kTeams> {
     copy(to.l.data, s.l.data);
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) copy(to.diagonal[i].x, s.diagonal[i].x);
+    copy(to.norm, s.norm);
     if (thread) return;
     bool any = false;
     for (bool small : s.has_small_beta) any = any || small;
-    to.has_small_beta = any;
+    to.has_small_beta = any, to.steep = this->any_steep();
   }
   /// The tiles of 64 columns that lie in the panels of s.v, one behind the other.
   KDA_DEVICE void store_values(int first) {

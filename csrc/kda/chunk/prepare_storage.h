@@ -58,11 +58,4 @@ constexpr int prepare_teams() {
   return by_registers < by_memory ? by_registers : by_memory;
 }
 
-/// A thread of the prepare kernel, with kTeams teams in a block.
-template <class Variant, int kTeams>
-struct PrepareThread : ColumnThread<Variant, PrepareStorage<Variant>, kTeams> {
-  using DiagonalElement = std::conditional_t<sizeof(typename Variant::Element) == 4, float, tile::Tf32>;  // of inverses
-  ChunkRecordAt<Variant> out;
-};
-
 }  // namespace kda

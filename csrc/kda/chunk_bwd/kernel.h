@@ -51,7 +51,7 @@ KDA_GLOBAL void __launch_bounds__(ValueGradients<Variant>::kThreads, ValueGradie
 
 template <class Variant>
 KDA_GLOBAL void __launch_bounds__(ChunkShape<Variant>::kColumnThreads, 1)
-    chunk_bwd_keys_kernel(ChunkBwdParams const p) {
+    chunk_bwd_keys_kernel(__grid_constant__ ChunkBwdParams const p) {
   using Storage = KeysStorage<Variant>;
   KDA_DYNAMIC_SHARED(Storage, storage);
   int const value_head = p.first_head + int(blockIdx.y);

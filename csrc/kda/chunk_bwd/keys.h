@@ -25,27 +25,41 @@ struct KeyGradients : KeysThread<Variant> {
     this->sync_team();
     this->load_gate_parameters(chunk.value_head);
     this->load_inputs(chunk);
-    bool const wide = this->gate_is_wide();
+    bool const wide = this->gate_is_wide(), steep = cell.inverse().steep;
     if (wide) this->load_wide_gate(chunk);
     else this->load_cell();
     if (thread < Base::kChunk) s.diagonal[thread] = cell.sums().diagonal[thread];
+    for (int i = thread; i < 2 * Base::kChunk; i += kThreads) s.norm[i] = cell.inverse().norm[i];
     if (wide || cell.tiles < Base::kTiles) cp_async_wait<0>();
     else cp_async_wait<Base::kTiles>();
     this->sync_team();
     this->load_gate(chunk);
     if (wide) this->bringer(0).release();
-    this->normalise();
     this->keep_inputs();
+    this->sync_team();
     if (wide) this->load_cell();
-    if (this->any_steep()) SplitGradients<Variant>{*this}.run();
-    else AnchoredGradients<Variant>{*this}.run();
+    AnchoredGradients<Variant> anchored{*this};
+    if (!steep) anchored.write();
+    this->multiply_states();
+    if (steep) split_gradients();
+    else anchored.gather();
     add_diagonal();
-    through_norms();
-    store_keys();
-    through_gate();
+    if (p.l2norm) sum_dots();
+    if (p.gate.kind != GateKind::kLogDecay) through_gate();
+    this->sync_team();
+    if (p.l2norm) through_norms();
+    if (p.gate.kind != GateKind::kLogDecay) sum_over_tokens();
+    store();
   }
 
  private:
+  /// On a copy, so that this thread's own numbers stay in registers.
+  KDA_DEVICE void split_gradients() {
+    KeysThread<Variant> copy = *this;
+    add_split_gradients(copy);
+    this->take_gradients(copy);
+  }
+
   KDA_DEVICE void add_diagonal() {
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
@@ -56,20 +70,20 @@ struct KeyGradients : KeysThread<Variant> {
   }
 
   /// y = x / |x|: dx = (dy - y <y, dy>) / |x|.
-  KDA_DEVICE void through_norms() {
+  KDA_DEVICE void sum_dots() {
     float dots[2][kTokensPerThread];
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
       float2 const q = this->q(j, this->raw_q[j]) * dq[j], k = this->k(j, this->raw_k[j]) * dk[j];
       dots[0][j] = q.x + q.y, dots[1][j] = k.x + k.y;
     }
-    if (!p.l2norm) return;
 #pragma unroll
     for (int kind = 0; kind < 2; ++kind) {
       float const sum = warp_sum_scattered(dots[kind]);
       if (lane < kTokensPerThread) s.dots[kind][warp % kPerGroup][this->row(lane)] = sum;
     }
-    this->sync_team();
+  }
+  KDA_DEVICE void through_norms() {
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
       dq[j] = through_norm(0, j, this->q(j, this->raw_q[j]), dq[j]);
@@ -84,87 +98,81 @@ struct KeyGradients : KeysThread<Variant> {
     return (dy + y * Base::both(-dot)) * Base::both(s.norm[kind * Base::kChunk + row]);
   }
 
-  /// dq and dk leave through shared memory, in pieces of 16 bytes; of grouped heads as fp32, to be summed later.
-  KDA_DEVICE void store_keys() {
-    bool const grouped = call.dq_sum || call.dk_sum;
-    if (grouped) store_keys_from<float>(s.results[0], s.results[1], chunk.value_head);
-    else store_keys_from<E>(s.blocks.q, s.blocks.k, chunk.head);
-  }
-  template <class T, class Tile>
-  KDA_DEVICE void store_keys_from(Tile& of_q, Tile& of_k, int head) {
-    put<T>(of_q, dq), put<T>(of_k, dk);
-    this->sync_team();
-    if (call.dq.data) store<T>(call.dq, of_q, head);
-    if (call.dk.data) store<T>(call.dk, of_k, head);
-  }
-
-  /// dg, and what this chunk adds to dA_log and ddt_bias. The gate as given comes from global memory once more.
+  /// dg of what the gate is made of; and its sums over the thread's tokens, of each channel, and of all for dA_log.
   KDA_DEVICE void through_gate() {
-    bool const raw = p.gate.kind != GateKind::kLogDecay;
-    this->sync_team();
-    if (raw) {
-      float2 x[kTokensPerThread];
-      if (p.g.is_fp32) load_gate_again<float>(s.template gate<float>(), x);
-      else load_gate_again<E>(s.template gate<E>(), x);
-      sum_over_tokens(differentiate_gate(x));
-    }
-    if (!call.dg.data) return;
-    if (p.g.is_fp32) store_gate<float>(s.template gate<float>());
-    else store_gate<E>(s.template gate<E>());
-  }
-  template <class T, class Tile>
-  KDA_DEVICE void load_gate_again(Tile& tile, float2 (&x)[kTokensPerThread]) {
-    tile_rows<T>(p.g, chunk, chunk.value_head, 0, p.key_dim).template load<Base::kKeyTile>(tile, 0, thread, kThreads);
-    cp_async_commit();
-    cp_async_wait<0>();
-    this->sync_team();
-#pragma unroll
-    for (int j = 0; j < kTokensPerThread; ++j)
-      x[j] = tile::to_float2<T>(tile::load_pair<T>(&tile.at(this->row(j), 2 * pair)));
-  }
-  template <class T, class Tile>
-  KDA_DEVICE void store_gate(Tile& tile) {
-    put<T>(tile, dg);
-    this->sync_team();
-    store<T>(call.dg, tile, chunk.value_head);
-  }
-  /// dg of what the gate is made of. Sums over the thread's tokens: for the two channels, and of both for dA_log.
-  KDA_DEVICE float3 differentiate_gate(float2 (&x)[kTokensPerThread]) {
-    float3 sums{0.f, 0.f, 0.f};
+    float2 x[kTokensPerThread], of_amplitude[kTokensPerThread], sum{0.f, 0.f};
+    if (this->gate_is_wide()) load_wide_gate_again(x);
+    else gate_as_given<E>(x);
     ChannelGate const gates[2] = {{p.gate, s.gate_amplitude, s.gate_bias[2 * pair]},
                                   {p.gate, s.gate_amplitude, s.gate_bias[2 * pair + 1]}};
-    float2 of_amplitude[kTokensPerThread];
-    gate_derivatives<E>(x, of_amplitude, gates[0], gates[1]);
+    gate_derivatives<E>(x, of_amplitude, [&](int j) { return columns.log2_decay(j); }, gates[0], gates[1]);
+    float d_amplitude = 0.f;
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
       float2 const d = this->row(j) < chunk.rows ? dg[j] : float2{0.f, 0.f};
-      sums.z += d.x * of_amplitude[j].x + d.y * of_amplitude[j].y;
+      d_amplitude += d.x * of_amplitude[j].x + d.y * of_amplitude[j].y;
       dg[j] = d * x[j];
-      sums.x += dg[j].x, sums.y += dg[j].y;
+      sum = sum + dg[j];
     }
-    return sums;
+    s.gate_sum[group][pair] = sum;
+    d_amplitude = warp_sum(d_amplitude);
+    if (lane == 0) s.d_amplitude[warp] = d_amplitude;
   }
-  KDA_DEVICE void sum_over_tokens(float3 sums) {
-    s.group_sum[group][pair] = {sums.x, sums.y};
-    float const amplitude = warp_sum(sums.z);
-    if (lane == 0) s.d_amplitude[warp] = amplitude;
+  /// Its place has had other things in it.
+  KDA_DEVICE void load_wide_gate_again(float2 (&x)[kTokensPerThread]) {
     this->sync_team();
-    if (group == 0) *reinterpret_cast<float2*>(&cell.sums().ddt_bias[2 * pair]) = this->sum_of_groups(0, kGroups);
+    this->load_wide_gate(chunk);
+    cp_async_wait<0>();
+    this->sync_team();
+    gate_as_given<float>(x);
+  }
+  template <class G>
+  KDA_DEVICE void gate_as_given(float2 (&x)[kTokensPerThread]) {
+#pragma unroll
+    for (int j = 0; j < kTokensPerThread; ++j)
+      x[j] = tile::to_float2<G>(tile::load_pair<G>(&s.template gate<G>().at(this->row(j), 2 * pair)));
+  }
+  /// What this chunk adds to dA_log and ddt_bias.
+  KDA_DEVICE void sum_over_tokens() {
+    if (group == 0) {
+      float2 sum{0.f, 0.f};
+#pragma unroll
+      for (auto const& of_group : s.gate_sum) sum = sum + of_group[pair];
+      *reinterpret_cast<float2*>(&cell.sums().ddt_bias[2 * pair]) = sum;
+    }
     if (thread) return;
     float sum = 0.f;
     for (float x : s.d_amplitude) sum += x;
     cell.sums().dA_log = sum;
   }
 
+  /// Through shared memory, in pieces of 16 bytes, a quarter of the warps each for dq, dk and dg. Of grouped heads dq
+  /// and dk leave as fp32, to be summed later.
+  KDA_DEVICE void store() {
+    bool const grouped = call.dq_sum || call.dk_sum;
+    if (grouped) put<float>(s.template dq<float>(), dq), put<float>(s.template dk<float>(), dk);
+    else put<E>(s.template dq<E>(), dq), put<E>(s.template dk<E>(), dk);
+    if (p.g.is_fp32) put<float>(s.template gate<float>(), dg);
+    else put<E>(s.template gate<E>(), dg);
+    this->sync_team();
+    int const kind = warp % 4;
+    Rows const& to = kind == 0 ? call.dq : kind == 1 ? call.dk : call.dg;
+    if (kind == 3 || !to.data) return;
+    if (kind < 2 && grouped)
+      store_tile<float>(to, kind ? s.template dk<float>() : s.template dq<float>(), chunk.value_head);
+    else if (kind < 2) store_tile<E>(to, kind ? s.template dk<E>() : s.template dq<E>(), chunk.head);
+    else if (p.g.is_fp32) store_tile<float>(to, s.template gate<float>(), chunk.value_head);
+    else store_tile<E>(to, s.template gate<E>(), chunk.value_head);
+  }
+  template <class T, class Tile>
+  KDA_DEVICE void store_tile(Rows const& to, Tile const& tile, int head) const {
+    tile_rows<T>(to, chunk, head, 0, p.key_dim).template store<Base::kKeyTile>(tile, 0, this->loader(), Base::kLoaders);
+  }
   template <class T, class Tile>
   KDA_DEVICE void put(Tile& tile, float2 const (&x)[kTokensPerThread]) const {
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j)
       tile::store_pair<T>(&tile.at(this->row(j), 2 * pair), tile::to_pair<T>(x[j].x, x[j].y));
-  }
-  template <class T, class Tile>
-  KDA_DEVICE void store(Rows const& to, Tile const& tile, int head) const {
-    tile_rows<T>(to, chunk, head, 0, p.key_dim).template store<Base::kKeyTile>(tile, 0, thread, kThreads);
   }
 };
 

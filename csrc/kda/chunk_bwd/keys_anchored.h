@@ -17,11 +17,14 @@ struct AnchoredGradients {
   static constexpr int kBlocks = Thread::kBlocks, kGroups = Thread::kGroups;
   Thread& c;
 
-  KDA_DEVICE void run() {
+  /// What products with the scores take. While tiles of V are on their way.
+  KDA_DEVICE void write() {
     write_operands();
     write_decays();
-    c.multiply_states();
-    gather();
+  }
+  /// After the products with the states.
+  KDA_DEVICE void gather() {
+    gather_scores();
     c.sync_team();
     take_results();
   }
@@ -47,7 +50,7 @@ struct AnchoredGradients {
     if (b < kBlocks) write(c.s.to_end[b], 2 * b + 1, kGroups);
   }
 
-  KDA_DEVICE void gather() {
+  KDA_DEVICE void gather_scores() {
     int const block = c.block(), channel = c.channel0();
     auto& r = c.results;
     auto const& scores = c.s.scores;
@@ -101,15 +104,15 @@ struct AnchoredGradients {
       return tile::to_float2<E>(tile::load_pair<E>(&tile.at(c.row(j), 2 * c.pair)));
     };
     c.give(0, c.results.q), c.give(1, c.results.k);
-    c.sync_team();
+    c.sync_channels();
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
       c.dq[j] = c.result(0, j), c.dk[j] = c.result(1, j);
       rise[j] = operand(c.s.blocks.q, j) * c.dq[j] + operand(c.s.blocks.k, j) * c.dk[j];
     }
-    c.sync_team();
+    c.sync_channels();
     c.give(0, c.results.column);
-    c.sync_team();
+    c.sync_channels();
     float2 column[kTokensPerThread];
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
@@ -124,7 +127,7 @@ struct AnchoredGradients {
 #pragma unroll
     for (int j = kTokensPerThread - 1; j > 0; --j) rise[j - 1] = rise[j - 1] + rise[j];
     c.s.group_sum[c.group][c.pair] = rise[0];
-    c.sync_team();
+    c.sync_channels();
     float2 const behind = c.sum_of_groups(c.group + 1, kGroups) + flux_at_end();
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) c.dg[j] = rise[j] + behind;

@@ -15,12 +15,12 @@ struct SplitGradients {
   static constexpr int kChunk = Thread::kChunk, kBlocks = Thread::kBlocks, kGroups = Thread::kGroups;
   Thread& c;
 
+  /// After the products with the states.
   KDA_DEVICE void run() {
-    c.multiply_states();
     c.columns.exponentiate();
     c.sync_team();
     take_rows_of_states();
-    c.sync_team();
+    c.sync_channels();
     take_columns_of_states();
     level<kChunk / 2>();
   }
@@ -29,7 +29,7 @@ struct SplitGradients {
   /// Rows from the start of the chunk; and what goes from its start to its end.
   KDA_DEVICE void take_rows_of_states() {
     c.give(0, c.results.q), c.give(1, c.results.k);
-    c.sync_team();
+    c.sync_channels();
     float2 const across =
         Thread::exp2(c.log2_groups(0, kGroups)) * *reinterpret_cast<float2 const*>(&c.s.across[2 * c.pair]);
     float2 decay = Thread::exp2(c.log2_groups(0, c.group)), rows[kTokensPerThread];
@@ -44,7 +44,7 @@ struct SplitGradients {
   /// Columns to the end of the chunk.
   KDA_DEVICE void take_columns_of_states() {
     c.give(1, c.results.column);
-    c.sync_team();
+    c.sync_channels();
     float2 decay = Thread::exp2(c.log2_groups(c.group + 1, kGroups)), columns[kTokensPerThread];
 #pragma unroll
     for (int j = kTokensPerThread - 1; j >= 0; --j) {
@@ -61,11 +61,11 @@ struct SplitGradients {
         c.store(c.s.blocks.q, c.row(j), upper ? c.q(j, c.raw_q[j]) * decay : float2{0.f, 0.f});
         c.store(c.s.blocks.k, c.row(j), c.k(j, c.raw_k[j]) * decay);
       });
-      c.sync_team();
+      c.sync_channels();
       multiply<kHalf>();
-      c.sync_team();
+      c.sync_channels();
       c.give(0, c.results.q), c.give(1, c.results.k);
-      c.sync_team();
+      c.sync_channels();
       float2 paths[kTokensPerThread];
       for_sides<kHalf>(
           [&](int j, bool upper, float2 decay) { paths[j] = upper ? take_row(j, decay) : take_column(j, decay); });
@@ -125,7 +125,7 @@ struct SplitGradients {
 #pragma unroll
     for (int j = kTokensPerThread - 1; j > 0; --j) rows[j - 1] = rows[j - 1] + rows[j];
     c.s.group_sum[c.group][c.pair] = rows[0];
-    c.sync_team();
+    c.sync_channels();
     float2 const behind = c.sum_of_groups(c.group + 1, end);
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) c.dg[j] = c.dg[j] + rows[j] + behind;
@@ -136,7 +136,7 @@ struct SplitGradients {
 #pragma unroll
     for (int j = 1; j < kTokensPerThread; ++j) sum = sum + columns[j];
     c.s.group_sum[c.group][c.pair] = sum;
-    c.sync_team();
+    c.sync_channels();
     sum = c.sum_of_groups(first, c.group);
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
@@ -152,7 +152,7 @@ struct SplitGradients {
 #pragma unroll
     for (int j = 1; j < kTokensPerThread; ++j) sum = sum + paths[j];
     c.s.group_sum[c.group][c.pair] = sum;
-    c.sync_team();
+    c.sync_channels();
     sum = upper ? c.sum_of_groups(c.group + 1, first + kGroupsOfHalf) : c.sum_of_groups(first, c.group);
     add_paths(paths, 0, kTokensPerThread, upper, sum);
   }
@@ -224,5 +224,19 @@ struct SplitGradients {
     }
   }
 };
+
+/// Steep chunks are rare. Apart from what calls it this takes no registers from the usual way: `thread`, in memory, has
+/// inputs and products, and gets the gradients.
+template <class Variant>
+KDA_OUTLINED void add_split_gradients(KeysThread<Variant>& thread) {
+  KDA_DYNAMIC_SHARED(KeysStorage<Variant>, storage);
+  KeysThread<Variant> own{{thread.p, *storage, thread.columns}, thread.call, thread.cell, thread.chunk};
+#pragma unroll
+  for (int j = 0; j < kTokensPerThread; ++j) own.raw_q[j] = thread.raw_q[j], own.raw_k[j] = thread.raw_k[j];
+  own.results = thread.results;
+  own.take_gradients(thread);
+  SplitGradients<Variant>{own}.run();
+  thread.take_gradients(own);
+}
 
 }  // namespace kda

@@ -1,9 +1,10 @@
 // The shared memory of the keys kernel, phase by phase, and what its threads have in common.
 //
 //   phase        blocks                        tiles / results
-//   inputs       q, k, g as given              an fp32 gate beside 16-bit elements
+//   inputs       q, k as given                 an fp32 gate beside 16-bit elements
 //   states       decayed operands              dO, dX, U, S_0, dS_C of 64 columns of V
 //   hand-over    decayed operands              fp32 results of products, for the threads that have the channels
+//   gradients    dq, dk; as fp32 dk            as fp32 dg and dq
 #pragma once
 #include "kda/chunk/column_thread.h"
 #include "kda/chunk_bwd/bring.h"
@@ -34,14 +35,15 @@ struct KeysStorage {
     typename BackwardCell<Variant>::Values u;
     typename BackwardCell<Variant>::State state, d_state;
   };
+  Wide gate_tile;  // g as given; at last dg
   ScoreGradients<Variant> scores;
   union {
     ValueTile tiles[kTiles];
     Result results[2];
-    tile::SharedTile<float, kChunk, kKeyTile> wide_gate;
   };
   float2 log2_total[kGroups][kPairs];  // log2 of the decay over each eight tokens
   float2 group_sum[kGroups][kPairs];   // sums over eight tokens, of what is being summed
+  float2 gate_sum[kGroups][kPairs];    // sums over eight tokens, of dg
   float step[kBlocks + 1][kKeyTile];   // decay from the start to the first anchor, ..., from the last to the end
   float to_end[kBlocks][kKeyTile];     // decay from each anchor to the end
   float end_flux[kBlocks][kKeyTile];   // what columns of a block give the gate on their way to the end
@@ -51,13 +53,23 @@ struct KeysStorage {
   float norm[2 * kChunk];                        // 1 / |q|, then 1 / |k|
   float gate_bias[kKeyTile], gate_amplitude;
   float d_amplitude[kWarps];
-  bool steep[kWarps];
   Mbarrier full[kTiles];
 
   template <class G>
   KDA_DEVICE auto& gate() {
-    if constexpr (sizeof(G) > sizeof(E)) return wide_gate;
-    else return blocks.k_inverse;
+    if constexpr (sizeof(G) > sizeof(E)) return results[0];
+    else return gate_tile;
+  }
+  /// Where dq and dk lie before they leave.
+  template <class T>
+  KDA_DEVICE auto& dq() {
+    if constexpr (sizeof(T) > sizeof(E)) return results[1];
+    else return blocks.q;
+  }
+  template <class T>
+  KDA_DEVICE auto& dk() {
+    if constexpr (sizeof(T) > sizeof(E)) return reinterpret_cast<Result&>(blocks);
+    else return blocks.k;
   }
 };
 

@@ -14,7 +14,9 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
   using ValueTile = typename KeysStorage<Variant>::ValueTile;
   static constexpr int kTiles = KeysStorage<Variant>::kTiles;
   static constexpr int kOctets = kKeyTile / 8 / kWarps;
+  static constexpr int kTeams = Base::Shape::kWarpsPerGroup, kTeamChannels = kKeyTile / kTeams;  // 64
   static_assert(kWarps == kBlocks * (kKeyTile / kResultColumns) && kOctets * kWarps * 8 == kKeyTile);
+  static_assert(kGroups == kBlocks * (kTeamChannels / kResultColumns));
 
   ChunkBwdParams const& call;
   BackwardCell<Variant> const cell;
@@ -23,9 +25,14 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
   float2 dq[kTokensPerThread], dk[kTokensPerThread], dg[kTokensPerThread];  // dg: of the log-decay
   KeyResults results;
 
+  /// Every kTeams-th warp belongs to one team: it has all tokens of 64 channels, as inputs and as results.
+  KDA_DEVICE int first_of_team() const { return warp % kTeams * kTeamChannels; }
+  KDA_DEVICE int warp_of_team() const { return warp / kTeams; }
+  KDA_DEVICE void sync_channels() const { sync_named(2 + warp % kTeams, kThreads / kTeams); }
+
   /// The warp's part of the results.
-  KDA_DEVICE int block() const { return warp % kBlocks; }
-  KDA_DEVICE int channel0() const { return warp / kBlocks * kResultColumns; }
+  KDA_DEVICE int block() const { return warp_of_team() % kBlocks; }
+  KDA_DEVICE int channel0() const { return first_of_team() + warp_of_team() / kBlocks * kResultColumns; }
 
   KDA_DEVICE void keep_inputs() {
 #pragma unroll
@@ -33,6 +40,11 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
       raw_q[j] = Base::raw_q(j), raw_k[j] = Base::raw_k(j);
       dq[j] = dk[j] = dg[j] = {0.f, 0.f};
     }
+  }
+
+  KDA_DEVICE void take_gradients(KeysThread const& other) {
+#pragma unroll
+    for (int j = 0; j < kTokensPerThread; ++j) dq[j] = other.dq[j], dk[j] = other.dk[j], dg[j] = other.dg[j];
   }
 
   /// Score gradients and the first tiles of V. A wide gate lies where these go.
@@ -68,7 +80,7 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
 #pragma unroll
       for (int bits = 4; bits < 32; bits *= 2)
         across[i].x += shuffle_xor(across[i].x, bits), across[i].y += shuffle_xor(across[i].y, bits);
-      if (lane < 4) *reinterpret_cast<float2*>(&s.across[(warp * kOctets + i) * 8 + lane * 2]) = across[i];
+      if (lane < 4) *reinterpret_cast<float2*>(&s.across[octet(i) + lane * 2]) = across[i];
     }
   }
   /// The result of one product for token j, as the thread that has its channels sees it.
@@ -110,10 +122,9 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
     auto& to = s.tiles[tile % kTiles];
     int const first = tile * kValueTile, columns = call.value_dim - first;
     bringer(tile).bring(to.u, cell.u(tile), to.state, cell.state(tile), to.d_state, cell.d_state(tile), more...);
-    tile_rows<E>(call.d_o, chunk, chunk.value_head, first, columns)
-        .template load<kValueTile>(to.d_o, 0, thread, kThreads);
-    tile_rows<E>(call.dv, chunk, chunk.value_head, first, columns)
-        .template load<kValueTile>(to.d_x, 0, thread, kThreads);
+    bool const of_x = warp % 2;  // half of the warps bring dX, the others dO
+    tile_rows<E>(of_x ? call.dv : call.d_o, chunk, chunk.value_head, first, columns)
+        .template load<kValueTile>(of_x ? to.d_x : to.d_o, 0, warp / 2 * 32 + lane, kThreads / 2);
     cp_async_commit();
   }
   KDA_DEVICE void multiply_tile(ValueTile const& in) {
@@ -132,11 +143,12 @@ struct KeysThread : ColumnThread<Variant, KeysStorage<Variant>, 1> {
       }
     }
   }
+  KDA_DEVICE int octet(int i) const { return first_of_team() + (warp_of_team() * kOctets + i) * 8; }
   /// A warp has some eights of channels, a lane two of each and every eighth row.
   KDA_DEVICE void add_across(ValueTile const& in, float2 (&sum)[kOctets]) const {
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
-      int const channel = (warp * kOctets + i) * 8 + lane % 4 * 2;
+      int const channel = octet(i) + lane % 4 * 2;
 #pragma unroll
       for (int v = 0; v < kValueTile; v += 8) {
         float2 const a = tile::to_float2<E>(tile::load_pair<E>(&in.state.at(v + lane / 4, channel))),
