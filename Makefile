@@ -62,7 +62,7 @@ test-sanitizers: build/cmake-tests  ## ASan + UBSan and TSan: a slice; with FULL
 
 bench: venv  ## the microbenchmarks into build/bench, to be run on a GPU (needs Debian's libbenchmark-dev)
 	$(BIN)/python setup.py --print-kernel-options "$${KDA_CUDA_ARCHS:-80;90a}" | xargs cmake -S . -B build/cmake-bench -G Ninja -DKDA_BUILD_BENCH=ON
-	cmake --build build/cmake-bench --target bench_decode bench_chunk_fwd --parallel $(JOBS)
+	cmake --build build/cmake-bench --target bench_decode bench_chunk_fwd bench_chunk_bwd --parallel $(JOBS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -29,11 +29,12 @@ def cuda() -> dict[str, str]:
     return dict(re.findall(r"'-D(\w+)=(.*?)'", options.stdout))
 
 
-@pytest.fixture(scope="module", params=["decode", "chunk_fwd"])
+@pytest.fixture(scope="module", params=["decode", "chunk_fwd", "chunk_bwd"])
 def benchmark(request, cuda, tmp_path_factory) -> Path:
     """bench/cpp/bench_*.cpp, linked with the objects of whichever build of the kernels is the newest."""
     objects: dict[Path, list[Path]] = {}
-    for path in ROOT.glob(f"build/cmake-*/kernels/{request.param}_*.o"):
+    kernels = request.param.replace("chunk_bwd", "chunk_[bf]wd")  # it launches the forward's prepare kernel
+    for path in ROOT.glob(f"build/cmake-*/kernels/{kernels}_*.o"):
         objects.setdefault(path.parent, []).append(path)
     if not objects:
         # A checkout for the reference alone (KDA_CUDA_BUILD=off) has nothing to link; `make test` compiles them first.
@@ -75,6 +76,9 @@ def test_microbenchmark(benchmark):
     if benchmark.name == "bench_chunk_fwd":
         expected = {f"chunk_fwd/bf16_k128/{s}/{r}" for s in shapes.TEN + shapes.LARGE for r in shapes.REGIMES}
         assert {name for name in names if "/bf16_k128/" in name} == expected
+    if benchmark.name == "bench_chunk_bwd":
+        parts = ["fast", "long", "long/of_q_k_v_beta", "long/of_v"]
+        assert set(names) == {f"chunk_bwd/bf16_k128/{s}/{part}" for s in shapes.CORE for part in parts}
     unknown = run(benchmark, "--benchmark_filtr=x")
     assert unknown.returncode == 1 and "--benchmark_filtr=x" in unknown.stderr
     if not torch.cuda.is_available():

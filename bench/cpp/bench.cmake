@@ -4,9 +4,10 @@ find_package(benchmark REQUIRED)
 execute_process(COMMAND git -C ${PROJECT_SOURCE_DIR} rev-parse HEAD OUTPUT_VARIABLE commit
                 OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
 
-foreach(operation decode chunk_fwd)
+foreach(operation decode chunk_fwd chunk_bwd)
+  string(REPLACE "chunk_bwd" "chunk_[bf]wd" kernels ${operation})  # it launches the forward's prepare kernel
   set(objects ${KDA_KERNEL_OBJECTS})
-  list(FILTER objects INCLUDE REGEX "/${operation}_[^/]*[.]o$")
+  list(FILTER objects INCLUDE REGEX "/${kernels}_[^/]*[.]o$")
   set(target bench_${operation})
   add_executable(${target} ${PROJECT_SOURCE_DIR}/bench/cpp/${target}.cpp ${objects})
   target_compile_definitions(${target} PRIVATE KDA_COMMIT="${commit}" $<$<IN_LIST:90a,${KDA_ARCHS}>:KDA_HAS_SM90>)

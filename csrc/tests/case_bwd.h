@@ -1,5 +1,7 @@
 // chunk_bwd on a case: every gradient that the case has.
 #pragma once
+#include <climits>
+
 #include "kda/chunk_bwd/dispatch.h"
 #include "tests/case_kernels.h"
 
@@ -19,8 +21,9 @@ inline std::map<std::string, CaseTensor> gradients_of(CaseFile const& c) {
   return d;
 }
 
+/// In rounds of at most so many value heads.
 inline std::map<std::string, CaseTensor> run_chunk_bwd(CaseFile const& c, ChunkBwdVariant const& variant,
-                                                       ChunkFwdVariant const& forward) {
+                                                       ChunkFwdVariant const& forward, int most_heads = INT_MAX) {
   auto const d = gradients_of(c);
   ChunkBwdParams p{};
   set_streams(p, c, c["do"]);
@@ -37,7 +40,9 @@ inline std::map<std::string, CaseTensor> run_chunk_bwd(CaseFile const& c, ChunkB
     p.initial_state = state_ref(c, c["initial_state"]);
     p.d_initial_state = state_ref(c, d.at("dinitial_state"));
   }
-  ChunkBwdSchedule const schedule = variant.schedule(p.plan, p.value_heads, p.value_dim);
+  ChunkBwdSchedule schedule = variant.schedule(p.plan, p.value_heads, p.value_dim);
+  schedule.heads_per_round = std::min(schedule.heads_per_round, most_heads);
+  schedule.rounds = int(divide_up(p.value_heads, schedule.heads_per_round));
   Buffer<char> const workspace(std::vector<char>(schedule.workspace_bytes, char(0xFF)));
   p.workspace = workspace.data();
   variant.launch(p, schedule, forward, nullptr);

@@ -2,7 +2,8 @@
 
     sanitize.py BUILD_DIRECTORY [--full]
 
-Planted bugs: each mark ``PLANT sanitizer name: words`` in plants.cpp must be found, with these words and its line.
+Planted bugs: each mark ``PLANT sanitizer name: words`` in plants.cpp must be found, with these words and its line. So
+must those of product_plants.py in the kernels of the backward; without one, the same program finds nothing.
 Primitives: every program of csrc/tests/programs and the kernels that overlap as they may, under some schedules.
 Cases: the kernels on case files (python_tests/case_files.py), within the error budget and with the same bits under
 every schedule. Without --full a few variants on small cases; with it every kernel.
@@ -25,6 +26,8 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+import product_plants  # noqa: E402
+
 from python_tests import case_files  # noqa: E402
 from python_tests.bwd_cases import GRID, REGIMES  # noqa: E402
 from python_tests.cases import CASES, Case  # noqa: E402
@@ -32,6 +35,7 @@ from python_tests.cases import CASES, Case  # noqa: E402
 MARK = re.compile(r"// PLANT (\w+) (\w+): (.+)$")
 TIMEOUT_SECONDS = 600
 SANITIZERS = {"asan": "ASan + UBSan", "tsan": "TSan"}
+NAMES = SANITIZERS | {"plain": "none"}
 
 # Of at most three chunks, and together for every variant; three for those that no named case has. Those of the grid
 # have what the backward must take: states or none, a gradient of the final one or none, both layouts, heads in groups,
@@ -46,6 +50,12 @@ FULL = [CASES[name] for name in ("fast", "violent", "varlen_v_first", "gva", "va
 SLICE = [CASES[name] for name in ("one_token", "varlen_ones", "tail_of_one")] + [
     Case("gated", 20, heads=1, gate="long", beta_sigmoid=True, dtype=torch.bfloat16),
 ]
+# Where each bug of product_plants.py shows: two heads of one group in rounds of their own, two tiles of V, chunks for
+# more than one turn of the sums, and in the first sequence more chunks than the scan has stages.
+PLANTED = Case(
+    "bugs", 241, heads=1, value_heads=2, value_dim=72, dtype=torch.bfloat16, gate="long", beta_sigmoid=True,
+    lengths=(200, 1, 1, 1, 1, 37), initial_state=True,
+)  # fmt: skip
 
 
 def run(command: list[str | Path]) -> tuple[int, str]:
@@ -85,12 +95,14 @@ class Job:
 
 
 class Plant(Job):
-    def __init__(self, executable: Path, sanitizer: str, name: str, words: str, line: int):
-        super().__init__("planted bugs, each found", sanitizer, name, [executable, name])
-        self.words, self.place = words, f"plants.cpp:{line}"
+    """A bug that must be found: `words` are in the report."""
+
+    def __init__(self, kernels: str, sanitizer: str, name: str, command: list[str | Path], words: tuple[str, ...]):
+        super().__init__(f"{kernels}, each found", sanitizer, name, command)
+        self.words = words
 
     def fault(self, code: int, output: str) -> str | None:
-        missing = [text for text in (self.words, self.place) if text not in output]
+        missing = [text for text in self.words if text not in output]
         if code and not missing:
             return None
         return f"exit code {code}, not in the report: {missing}\n{output[-4000:]}"
@@ -112,12 +124,9 @@ class Cases(Job):
 
 
 def cases(build: Path, full: bool, schedules: int) -> list[Job]:
-    directory = build / "cases"
-    directory.mkdir(exist_ok=True)
     jobs: list[Job] = []
     for case in FULL if full else SLICE:
-        file = directory / f"{case.name}.case"
-        case_files.write(file, case_files.entries(case))
+        file = written(build, case)
         for sanitizer in SANITIZERS:
             executable = build / f"{'run_cases' if full else 'run_slice'}_{sanitizer}"
             jobs.append(Cases(executable, sanitizer, schedules, file))
@@ -129,10 +138,30 @@ def plants(build: Path) -> list[Job]:
     for number, line in enumerate((HERE / "plants.cpp").read_text().splitlines(), 1):
         if mark := MARK.search(line):
             sanitizer, name, words = mark.groups()
-            jobs.append(Plant(build / f"plants_{sanitizer}", sanitizer, name, words, number))
+            command, said = [build / f"plants_{sanitizer}", name], (words, f"plants.cpp:{number}")
+            jobs.append(Plant("planted bugs", sanitizer, name, command, said))
     if len(jobs) < 20:
         raise SystemExit(f"only {len(jobs)} marks in plants.cpp")
     return jobs
+
+
+def plants_of_product(build: Path) -> list[Job]:
+    file = written(build, PLANTED)
+    executables = {name: build / f"product_plants_{name}" for name in ("plain", "tsan")}
+    jobs: list[Job] = [
+        Job("chunk_bwd without a bug", x, "no bug", [path, "none", file]) for x, path in executables.items()
+    ]
+    for plant in product_plants.PLANTS:
+        command = [executables[plant.build], plant.name, file]
+        jobs.append(Plant("bugs in chunk_bwd", plant.build, plant.name, command, plant.found))
+    return jobs
+
+
+def written(build: Path, case: Case) -> Path:
+    file = build / "cases" / f"{case.name}.case"
+    file.parent.mkdir(exist_ok=True)
+    case_files.write(file, case_files.entries(case))
+    return file
 
 
 def primitives(build: Path, seeds: list[int]) -> list[Job]:
@@ -153,7 +182,7 @@ def report(jobs: list[Job]) -> None:
     schedules: dict[tuple[str, str], list[str]] = defaultdict(list)
     for job in jobs:
         for kernels in job.ran():
-            schedules[kernels, SANITIZERS[job.sanitizer]].append(job.schedules)
+            schedules[kernels, NAMES[job.sanitizer]].append(job.schedules)
     print("\nwhat ran where: kernel x sanitizer x schedules")
     for (kernels, sanitizer), which in sorted(schedules.items()):
         print(f"  {kernels:<28} {sanitizer:<12} {', '.join(dict.fromkeys(which))}")
@@ -166,14 +195,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     start = time.monotonic()
-    jobs = plants(args.build) + primitives(args.build, list(range(8)) if args.full else [1])
+    jobs = plants(args.build) + plants_of_product(args.build)
+    jobs += primitives(args.build, list(range(8)) if args.full else [1])
     jobs += cases(args.build, args.full, schedules=8 if args.full else 2)
     failures = 0
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         for job, fault in zip(jobs, pool.map(lambda job: job(), jobs), strict=True):
             if fault:
                 failures += 1
-                print(f"FAILED {job.kernels}, {SANITIZERS[job.sanitizer]}, {job.schedules}: {fault}\n")
+                print(f"FAILED {job.kernels}, {NAMES[job.sanitizer]}, {job.schedules}: {fault}\n")
     report(jobs)
     print(f"{len(jobs)} processes, {failures} failed, {time.monotonic() - start:.0f} s")
     sys.exit(bool(failures))
