@@ -45,8 +45,8 @@ def race(header: str) -> tuple[str, ...]:
     return "data race", header
 
 
-BRING, KERNEL, REDUCE, SCAN, VALUES = (
-    f"kda/chunk_bwd/{name}.h" for name in ("bring", "kernel", "reduce", "scan", "values")
+KERNEL, KEYS, REDUCE, SCAN, VALUES = (
+    f"kda/chunk_bwd/{name}.h" for name in ("kernel", "keys_thread", "reduce", "scan", "values")
 )
 PLANTS = (
     # ---- scans that are a chunk or a round behind --------------------------------------------------------------------
@@ -114,10 +114,10 @@ PLANTS = (
     Plant(
         "values_before_their_cell",
         VALUES,
-        "bringer.wait(tile % 2);\n      solve(tile);",
-        "solve(tile);\nbringer.wait(tile % 2);",
+        "for (int i = 0; i < count; ++i) bringer(i).wait(first / kTiles % 2);",
+        "",
         "plain",
-        wrong("dv", "dbeta"),
+        ("chunk_bwd_values: ", "more than 1 arrivals in one phase"),
     ),
     Plant(
         "values_before_their_stream",
@@ -128,12 +128,12 @@ PLANTS = (
         ("chunk_bwd_values: ", "cp.async copies that were never waited for"),
     ),
     Plant(
-        "keys_before_their_cell",  # the kernel with more threads
-        BRING,
-        "if constexpr (kBulk) mbarrier_wait(full, parity);",
-        "if constexpr (kBulk && kThreads <= 32 * 4) mbarrier_wait(full, parity);",
+        "keys_before_their_cell",
+        KEYS,
+        "bringer(tile).wait(tile / kTiles % 2);",
+        "",
         "plain",
-        ("chunk_bwd_keys: ", "the block ends with a bulk copy on its way"),
+        ("chunk_bwd_keys: ", "more than 1 arrivals in one phase"),
     ),
     Plant(
         "reverse_scan_before_its_products",
@@ -147,8 +147,8 @@ PLANTS = (
     Plant(
         "values_refilled_while_read",
         VALUES,
-        "bringer.release();\n        sync_block();",
-        "bringer.release();",
+        "for (int i = 0; i < kTiles; ++i) bringer(i).release();\n        sync_block();",
+        "for (int i = 0; i < kTiles; ++i) bringer(i).release();",
         "tsan",
         race(VALUES),
     ),
