@@ -101,7 +101,9 @@ struct KeyGradients : KeysThread<Variant> {
   /// dg of what the gate is made of; and its sums over the thread's tokens, of each channel, and of all for dA_log.
   KDA_DEVICE void through_gate() {
     float2 x[kTokensPerThread], of_amplitude[kTokensPerThread], sum{0.f, 0.f};
-    if (this->gate_is_wide()) load_wide_gate_again(x);
+    if (this->gate_is_wide()) load_gate_again<float>();
+    else if (!Base::Storage::kKeepsGate) load_gate_again<E>();
+    if (this->gate_is_wide()) gate_as_given<float>(x);
     else gate_as_given<E>(x);
     ChannelGate const gates[2] = {{p.gate, s.gate_amplitude, s.gate_bias[2 * pair]},
                                   {p.gate, s.gate_amplitude, s.gate_bias[2 * pair + 1]}};
@@ -119,12 +121,14 @@ struct KeyGradients : KeysThread<Variant> {
     if (lane == 0) s.d_amplitude[warp] = d_amplitude;
   }
   /// Its place has had other things in it.
-  KDA_DEVICE void load_wide_gate_again(float2 (&x)[kTokensPerThread]) {
+  template <class G>
+  KDA_DEVICE void load_gate_again() {
     this->sync_team();
-    this->load_wide_gate(chunk);
+    tile_rows<G>(p.g, chunk, chunk.value_head, 0, p.key_dim)
+        .template load<Base::kKeyTile>(s.template gate<G>(), 0, thread, kThreads);
+    cp_async_commit();
     cp_async_wait<0>();
     this->sync_team();
-    gate_as_given<float>(x);
   }
   template <class G>
   KDA_DEVICE void gate_as_given(float2 (&x)[kTokensPerThread]) {
