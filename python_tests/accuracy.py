@@ -27,7 +27,7 @@ CAP = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relati
 GRADIENT_FACTOR = 3
 ROW_FACTOR = 10
 FLOOR = 1e-6
-DRAWS = 6  # of roundings
+DRAWS = 4  # of the roundings of gradients
 GRADIENTS = ("dq", "dk", "dv", "dg", "dbeta", "dA_log", "ddt_bias", "dinitial_state")
 
 
@@ -154,10 +154,11 @@ class RoundedStates(TorchFunctionMode):
 
 
 def low_precision_reference(x: Inputs, backward: bool = True) -> dict[str, Tensor]:
-    """Outputs and gradients by name, ``[draws, ...]``: the fp32 chunk reference with the operands of its products and
-    its outputs rounded to the dtype of ``x.q``, the state in fp32. No kernel code is involved."""
+    """Outputs and gradients by name, ``[draws, ...]``, without gradients one draw: the fp32 chunk reference with the
+    operands of its products and its outputs rounded to the dtype of ``x.q``, the state in fp32. No kernel code is
+    involved."""
     draws = []
-    for draw in range(1 if x.q.dtype == torch.float32 else DRAWS):
+    for draw in range(DRAWS if backward and x.q.dtype != torch.float32 else 1):
         roundings = Roundings(x.q.dtype, draw)
         with RoundedProducts(roundings), RoundedStates(roundings):
             results = dict(zip(("o", "final_state", "h"), reference.chunk_fwd(*x.fwd_args(True)), strict=True))

@@ -15,8 +15,12 @@ from kda_cuda import testing
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "csrc" / "python" / "resource_table.py"
 REPORT = """ptxas info    : Compiling entry function '_ZN3kda6kernelEv' for 'sm_80'
+ptxas info    : Function properties for _ZN3kda6kernelEv
     16 bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
 ptxas info    : Used 96 registers, used 1 barriers, 2048 bytes smem
+"""
+CALLED = """ptxas info    : Function properties for _ZN3kda6calledEv
+    0 bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
 """
 LOSS = (
     "ptxas info    : (C7518) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ill formed "
@@ -56,6 +60,17 @@ def test_more_spills_than_the_baseline_fail(resource_table, tmp_path, now, befor
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode == 0) == (fault is None), done.stderr
     assert fault is None or fault in done.stderr
+
+
+def test_what_a_called_function_spills_is_told_apart(resource_table):
+    now, before = (
+        resource_table.parse(REPORT.format(stores=8, loads=8) + CALLED.format(stores=stores, loads=4))
+        for stores in (20, 16)
+    )
+    assert resource_table.spilled(now[0]) == 16 and resource_table.called_spills(now[0]) == 24
+    assert not resource_table.faults(now, now)
+    (fault,) = resource_table.faults(now, before)
+    assert "what it calls spills 24 bytes, not 20" in fault
 
 
 def test_the_scan_of_16_bit_elements_may_never_spill(resource_table):

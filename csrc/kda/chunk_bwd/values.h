@@ -4,7 +4,7 @@
 //     dbeta_r = <dR_r, U_r> / beta_r  dA_qk = scale dO U^T                    dA_kk = -dX U^T
 //
 // dU is computed again rather than kept: rounded to 16 bits it would cost dV half of its digits. A_qk has the
-// scale. A block takes two tiles of 64 columns of V at once, four warps each.
+// scale. Four warps take a tile of 64 columns of V; where there is room, a block has two at once.
 #pragma once
 #include "kda/chunk/tile_rows.h"
 #include "kda/chunk_bwd/bring.h"
@@ -30,7 +30,7 @@ struct ValuesStorage {
     typename BackwardCell<Variant>::Values u;
     typename Record::Values d_o;
   };
-  static constexpr int kTiles = sizeof(E) == 4 ? 1 : 2;  // of V at once
+  static constexpr int kTiles = sizeof(E) == 4 || Shape::kKeyTile > 128 ? 1 : 2;  // of V at once
   static constexpr int kWarps = kTiles * kConsumerWarps;
   ValueTile tiles[kTiles];
   float beta[Shape::kChunk], raw_beta[Shape::kChunk];
@@ -47,7 +47,7 @@ struct ValueGradients {
   using DiagonalElement = std::conditional_t<sizeof(E) == 4, float, tile::Tf32>;
   static constexpr int kTiles = Storage::kTiles, kWarps = Storage::kWarps, kThreads = 32 * kWarps;
   static constexpr int kChunk = Shape::kChunk, kBlocks = Shape::kBlocks;
-  static constexpr int kBlocksPerSm = 2;
+  static constexpr int kBlocksPerSm = sizeof(E) == 4 || kTiles == 2 ? 2 : 3;
   static constexpr int kTileThreads = 32 * kConsumerWarps;  // that have one tile
   static_assert(2 * kBlocks <= kWarps);
 
@@ -61,6 +61,7 @@ struct ValueGradients {
 
   KDA_DEVICE void run() {
     for (int i = 0; i < kTiles; ++i) bringer(i).init();
+    sync_block();
     for (int first = 0; first < cell.tiles; first += kTiles) {
       if (first) {
         for (int i = 0; i < kTiles; ++i) bringer(i).release();
@@ -70,7 +71,7 @@ struct ValueGradients {
       load_tiles(first, count);
       if (!first) load_beta_of_chunk();
       cp_async_wait<0>();
-      sync_block();  // the barriers of the copies are there
+      sync_block();
       for (int i = 0; i < count; ++i) bringer(i).wait(first / kTiles % 2);
       tile::Accumulator d_x[kBlocks][2];
       if (own < count) solve(d_x, first + own);
