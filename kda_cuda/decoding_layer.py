@@ -102,7 +102,7 @@ def decode_layer(
     else:
         check_like(c, "out", out, q, q.dtype, {"B": batch, "T": 1, "H": heads, "D": dim})
     if check_contents(q):
-        pools.check_contents(state, slot_of, None, state, "slot_of", slot_of, False, zero_is_null)
+        pools.check_contents(state, slot_of, None, state, ("slot_of", "slot_of"), slot_of, False, zero_is_null)
     scale = dim**-0.5 if scale is None else c.number("scale", scale)
     q, k, v, g = (rows_contiguous(x) for x in (q, k, v, g))
     q_weight, k_weight, v_weight = weights

@@ -54,8 +54,8 @@ struct DecodeWork {
   /// The column of the state to start from.
   KDA_DEVICE int64_t first_column(DecodeParams const& p) const {
     if (!p.accepted.data) return 0;
-    int64_t const column = p.accepted.at(sequence) - 1, last = p.state.slot_of.columns - 1;
-    return column < 0 ? 0 : column < last ? column : last;
+    int64_t const accepted = p.accepted.at(sequence), columns = p.state.slot_of.columns;  // anything, where it is null
+    return (accepted < 1 ? 1 : accepted < columns ? accepted : columns) - 1;
   }
 
  private:
