@@ -103,6 +103,7 @@ def decode(
             otherwise the last one to column 0.
         zero_is_null: slot 0 is a null slot too.
         cu_seqlens: ``[N + 1]`` int32 or int64: B = 1 and sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n+1]``.
+            Tokens after the last sequence are padding: whatever they hold, their outputs are zero.
             Default: every batch row is a sequence.
         records: filled for a later :func:`commit`; ``state`` is then only read.
         out: ``[B, T, HV, V]`` in the dtype of q; returned. Default: a new tensor.

@@ -61,6 +61,7 @@ def chunk_kda(
         return_intermediate_states: also return ``h``, the state before every chunk, ``[B, ceil(T / chunk_size), HV, K,
             V]`` in the dtype of k (``[1, chunks of all sequences, ...]`` with cu_seqlens). Only in inference mode.
         cu_seqlens: ``[N + 1]`` int32 or int64: B = 1 and sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n+1]``.
+            Tokens after the last sequence are padding: whatever they hold, their outputs and gradients are zero.
         cu_seqlens_cpu: the same on the CPU; its contents are then checked without a synchronisation.
         cp_context: must be None.
         **kwargs: ``A_log`` fp32 ``[HV]`` and ``dt_bias`` fp32 ``[HV * K]`` of the gate; ``chunk_size`` 64 or 32;

@@ -103,7 +103,7 @@ def prefill(
     )
     x = calls.common_arguments(
         c, q, k, v, g, beta, A_log, dt_bias, scale, transforms, lower_bound, state_v_first, cu_seqlens, cu_seqlens_cpu,
-        padded=True, zero_is_null=zero_is_null,
+        zero_is_null=zero_is_null,
     )  # fmt: skip
     q, v, cu_seqlens = x.q, x.v, x.cu_seqlens
     if calls.needs_grad(c, *x, state_pool, checkpoint_pool):

@@ -32,7 +32,7 @@ DECODE_CALLS = [
     ({"v": META}, ValueError, "v is on meta, expected cpu like q"),
     ({"k": torch.zeros(B, T, H, 12)}, ValueError, "k has shape [2, 8, 2, 12], expected [B=2, T=8, H=2, K=16]"),
     (gated(A_log=torch.zeros(3)), ValueError, "A_log has shape [3], expected [HV=4]"),
-    (packed([0, 9]), ValueError, "cu_seqlens[-1] is 9, expected T=8"),
+    (packed([0, 9]), ValueError, "cu_seqlens[-1] is 9, expected at most T=8"),
     ({"state_per_token": 1}, TypeError, "state_per_token is 1 (int), expected a bool"),
     ({"state": [0.0]}, TypeError, "state is a list, expected a Tensor"),
     ({"state": STATE.to("meta")}, ValueError, "state is on meta, expected cpu like q"),

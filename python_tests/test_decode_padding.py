@@ -11,7 +11,7 @@ from torch import Tensor
 import kda_cuda
 
 from . import decode_calls
-from .cases import Case, Inputs
+from .cases import Case, Inputs, longer
 from .test_decode import BF16, FP32, MODEL, Pool, initial, laid_out
 from .test_decode_verify import verify
 
@@ -110,3 +110,65 @@ def test_null_rows_of_fused_recurrent_kda(device):
     alone = state[[1, 2]]
     assert torch.equal(o[[0, 2]], decode_calls.decode(rows_of(x, [0, 2]), alone)) and not o[[1, 3, 4]].any()
     assert torch.equal(final[[0, 2]], alone) and not final[[1, 3, 4]].any()
+
+
+# ---- tokens after the last sequence ----------------------------------------------------------------------------------
+
+RAGGED = Case("unowned decode", 17, lengths=(1, 0, 8, 3, 0, 5), heads=1, value_heads=2, value_dim=200, gate="long",
+              beta_sigmoid=True, dtype=BF16)  # fmt: skip
+TAILS = [1, 4, 30]  # fewer and more than there are sequences
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("v_first", [True, False], ids=["v_first", "k_first"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+def test_tokens_after_the_last_sequence(dtype, v_first, tail, device):
+    """In a bucket of more tokens: outputs of zero, whatever they hold, and no state but its own of each sequence."""
+    x = RAGGED.inputs(device, dtype)
+    x, state = laid_out(x, initial(RAGGED, x), v_first, FP32)
+    slots = tensor(x, [5, 7, -1, 0, 2, 1])
+    pool, other = Pool(9, state, 1e30), Pool(9, state, 1e30)
+    for each in (pool, other):
+        each.put(slots.tolist(), state)
+    wide = torch.full((1, 17 + tail, 2, 208), math.nan, dtype=dtype, device=device)
+    out = wide[..., 4:204]
+    o = decode_calls.decode(longer(x, tail), pool.slots, slot_of=slots, out=out)
+    assert o is out and not o[:, 17:].any() and wide[..., :4].isnan().all() and wide[..., 204:].isnan().all()
+    assert torch.equal(o[:, :17], decode_calls.decode(x, other.slots, slot_of=slots))
+    assert torch.equal(pool.padded, other.padded)
+
+
+def test_nobody_decodes(device):
+    """An idle rank's dummy token; all sequences are empty, with and without a state, in place and elsewhere."""
+    x = longer(Case("idle", 0, lengths=(0, 0), dtype=BF16).inputs(device), 5)
+    x, state = laid_out(x, initial(RAGGED, x, rows=2), True, FP32)
+    before, copy = state.clone(), torch.full_like(state, math.nan)
+    for call in ({"state": None}, {"state": state}, {"state": state, "new_state": copy}):
+        out = torch.full_like(x.v, math.nan)
+        assert not decode_calls.decode(x, **call, out=out).any()
+    assert torch.equal(state, before) and torch.equal(copy, before)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_drafts_before_unowned_tokens(tail, device):
+    """Records of such tokens stay as they were, and commit reads none of them."""
+    x = RAGGED.inputs(device)
+    x, state = laid_out(x, initial(RAGGED, x), True, FP32)
+    committed, accepted = state.clone(), tensor(x, [1, 0, 5, 0, 0, 5])
+    o, records = verify(longer(x, tail), state)
+    assert not o[:, 17:].any() and all(r[:, 17:].isnan().all() and r[:, :17].isfinite().all() for r in records)
+    kda_cuda.commit(records, accepted, state, state_v_first=True, cu_seqlens=x.cu_seqlens)
+    wanted, records = verify(x, committed)
+    kda_cuda.commit(records, accepted, committed, state_v_first=True, cu_seqlens=x.cu_seqlens)
+    assert torch.equal(o[:, :17], wanted) and torch.equal(state, committed)
+
+
+def test_fused_recurrent_kda_before_unowned_tokens(device):
+    x = RAGGED.inputs(device)
+    x, state = laid_out(x, initial(RAGGED, x), True, FP32)
+    results = []
+    for y in (x, longer(x, 30)):
+        call = {**decode_calls.streams(y), **decode_calls.options(y), "cu_seqlens": y.cu_seqlens}
+        results.append(kda_cuda.fused_recurrent_kda(**call, initial_state=state, output_final_state=True))
+    (wanted, wanted_state), (o, final_state) = results
+    assert torch.equal(o[:, :17], wanted) and not o[:, 17:].any() and torch.equal(final_state, wanted_state)

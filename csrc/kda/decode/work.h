@@ -7,6 +7,7 @@ namespace kda {
 struct DecodeWork {
   int32_t sequence, value_head, head, first_value;
   int64_t batch_row, begin, tokens;  // of the sequence; always inside the tensors, whatever cu_seqlens contains
+  int64_t others;                    // the first token after the last sequence
 
   /// Block i of a grid of sequences x heads x tiles, neighbours in memory next to each other.
   KDA_DEVICE DecodeWork(DecodeParams const& p, int heads, int value_tile) {
@@ -15,9 +16,10 @@ struct DecodeWork {
     first_value = int32_t(block % tiles) * value_tile;
     sequence = int32_t(row / uint32_t(heads)), value_head = int32_t(row % uint32_t(heads));
     head = group == 1 ? value_head : int32_t(uint32_t(value_head) / group);
-    batch_row = sequence, begin = 0, tokens = p.tokens;
+    batch_row = sequence, begin = 0, tokens = others = p.tokens;
     if (p.cu_seqlens.data) {
       int64_t const end = boundary(p, sequence + 1);
+      others = boundary(p, p.sequences);
       batch_row = 0, begin = boundary(p, sequence);
       tokens = end > begin ? end - begin : 0;
     }
