@@ -87,8 +87,9 @@ def decode(
         v: ``[B, T, HV, V]``, HV a multiple of H; dtype of q.
         g: ``[B, T, HV, K]``, log-decay <= 0, or its pre-activation with ``use_gate_in_kernel``; dtype of q or fp32.
         beta: ``[B, T, HV]``, write strength, or its logit with ``use_beta_sigmoid_in_kernel``; dtype of q or fp32.
-        state: ``[slots, HV, K, V]`` (``[slots, HV, V, K]`` with ``state_v_first``), fp32 or bf16, contiguous inside
-            a slot. Read, and written unless ``new_state`` or ``records`` is given. None: start from zero.
+        state: ``[slots, HV, K, V]`` (``[slots, HV, V, K]`` with ``state_v_first``), fp32, bf16 or fp16 whatever q is
+            (float64 with a float64 q), contiguous inside a slot. Read, and written unless ``new_state`` or ``records``
+            is given; a 16-bit one is rounded when it is written. None: start from zero.
         A_log, dt_bias, scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel,
         allow_neg_eigval, lower_bound: as in :func:`chunk_kda`.
         slot_of: int32 or int64 ``[N]`` or ``[N, columns]``: the slot of each of the N sequences; a negative
@@ -97,7 +98,7 @@ def decode(
             may be anything; none of them is looked at.
         num_accepted_tokens: ``[N]``, with ``slot_of [N, columns]``: start from the slot in column
             ``num_accepted_tokens - 1``, where the state after that many drafts was written. Default: column 0.
-        new_state: a pool like ``state`` that is written in its place; ``state`` is then only read.
+        new_state: a pool like ``state``, of its dtype, that is written in its place; ``state`` is then only read.
         new_slot_of: the slots in ``new_state``, as ``slot_of`` are those in ``state``.
         state_per_token: write the state after token t to column t of the written pool's indices (``[N, columns]``);
             otherwise the last one to column 0.

@@ -141,11 +141,11 @@ def fused_recurrent_kda(
     take the chunkwise path.
 
     Args:
-        **kwargs: ``ssm_state_indices`` ``[N]`` or ``[N, columns]``: ``initial_state`` is then a pool of states, fp32 or
-            bf16, and these are the slots of the sequences (negative: null slot). ``num_accepted_tokens`` ``[N]``: start
-            from that column of them. ``inplace_final_state``: the final states go where the initial ones came from,
-            with ``[N, columns]`` the state after token t to column t, and ``initial_state`` is returned. ``out``: where
-            o goes. See :func:`decode` for their semantics; with gradients each of them raises.
+        **kwargs: ``ssm_state_indices`` ``[N]`` or ``[N, columns]``: ``initial_state`` is then a pool of states, fp32,
+            bf16 or fp16, and these are the slots of the sequences (negative: null slot). ``num_accepted_tokens``
+            ``[N]``: start from that column of them. ``inplace_final_state``: the final states go where the initial
+            ones came from, with ``[N, columns]`` the state after token t to column t, and ``initial_state`` is
+            returned. ``out``: where o goes. See :func:`decode` for their semantics; with gradients each of them raises.
             ``transpose_state_layout`` is the deprecated name of ``state_v_first``.
 
     Example:

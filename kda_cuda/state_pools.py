@@ -11,6 +11,8 @@ from torch import Tensor
 from .checks import INDEX_DTYPES, Checker
 from .reference.gates import compute_dtype
 
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of every pool, unless q is float64
+
 
 @dataclass(frozen=True)
 class StatePools:
@@ -27,17 +29,17 @@ class StatePools:
             if indices is not None:
                 raise c.value_error(f"{indices_name} is given and {name} is None, expected both")
             return
-        self.check_pool(name, pool, (torch.float32, torch.bfloat16), self.sequences if indices is None else None)
+        self.check_pool(name, pool, self.sequences if indices is None else None)
         if indices is not None:
             self.check_indices(indices_name, indices, ranks)
 
-    def check_pool(self, name: str, pool: Tensor, dtypes: tuple[torch.dtype, ...], slots: int | None = None) -> None:
-        """``dtypes``: of the states, unless q is float64; ``slots``: how many, if that is fixed."""
+    def check_pool(self, name: str, pool: Tensor, slots: int | None = None) -> None:
+        """``slots``: how many, if that is fixed."""
         c = self.c
         c.tensor(name, pool)
         c.device(name, pool, self.owner.device, "q")
         c.rank(name, pool, ", ".join(("slots", *self.sizes)))
-        c.dtype(name, pool, (torch.float64,) if self.owner.dtype == torch.float64 else dtypes)
+        c.dtype(name, pool, (torch.float64,) if self.owner.dtype == torch.float64 else STATE_DTYPES)
         c.shape(name, pool, slots=pool.shape[0] if slots is None else slots, **self.sizes)
         if pool.numel() and not pool[0].is_contiguous():
             raise c.value_error(f"{name} has strides {list(pool.stride())}, expected every slot contiguous")
