@@ -153,12 +153,11 @@ class Transforms(NamedTuple):
 
 def common_arguments(
     c: Checker, q, k, v, g, beta, A_log, dt_bias, scale, transforms: Transforms, lower_bound, state_v_first, cu_seqlens,
-    cu_seqlens_cpu=None, initial_state=None, padded: bool = False, **booleans,
+    cu_seqlens_cpu=None, initial_state=None, **booleans,
 ) -> Inputs:  # fmt: skip
     """All checks that the functions on sequences share; returns the arguments that their ops share.
 
-    ``booleans``: other arguments, which must be bools. ``padded``: tokens may follow the last sequence.
-    ``initial_state`` is checked, and not returned."""
+    ``booleans``: other arguments, which must be bools. ``initial_state`` is checked, and not returned."""
     q, k, v, g, beta = under_autocast(q, k, v, g, beta)
     check_qkvgb(c, q, k, v, g, beta)
     key_dim, value_heads = q.shape[3], v.shape[2]
@@ -174,7 +173,7 @@ def common_arguments(
     else:
         A_log = dt_bias = lower_bound = None
     if cu_seqlens is not None:
-        check_cu_seqlens(c, q, cu_seqlens, cu_seqlens_cpu, padded)
+        check_cu_seqlens(c, q, cu_seqlens, cu_seqlens_cpu)
         cu_seqlens = cu_seqlens.contiguous()
     elif cu_seqlens_cpu is not None:
         raise c.value_error("cu_seqlens is None and cu_seqlens_cpu is not, expected both or cu_seqlens alone")

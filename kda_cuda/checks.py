@@ -88,9 +88,7 @@ def cu_seqlens_list(cu_seqlens: Tensor) -> list[int]:
     return cu_seqlens.detach().tolist()
 
 
-def check_cu_seqlens(
-    c: Checker, q: Tensor, cu_seqlens: Tensor, cu_seqlens_cpu: Tensor | None, padded: bool = False
-) -> None:
+def check_cu_seqlens(c: Checker, q: Tensor, cu_seqlens: Tensor, cu_seqlens_cpu: Tensor | None) -> None:
     c.tensor("cu_seqlens", cu_seqlens)
     c.device("cu_seqlens", cu_seqlens, q.device, "q")
     c.rank("cu_seqlens", cu_seqlens, "N+1")
@@ -105,25 +103,24 @@ def check_cu_seqlens(
         c.rank("cu_seqlens_cpu", cu_seqlens_cpu, "N+1")
         c.dtype("cu_seqlens_cpu", cu_seqlens_cpu, INDEX_DTYPES)
         c.shape("cu_seqlens_cpu", cu_seqlens_cpu, **{"N+1": cu_seqlens.shape[0]})
-        check_boundaries(c, "cu_seqlens_cpu", cu_seqlens_cpu, q.shape[1], padded)
+        check_boundaries(c, "cu_seqlens_cpu", cu_seqlens_cpu, q.shape[1])
     if check_contents(cu_seqlens):
-        check_boundaries(c, "cu_seqlens", cu_seqlens, q.shape[1], padded)
+        check_boundaries(c, "cu_seqlens", cu_seqlens, q.shape[1])
 
 
-def check_boundaries(c: Checker, name: str, cu_seqlens: Tensor, tokens: int, padded: bool) -> None:
-    """From 0 to T (``padded``: or less), never backwards. One vectorised look, a second one to say what is wrong."""
+def check_boundaries(c: Checker, name: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """From 0 to T or less, never backwards. One vectorised look, a second one to say what is wrong."""
     if torch.compiler.is_compiling():
         return
     bounds = cu_seqlens_list(cu_seqlens)
-    ends_well = bounds[-1] <= tokens if padded else bounds[-1] == tokens
-    if bounds[0] == 0 and ends_well and bounds == sorted(bounds):
+    if bounds[0] == 0 and bounds[-1] <= tokens and bounds == sorted(bounds):
         return
     if bounds[0] != 0:
         raise c.value_error(f"{name}[0] is {bounds[0]}, expected 0")
     for i in range(1, len(bounds)):
         if bounds[i] < bounds[i - 1]:
             raise c.value_error(f"{name}[{i}] is {bounds[i]} after {bounds[i - 1]}, expected no decrease")
-    raise c.value_error(f"{name}[-1] is {bounds[-1]}, expected {'at most ' if padded else ''}T={tokens}")
+    raise c.value_error(f"{name}[-1] is {bounds[-1]}, expected at most T={tokens}")
 
 
 def check_initial_state(

@@ -87,20 +87,24 @@ def decode(
         v: ``[B, T, HV, V]``, HV a multiple of H; dtype of q.
         g: ``[B, T, HV, K]``, log-decay <= 0, or its pre-activation with ``use_gate_in_kernel``; dtype of q or fp32.
         beta: ``[B, T, HV]``, write strength, or its logit with ``use_beta_sigmoid_in_kernel``; dtype of q or fp32.
-        state: ``[slots, HV, K, V]`` (``[slots, HV, V, K]`` with ``state_v_first``), fp32 or bf16, contiguous inside
-            a slot. Read, and written unless ``new_state`` or ``records`` is given. None: start from zero.
+        state: ``[slots, HV, K, V]`` (``[slots, HV, V, K]`` with ``state_v_first``), fp32, bf16 or fp16 whatever q is
+            (float64 with a float64 q), contiguous inside a slot. Read, and written unless ``new_state`` or ``records``
+            is given; a 16-bit one is rounded when it is written. None: start from zero.
         A_log, dt_bias, scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel,
         allow_neg_eigval, lower_bound: as in :func:`chunk_kda`.
         slot_of: int32 or int64 ``[N]`` or ``[N, columns]``: the slot of each of the N sequences; a negative
             index, or one beyond the pool, is a null slot: zero output, nothing written. Default: sequence n has slot n.
+            A sequence that starts from a null slot is padding. Its ``num_accepted_tokens``, ``new_slot_of`` and tokens
+            may be anything; none of them is looked at.
         num_accepted_tokens: ``[N]``, with ``slot_of [N, columns]``: start from the slot in column
             ``num_accepted_tokens - 1``, where the state after that many drafts was written. Default: column 0.
-        new_state: a pool like ``state`` that is written in its place; ``state`` is then only read.
+        new_state: a pool like ``state``, of its dtype, that is written in its place; ``state`` is then only read.
         new_slot_of: the slots in ``new_state``, as ``slot_of`` are those in ``state``.
         state_per_token: write the state after token t to column t of the written pool's indices (``[N, columns]``);
             otherwise the last one to column 0.
         zero_is_null: slot 0 is a null slot too.
         cu_seqlens: ``[N + 1]`` int32 or int64: B = 1 and sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n+1]``.
+            Tokens after the last sequence are padding: whatever they hold, their outputs are zero.
             Default: every batch row is a sequence.
         records: filled for a later :func:`commit`; ``state`` is then only read.
         out: ``[B, T, HV, V]`` in the dtype of q; returned. Default: a new tensor.
@@ -172,8 +176,8 @@ def decode_call(
     else:
         check_like(c, "out", out, q, q.dtype, {"B": v.shape[0], "T": v.shape[1], "HV": v.shape[2], "V": v.shape[3]})
     if not torch.compiler.is_compiling() and check_contents(q):
-        pools.check_contents(state, slot_of, num_accepted_tokens, written, slots_name, slots, state_per_token,
-                             zero_is_null)  # fmt: skip
+        pools.check_contents(state, slot_of, num_accepted_tokens, written, (names[1], slots_name), slots,
+                             state_per_token, zero_is_null)  # fmt: skip
     record_k, record_u, record_g = records or (None, None, None)
     arguments = Decode(
         **x._asdict(), out=out, state=state, slot_of=slot_of, new_state=new_state, new_slot_of=new_slot_of,
@@ -203,7 +207,8 @@ def commit(
 
     Args:
         records: what ``decode(..., records=records)`` filled.
-        num_accepted_tokens: int32 or int64 ``[N]``, from 0 to the tokens of the sequence.
+        num_accepted_tokens: int32 or int64 ``[N]``, from 0 to the tokens of the sequence; anything where the slot to
+            read or to write is null.
         state: the pool that the drafts started from; written unless ``new_state`` is given.
         slot_of, new_state, new_slot_of, state_v_first, zero_is_null, cu_seqlens: as in
             :func:`decode`; indices ``[N]``.
@@ -238,8 +243,9 @@ def commit(
     written, slots_name, slots = (state, "slot_of", slot_of) if new_state is None else (
         new_state, "new_slot_of", new_slot_of)  # fmt: skip
     if not torch.compiler.is_compiling() and check_contents(k):
-        pools.check_contents(state, slot_of, None, written, slots_name, slots, False, zero_is_null)
-        check_accepted(c, num_accepted_tokens, k.shape[1], cu_seqlens)
+        names = ("slot_of", slots_name)
+        commits = pools.check_contents(state, slot_of, None, written, names, slots, False, zero_is_null)
+        check_accepted(c, num_accepted_tokens, k.shape[1], cu_seqlens, commits)
     arguments = Commit(
         state=state, slot_of=slot_of, new_state=new_state, new_slot_of=new_slot_of, record_k=k, record_u=v,
         record_g=records.g, num_accepted_tokens=num_accepted_tokens, cu_seqlens=cu_seqlens,

@@ -52,7 +52,7 @@ def decode_layer(
         conv_state: ``[slots, 3 * H * D, 3]``, the last inputs of q | k | v; any strides; dtype of q or fp32.
         conv_weights: of q, k and v, ``[H * D, 4]`` or ``[H * D, 1, 4]``; dtype of q or fp32.
         norm_weight: ``[D]``; dtype of q or fp32.
-        state: ``[slots, H, V, K]`` (V first, V = K = D), fp32 or bf16, contiguous inside a slot.
+        state: ``[slots, H, V, K]`` (V first, V = K = D), fp32, bf16 or fp16, contiguous inside a slot.
         A_log, dt_bias, scale, allow_neg_eigval, lower_bound: as in :func:`chunk_kda`.
         slot_of: int32 or int64 ``[B]``: the slot of each sequence in both states; negative: null slot, whose output is
             zero. Default: row b has slot b.
@@ -102,7 +102,7 @@ def decode_layer(
     else:
         check_like(c, "out", out, q, q.dtype, {"B": batch, "T": 1, "H": heads, "D": dim})
     if check_contents(q):
-        pools.check_contents(state, slot_of, None, state, "slot_of", slot_of, False, zero_is_null)
+        pools.check_contents(state, slot_of, None, state, ("slot_of", "slot_of"), slot_of, False, zero_is_null)
     scale = dim**-0.5 if scale is None else c.number("scale", scale)
     q, k, v, g = (rows_contiguous(x) for x in (q, k, v, g))
     q_weight, k_weight, v_weight = weights

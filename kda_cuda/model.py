@@ -153,7 +153,8 @@ class HybridLM(nn.Module):
                 padding. They change nothing and get logits of zero. With a cache, columns of past tokens may come
                 first.
             cu_seqlens: int32 or int64 ``[documents + 1]``: tokens is one row, and document n its tokens
-                ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]``. No document sees another. Not with a cache.
+                ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]``. No document sees another. Tokens after the last one are
+                padding: they change nothing, may be any number, and their logits mean nothing. Not with a cache.
             position_ids: int32 or int64 ``[batch, tokens]``, instead of ``cu_seqlens``: a document begins with every
                 row and wherever a position does not follow the one before. The model has no other use for positions.
 

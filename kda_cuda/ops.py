@@ -61,6 +61,7 @@ def chunk_kda(
         return_intermediate_states: also return ``h``, the state before every chunk, ``[B, ceil(T / chunk_size), HV, K,
             V]`` in the dtype of k (``[1, chunks of all sequences, ...]`` with cu_seqlens). Only in inference mode.
         cu_seqlens: ``[N + 1]`` int32 or int64: B = 1 and sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n+1]``.
+            Tokens after the last sequence are padding: whatever they hold, their outputs and gradients are zero.
         cu_seqlens_cpu: the same on the CPU; its contents are then checked without a synchronisation.
         cp_context: must be None.
         **kwargs: ``A_log`` fp32 ``[HV]`` and ``dt_bias`` fp32 ``[HV * K]`` of the gate; ``chunk_size`` 64 or 32;
@@ -140,11 +141,11 @@ def fused_recurrent_kda(
     take the chunkwise path.
 
     Args:
-        **kwargs: ``ssm_state_indices`` ``[N]`` or ``[N, columns]``: ``initial_state`` is then a pool of states, fp32 or
-            bf16, and these are the slots of the sequences (negative: null slot). ``num_accepted_tokens`` ``[N]``: start
-            from that column of them. ``inplace_final_state``: the final states go where the initial ones came from,
-            with ``[N, columns]`` the state after token t to column t, and ``initial_state`` is returned. ``out``: where
-            o goes. See :func:`decode` for their semantics; with gradients each of them raises.
+        **kwargs: ``ssm_state_indices`` ``[N]`` or ``[N, columns]``: ``initial_state`` is then a pool of states, fp32,
+            bf16 or fp16, and these are the slots of the sequences (negative: null slot). ``num_accepted_tokens``
+            ``[N]``: start from that column of them. ``inplace_final_state``: the final states go where the initial
+            ones came from, with ``[N, columns]`` the state after token t to column t, and ``initial_state`` is
+            returned. ``out``: where o goes. See :func:`decode` for their semantics; with gradients each of them raises.
             ``transpose_state_layout`` is the deprecated name of ``state_v_first``.
 
     Example:

@@ -14,7 +14,6 @@ from .schemas import Prefill
 from .state_pools import StatePools, check_like
 
 CHECKPOINT_TOKENS = 64
-STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @calls.public
@@ -103,13 +102,13 @@ def prefill(
     )
     x = calls.common_arguments(
         c, q, k, v, g, beta, A_log, dt_bias, scale, transforms, lower_bound, state_v_first, cu_seqlens, cu_seqlens_cpu,
-        padded=True, zero_is_null=zero_is_null,
+        zero_is_null=zero_is_null,
     )  # fmt: skip
     q, v, cu_seqlens = x.q, x.v, x.cu_seqlens
     if calls.needs_grad(c, *x, state_pool, checkpoint_pool):
         raise c.value_error("an input requires a gradient, expected none: states in a pool have no gradients")
     pools = StatePools(c, q, calls.sequences_of(q, cu_seqlens), calls.state_sizes(q, v, state_v_first))
-    pools.check_pool("state_pool", state_pool, STATE_DTYPES)
+    pools.check_pool("state_pool", state_pool)
     has_initial_state = calls.contiguous(has_initial_state)
     check_slots(pools, state_pool, slot_of, initial_slot_of, has_initial_state, zero_is_null)
     if checkpoint_slots is not None:
@@ -118,7 +117,7 @@ def prefill(
     if checkpoint_pool is not None:
         if checkpoint_slots is None:
             raise c.value_error("checkpoint_slots is None and checkpoint_pool is not, expected both or slots alone")
-        pools.check_pool("checkpoint_pool", checkpoint_pool, STATE_DTYPES)
+        pools.check_pool("checkpoint_pool", checkpoint_pool)
         checkpoint_pool = None if checkpoint_pool is state_pool else checkpoint_pool
     c.integer("checkpoint_interval", checkpoint_interval)
     if checkpoint_interval < 1 or checkpoint_interval % CHECKPOINT_TOKENS:

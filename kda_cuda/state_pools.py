@@ -11,6 +11,8 @@ from torch import Tensor
 from .checks import INDEX_DTYPES, Checker
 from .reference.gates import compute_dtype
 
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of every pool, unless q is float64
+
 
 @dataclass(frozen=True)
 class StatePools:
@@ -27,17 +29,17 @@ class StatePools:
             if indices is not None:
                 raise c.value_error(f"{indices_name} is given and {name} is None, expected both")
             return
-        self.check_pool(name, pool, (torch.float32, torch.bfloat16), self.sequences if indices is None else None)
+        self.check_pool(name, pool, self.sequences if indices is None else None)
         if indices is not None:
             self.check_indices(indices_name, indices, ranks)
 
-    def check_pool(self, name: str, pool: Tensor, dtypes: tuple[torch.dtype, ...], slots: int | None = None) -> None:
-        """``dtypes``: of the states, unless q is float64; ``slots``: how many, if that is fixed."""
+    def check_pool(self, name: str, pool: Tensor, slots: int | None = None) -> None:
+        """``slots``: how many, if that is fixed."""
         c = self.c
         c.tensor(name, pool)
         c.device(name, pool, self.owner.device, "q")
         c.rank(name, pool, ", ".join(("slots", *self.sizes)))
-        c.dtype(name, pool, (torch.float64,) if self.owner.dtype == torch.float64 else dtypes)
+        c.dtype(name, pool, (torch.float64,) if self.owner.dtype == torch.float64 else STATE_DTYPES)
         c.shape(name, pool, slots=pool.shape[0] if slots is None else slots, **self.sizes)
         if pool.numel() and not pool[0].is_contiguous():
             raise c.value_error(f"{name} has strides {list(pool.stride())}, expected every slot contiguous")
@@ -63,54 +65,68 @@ class StatePools:
             )
 
     def check_contents(
-        self, state, slot_of, accepted, written, written_name: str, written_indices, per_token: bool,
+        self, state, slot_of, accepted, written, names: tuple[str, str], written_indices, per_token: bool,
         zero_is_null: bool,
-    ) -> None:  # fmt: skip
-        """Reads the indices: in range, and no state written by one sequence and touched by another."""
-        if accepted is not None:
-            check_range(self.c, "num_accepted_tokens", accepted, 1, slot_of.shape[1])
-        read = None if state is None else self._table("slot_of", state, slot_of)
-        if written is None:
-            return
-        table = self._table(written_name, written, written_indices)
-        columns = range(len(table[0]) if table and per_token else 1)
+    ) -> list[bool]:  # fmt: skip
+        """Reads the indices: in range, and no state written by one sequence and touched by another.
+
+        ``names``: of the indices of ``state`` and of ``written``. A sequence that starts from a null slot is padding:
+        nothing else of it is looked at. Returns which sequences write a state.
+        """
         null_until = 1 if zero_is_null else 0
+        starts: list[int | None] = [None] * self.sequences  # a slot of ``state``; -1: null
+        if state is not None:
+            starts = self._starts(names[0], state, slot_of, accepted, null_until)
+        writes = [False] * self.sequences
+        if written is None:
+            return writes
         owner: dict[int, int] = {}
-        if read is not None and state.untyped_storage().data_ptr() == written.untyped_storage().data_ptr():
-            first = [0] * self.sequences if accepted is None else [a - 1 for a in accepted.tolist()]
-            owner = {row[i]: n for n, (row, i) in enumerate(zip(read, first, strict=True))}
-        for n, row in enumerate(table):
-            for slot in (row[i] for i in columns if row[i] >= null_until):
+        if state is not None and state.untyped_storage().data_ptr() == written.untyped_storage().data_ptr():
+            owner = {slot: n for n, slot in enumerate(starts) if slot >= 0}
+        for n, row in enumerate(self._table(written_indices)):
+            if starts[n] == -1:
+                continue
+            self._check_slots(names[1], written, n, row)
+            for slot in (slot for slot in (row if per_token else row[:1]) if slot >= null_until):
+                writes[n] = True
                 other = owner.setdefault(slot, n)
                 if other != n:
                     pair = " and ".join(map(str, sorted((n, other))))
-                    raise self.c.value_error(f"{written_name} has slot {slot} for sequences {pair}, expected one each")
+                    raise self.c.value_error(f"{names[1]} has slot {slot} for sequences {pair}, expected one each")
+        return writes
 
-    def _table(self, name: str, pool: Tensor, indices: Tensor | None) -> list[list[int]]:
-        if indices is None:
-            return [[n] for n in range(self.sequences)]
-        slots = pool.shape[0]
-        rows = indices.reshape(self.sequences, -1).tolist()
-        for n, row in enumerate(rows):
-            if max(row) >= slots:
-                raise self.c.value_error(f"{name} has {max(row)} for sequence {n}, expected less than slots={slots}")
-        return rows
+    def _starts(self, name: str, state: Tensor, slot_of, accepted, null_until: int) -> list[int]:
+        """The slot that each sequence starts from, -1 where it is null; the others' indices are in range."""
+        rows = self._table(slot_of)
+        counts = [1] * self.sequences if accepted is None else accepted.tolist()
+        starts = [-1] * self.sequences
+        for n, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            if max(row) < null_until:
+                continue
+            if accepted is not None and not 1 <= count <= len(row):
+                raise self.c.value_error(f"num_accepted_tokens[{n}] is {count}, expected 1 to {len(row)}")
+            if row[count - 1] >= null_until:
+                self._check_slots(name, state, n, row)
+                starts[n] = row[count - 1]
+        return starts
+
+    def _table(self, indices: Tensor | None) -> list[list[int]]:
+        return [[n] for n in range(self.sequences)] if indices is None else indices.reshape(self.sequences, -1).tolist()
+
+    def _check_slots(self, name: str, pool: Tensor, n: int, row: list[int]) -> None:
+        if max(row) >= pool.shape[0]:
+            expected = f"less than slots={pool.shape[0]}"
+            raise self.c.value_error(f"{name} has {max(row)} for sequence {n}, expected {expected}")
 
 
-def check_range(c: Checker, name: str, x: Tensor, low: int, high: int) -> None:
-    for n, value in enumerate(x.tolist()):
-        if not low <= value <= high:
-            raise c.value_error(f"{name}[{n}] is {value}, expected {low} to {high}")
-
-
-def check_accepted(c: Checker, accepted: Tensor, tokens: int, cu_seqlens: Tensor | None) -> None:
-    """No sequence accepts more tokens than it has."""
-    if cu_seqlens is None:
-        return check_range(c, "num_accepted_tokens", accepted, 0, tokens)
-    for n, (value, length) in enumerate(zip(accepted.tolist(), cu_seqlens.diff().tolist(), strict=True)):
-        if not 0 <= value <= length:
+def check_accepted(
+    c: Checker, accepted: Tensor, tokens: int, cu_seqlens: Tensor | None, commits: list[bool]
+) -> None:  # fmt: skip
+    """No sequence that writes a state, as ``commits`` says, accepts more tokens than it has."""
+    lengths = [tokens] * len(commits) if cu_seqlens is None else cu_seqlens.diff().tolist()
+    for n, (value, length) in enumerate(zip(accepted.tolist(), lengths, strict=True)):
+        if commits[n] and not 0 <= value <= length:
             raise c.value_error(f"num_accepted_tokens[{n}] is {value}, expected 0 to {length}")
-    return None
 
 
 def check_like(c: Checker, name: str, x: Tensor, owner: Tensor, dtype: torch.dtype, sizes: dict[str, int]) -> None:

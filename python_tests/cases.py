@@ -89,6 +89,13 @@ class Inputs:
         return [0, self.q.shape[1]] if self.cu_seqlens is None else self.cu_seqlens.tolist()
 
 
+def longer(x: Inputs, tail: int) -> Inputs:
+    """``x`` with ``tail`` more tokens, which no sequence of its cu_seqlens has: NaN."""
+    streams = {name: getattr(x, name) for name in ("q", "k", "v", "g", "beta", "do")}
+    nan = {name: y.new_full((y.shape[0], tail, *y.shape[2:]), math.nan) for name, y in streams.items()}
+    return x.replace(**{name: torch.cat([y, nan[name]], 1) for name, y in streams.items()})
+
+
 class Draw:
     """Random numbers that are the same for every device and dtype."""
 

@@ -70,7 +70,7 @@ def check(case: Case, x: Inputs, state: Tensor, o: Tensor, final_state: Tensor, 
 
 
 @pytest.mark.parametrize("v_first", [True, False], ids=["v_first", "k_first"])
-@pytest.mark.parametrize("state_dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("state_dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_recurrence(case, state_dtype, v_first, device):
     x = case.inputs(device)
@@ -83,7 +83,7 @@ def test_matches_recurrence(case, state_dtype, v_first, device):
 
 
 @pytest.mark.parametrize("v_first", [True, False], ids=["v_first", "k_first"])
-@pytest.mark.parametrize("state_dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("state_dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("dims", DIMENSIONS, ids=lambda d: f"{d[0]}x{d[1]}")
 def test_every_dimension(dims, state_dtype, v_first, device):
     case = Case(f"dims{dims}", 2, heads=1, value_heads=2, key_dim=dims[0], value_dim=dims[1], dtype=BF16)
@@ -136,6 +136,7 @@ class Pool:
 
     def __init__(self, slots: int, state: Tensor, poison: float):
         size = state[0].numel()
+        poison = min(poison, torch.finfo(state.dtype).max)
         self.padded = torch.full((slots, size + 24), poison, dtype=state.dtype, device=state.device)
         self.slots = self.padded[:, :size].unflatten(1, state.shape[1:])
         self._before: Tensor | None = None
@@ -157,7 +158,7 @@ class Pool:
 
 @pytest.mark.parametrize("poison", [math.nan, 1e30], ids=str)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("state_dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("state_dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("v_first", [True, False], ids=["v_first", "k_first"])
 def test_pool_in_place(v_first, state_dtype, index_dtype, poison, device):
     case = Case("pool", 2, batch=4, heads=1, value_heads=2, key_dim=64, value_dim=48, dtype=BF16)
@@ -307,7 +308,7 @@ def test_no_tokens(device):
 
 
 @pytest.mark.parametrize("gate", ["long", "zero", "fast"])
-@pytest.mark.parametrize("state_dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("state_dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 def test_drift_over_200_steps(gate, state_dtype, device):
     """fp32 states stay at fp32 accuracy; bf16 states are no worse than rounding them after every step makes them."""
     case = Case(f"drift {gate}", 200, heads=1, value_dim=16, gate=gate, dtype=BF16, **(MODEL if gate != "zero" else {}))

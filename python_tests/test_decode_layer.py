@@ -18,7 +18,7 @@ from .test_errors import check as check_error
 
 
 @pytest.mark.parametrize("lower_bound", [None, -5.0])
-@pytest.mark.parametrize("state_dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("state_dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
 def test_matches_definition(dtype, state_dtype, lower_bound, device):
     x = arguments(device, dtype, state_dtype, lower_bound=lower_bound)

@@ -167,7 +167,7 @@ def test_explain_says_how_a_step_is_launched(device):
     plan = kda_cuda.explain(op="decode", **more, state=state).forward.plan
     token = 4 * (3 * 128 + 64 + 2) + 8  # q, k, decay, v, beta and q . k, a multiple of 16
     assert plan == {
-        "variant": "bf16_k128",
+        "variant": "bits16_k128",
         "states": "[V, K], 16 bytes at a time",
         "grid": "8",
         "threads": "128",
@@ -186,7 +186,7 @@ def test_explain_says_how_a_step_is_launched(device):
 @pytest.mark.devices("emulator")
 @pytest.mark.parametrize("v_first", [True, False], ids=["v_first", "k_first"])
 @pytest.mark.parametrize("dims", [(64, 40), (128, 64), (200, 33)], ids=str)
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_schedules_agree_bit_by_bit(state_dtype, dims, v_first, device):
     """Steps, drafts, a commit and a layer, with the threads of a block in any order."""
     case = Case(f"schedules {dims}", 9, heads=1, key_dim=dims[0], value_dim=dims[1], **MODEL)

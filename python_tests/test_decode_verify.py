@@ -9,14 +9,16 @@ import torch
 
 import kda_cuda
 from kda_cuda import DraftRecords
+from kda_cuda.state_pools import STATE_DTYPES
 
-from . import accuracy, decode_calls
+from . import accuracy, decode_calls, oracle
 from .cases import Case
 from .test_decode import Pool, initial, laid_out
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DRAFTS = 10  # more than are in shared memory at once
 MODEL = {"gate": "long", "beta_sigmoid": True}
+RTOL = {FP32: 1e-5, FP16: 2e-3, BF16: 1e-2}  # of states that the reference rounds at other places
 
 
 def verify(x, state, **more) -> tuple[torch.Tensor, DraftRecords]:
@@ -28,9 +30,9 @@ def verify(x, state, **more) -> tuple[torch.Tensor, DraftRecords]:
 
 @pytest.mark.parametrize("dims", [(64, 64), (128, 40), (60, 36)], ids=str)
 @pytest.mark.parametrize("v_first", [True, False], ids=["v_first", "k_first"])
-@pytest.mark.parametrize("state_dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("state_dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 def test_verify_and_commit_are_single_steps(state_dtype, v_first, dims, device):
-    """For every number of accepted drafts: fp32 states are bit for bit those of single steps, bf16 ones those of one
+    """For every number of accepted drafts: fp32 states are bit for bit those of single steps, 16-bit ones those of one
     call with that many tokens, which rounds once."""
     case = Case(f"verify {dims}", DRAFTS, batch=DRAFTS + 1, heads=1, value_heads=2, key_dim=dims[0], value_dim=dims[1],
                 dtype=BF16, **MODEL)  # fmt: skip
@@ -56,7 +58,7 @@ def test_verify_and_commit_are_single_steps(state_dtype, v_first, dims, device):
         if device.runs_kernels:
             assert torch.equal(state[n], want), f"{n} accepted"
         else:
-            torch.testing.assert_close(state[n], want, rtol=1e-2 if state_dtype == BF16 else 1e-5, atol=1e-6)
+            torch.testing.assert_close(state[n], want, rtol=RTOL[state_dtype], atol=1e-6)
 
 
 def test_records_are_what_they_say(device):
@@ -139,3 +141,31 @@ def test_both_forms_agree(device):
     kda_cuda.commit(records, torch.tensor([2, 4], device=device), state, state_v_first=True)
     rtol = 0 if device.runs_kernels else 1e-5
     torch.testing.assert_close(state, drafts[[1, 7]], rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("v_first", [True, False], ids=["v_first", "k_first"])
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
+def test_one_pool_for_a_whole_request(state_dtype, v_first, device):
+    """What prefill fills, decode, verification, commit and fused_recurrent_kda take, whatever dtype the pool has."""
+    prompt, drafts = 70, slice(72, 76)
+    case = Case("request", 80, batch=2, heads=1, value_heads=2, value_dim=40, dtype=BF16, **MODEL)
+    x = case.inputs(device).replace(state_v_first=v_first)
+    _, zeros = laid_out(x, torch.zeros(5, 2, 64, 40, device=device), v_first, state_dtype)
+    pool, slots = Pool(5, zeros, math.nan), torch.tensor([3, 1], device=device)
+    pool.put(slots.tolist(), zeros)
+    call = {"slot_of": slots}
+    options = decode_calls.options(x)
+    o = [kda_cuda.prefill(**decode_calls.streams(x, slice(0, prompt)), **options, state_pool=pool.slots, **call)]
+    o += [decode_calls.decode(x, pool.slots, tokens=slice(t, t + 1), **call) for t in (70, 71)]
+    records = DraftRecords.empty(x.k[:, drafts], x.v[:, drafts])
+    o.append(decode_calls.decode(x, pool.slots, tokens=drafts, records=records, **call))
+    kda_cuda.commit(records, torch.tensor([4, 4], device=device), pool.slots, state_v_first=v_first, **call)
+    last, returned = kda_cuda.fused_recurrent_kda(
+        **decode_calls.streams(x, slice(76, 80)), **options, initial_state=pool.slots, ssm_state_indices=slots,
+        inplace_final_state=True,
+    )  # fmt: skip
+    assert returned is pool.slots and pool.slots.dtype == state_dtype and pool.untouched(slots.tolist())
+    truth = oracle.recurrence(x.to("cpu").double().replace(initial_state=None))
+    accuracy.Budget(1e-2, 1e-1).check("o", torch.cat([*o, last], 1), truth.o)
+    limit = max(accuracy.CAP[state_dtype], accuracy.CAP[BF16])  # the prompt goes through products of bf16
+    accuracy.Budget(limit, 10 * limit).check("state", pool.slots[slots], truth.final_state)

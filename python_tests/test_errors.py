@@ -80,11 +80,12 @@ CHUNK_CALLS = [
     (packed([0, 8], torch.int16), TypeError, "cu_seqlens has dtype int16, expected int32 or int64"),
     (packed([0]), ValueError, "cu_seqlens has shape [1], expected [N+1] with N >= 1"),
     (packed([1, 8]), ValueError, "cu_seqlens[0] is 1, expected 0"),
-    (packed([0, 7], torch.int32), ValueError, "cu_seqlens[-1] is 7, expected T=8"),
+    (packed([0, 9], torch.int32), ValueError, "cu_seqlens[-1] is 9, expected at most T=8"),
     (packed([0, 5, 3, 8]), ValueError, "cu_seqlens[2] is 3 after 5, expected no decrease"),
     (packed([0, 8], cu_seqlens_cpu=torch.tensor([0, 4, 8])), ValueError,
      "cu_seqlens_cpu has shape [3], expected [N+1=2]"),
-    (packed([0, 8], cu_seqlens_cpu=torch.tensor([0, 9])), ValueError, "cu_seqlens_cpu[-1] is 9, expected T=8"),
+    (packed([0, 8], cu_seqlens_cpu=torch.tensor([0, 9])), ValueError,
+     "cu_seqlens_cpu[-1] is 9, expected at most T=8"),
     ({"cu_seqlens_cpu": torch.tensor([0, 8])}, ValueError,
      "cu_seqlens is None and cu_seqlens_cpu is not, expected both or cu_seqlens alone"),
     (packed([0, 3, 8], initial_state=torch.zeros(1, HV, K, V)), ValueError,
@@ -121,7 +122,7 @@ RECURRENT_CALLS = [
     ({"k": torch.zeros(B, T, H, 12)}, ValueError, "k has shape [2, 8, 2, 12], expected [B=2, T=8, H=2, K=16]"),
     ({"initial_state": torch.zeros(1, HV, K, V)}, ValueError,
      "initial_state has shape [1, 4, 16, 24], expected [N=2, HV=4, K=16, V=24]"),
-    (packed([0, 9]), ValueError, "cu_seqlens[-1] is 9, expected T=8"),
+    (packed([0, 9]), ValueError, "cu_seqlens[-1] is 9, expected at most T=8"),
     ({"output_final_state": "yes"}, TypeError, "output_final_state is 'yes' (str), expected a bool"),
 ]  # fmt: skip
 

@@ -86,14 +86,16 @@ def training(x: Inputs, leaves: dict[str, Tensor], **options) -> tuple[Tensor, .
 @pytest.mark.devices("cuda")
 @pytest.mark.parametrize("options", [{}, {"deterministic": "batch_invariant"}], ids=["", "batch_invariant"])
 def test_forward_and_backward_with_everything_changed(device, chunk_bwd, options):
-    """One graph of both; then other data and other cu_seqlens, empty and full sequences among them."""
+    """One graph of both; then other data and other cu_seqlens, with empty and full sequences, and fewer tokens."""
     x = PACKED.inputs(device)
     call, leaves = with_gradients(x)
     graph, captured = capture(lambda: training(call, leaves, **options))
     for seed in range(8):
         make = torch.Generator().manual_seed(seed)
-        inner = torch.randint(0, T + 1, (N - 1,), generator=make).sort().values if seed else torch.tensor([0, 0, T, T])
-        bounds = torch.cat([torch.tensor([0]), inner, torch.tensor([T])]).to(device, torch.int32)
+        used = T if seed % 2 else T - 60 * seed
+        inner = torch.randint(0, used + 1, (N - 1,), generator=make).sort().values
+        inner = inner if seed else torch.tensor([0, 0, T, T])
+        bounds = torch.cat([torch.tensor([0]), inner, torch.tensor([used])]).to(device, torch.int32)
         other = Case(**{**PACKED.__dict__, "name": f"training {seed}"}).inputs(device).replace(cu_seqlens=bounds)
         overwrite(x, other)
         for y in captured:

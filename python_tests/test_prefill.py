@@ -161,6 +161,19 @@ def test_null_slots(zero_is_null, device):
     assert bool(checkpoints[0].isnan().all()) == zero_is_null, "slot 0 of the other pool is null too"
 
 
+def test_nothing_of_a_null_sequence_is_looked_at(device):
+    """Its checkpoints, where it starts from, and its tokens may be anything."""
+    x = BATCH.inputs(device)
+    x.q[1] = x.g[1] = float("nan")
+    pool = x.initial_state.clone()
+    o = kda_cuda.prefill(
+        **streams_of(x), state_pool=pool, slot_of=tensor(x, [2, -1, 0]), initial_slot_of=tensor(x, [2, 99, 0]),
+        checkpoint_slots=tensor(x, [[1], [1], [-1]]),
+    )  # fmt: skip
+    wanted, final = expect(x, initial_state=x.initial_state[[2, 1, 0]])
+    assert not o[1].any() and torch.equal(o[::2], wanted[::2]) and torch.equal(pool[[2, 0]], final[::2])
+
+
 def test_null_rows_of_a_batch(device):
     x = BATCH.inputs(device)
     x.v[1] = float("nan")

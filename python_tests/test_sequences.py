@@ -233,6 +233,34 @@ def test_packed_documents_are_what_they_are_alone(make, dtype, device):
     assert (y - layer(x)).abs().max() > 1e-2  # documents that see each other are something else
 
 
+@LAYERS
+def test_tokens_after_the_last_document_are_padding(make, device):
+    """Outputs of zero, no gradients, and NaN there reaches nothing."""
+    layer, documents = make().to(device), torch.randn(1, BOUNDS[-1], HIDDEN, device=device)
+    x = torch.nn.functional.pad(documents, (0, 0, 0, 20), value=float("nan")).requires_grad_()
+    bounds, weights = torch.tensor(BOUNDS, device=device), torch.randn(1, BOUNDS[-1] + 20, HIDDEN, device=device)
+    y = layer(x, cu_seqlens=bounds)
+    wanted = layer(documents.requires_grad_(), cu_seqlens=bounds)
+    torch.testing.assert_close(y[:, : BOUNDS[-1]], wanted, **CLOSE)
+    assert not y[:, BOUNDS[-1] :].any()
+    parameters = list(layer.parameters())
+    dx, *got = torch.autograd.grad((y * weights).sum(), [x, *parameters])
+    expected = torch.autograd.grad((wanted * weights[:, : BOUNDS[-1]]).sum(), [documents, *parameters])
+    torch.testing.assert_close((dx[:, : BOUNDS[-1]], *got), expected, rtol=1e-3, atol=1e-3)
+    assert not dx[:, BOUNDS[-1] :].any()
+
+
+def test_loss_of_documents_before_padding(model):
+    """Any number may stand for padding."""
+    tokens = prompt(1, BOUNDS[-1])
+    padded_tokens = torch.nn.functional.pad(tokens, (0, 9), value=-100)
+    bounds, parameters = torch.tensor(BOUNDS), list(model.parameters())
+    expected = torch.autograd.grad(model(tokens, cu_seqlens=bounds).logsumexp(-1).square().sum(), parameters)
+    logits = model(padded_tokens, cu_seqlens=bounds)[:, : BOUNDS[-1]]
+    got = torch.autograd.grad(logits.logsumexp(-1).square().sum(), parameters)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_loss_of_packed_documents(model):
     """Boundaries, and positions that restart at them: in one row, and in two."""
     tokens = prompt(1, BOUNDS[-1])

@@ -141,14 +141,14 @@ inline std::map<std::string, CaseTensor> run_decode_layer(CaseFile const& c, Fil
 inline void add_decode_layer(std::vector<CaseRun>& runs, CaseFile const& c) {
   if (!c.has("layer.q")) return;
   std::string const tile = "_k" + std::to_string(decode_key_tile(int(c["q"].shape[3])));
-  for (FileDtype const state : {FileDtype::kFloat32, FileDtype::kBfloat16}) {
+  for (FileDtype const state : kStateDtypes) {
     CaseRun run{std::string("decode_layer ") + dtype_name(state) + tile,
                 [&c, state] { return run_decode_layer(c, state); },
                 {},
                 {}};
     for (char const* name : {"layer_o", "layer_state", "layer_conv_state"}) {
       add_truth(run, c, name);
-      if (state == FileDtype::kBfloat16) run.budget.at(name) = {kBf16Cap, 10 * kBf16Cap};
+      widen_for_states(run.budget.at(name), state);
     }
     runs.push_back(std::move(run));
   }

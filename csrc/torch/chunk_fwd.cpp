@@ -110,6 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> chunk_fwd(Tensor q, Tensor k, Tensor v, Tenso
                               lower_bound, A_log,         dt_bias};
   ChunkFwdVariant const& variant = plan_call(p, streams, transforms, cu_seqlens, o, chunk_size);
   p.batch_invariant = batch_invariant;
+  p.clear_unowned = p.plan.tokens > 0 && p.plan.cu_seqlens;
 
   int64_t const rows = state_v_first ? p.value_dim : p.key_dim, cols = state_v_first ? p.key_dim : p.value_dim;
   Tensor initial;

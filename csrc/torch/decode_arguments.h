@@ -32,8 +32,6 @@ inline StatePool state_pool(char const* op, char const* name, DecodeParams& p, T
   int64_t const rows = p.value_first ? p.value_dim : p.key_dim, cols = p.value_first ? p.key_dim : p.value_dim;
   require_states(op, name, x, slots ? -1 : p.sequences, p.value_heads, rows, cols);
   p.state_dtype = dtype_of_tensor(op, name, x);
-  if (p.state_dtype == Dtype::kFloat16)
-    bad_argument(op, std::string(name) + " is float16, expected float32 or bfloat16");
   return {x.data_ptr(), x.size(0), x.stride(0), indices(op, slots_name, slots, p.sequences, IndexForm::kEither)};
 }
 

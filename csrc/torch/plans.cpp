@@ -196,7 +196,7 @@ extern "C" __attribute__((visibility("default"))) int kda_plan_decode(int layer,
     length =
         std::snprintf(to, size_t(capacity),
                       "variant=%s_k%d\nstates=%s, %s\ngrid=%lld\nthreads=%d\nshared_bytes=%zu\nvalues_per_block=%d",
-                      state_dtype == int(kda::Dtype::kFloat32) ? "fp32" : "bf16", kda::decode_key_tile(key_dim),
+                      state_dtype == int(kda::Dtype::kFloat32) ? "fp32" : "bits16", kda::decode_key_tile(key_dim),
                       value_first ? "[V, K]" : "[K, V]", pieces ? "16 bytes at a time" : "element by element",
                       (long long)plan.blocks, plan.threads, plan.shared_bytes, plan.value_tile);
   });

@@ -141,7 +141,8 @@ class KimiDeltaAttention(nn.Module):
             attention_mask: bool or integer ``[batch, tokens]``, nonzero for tokens: the others, anywhere in a row, are
                 padding. They change nothing and get zeros. With a cache, columns of past tokens may come first.
             cu_seqlens: int32 or int64 ``[documents + 1]``: x is one row, and document n its tokens ``cu_seqlens[n]`` to
-                ``cu_seqlens[n + 1]``. No document sees another. Not with a cache.
+                ``cu_seqlens[n + 1]``. No document sees another. Tokens after the last one are padding, as above. Not
+                with a cache.
             layout: what the two before say, prepared for several layers; x is then in the order of the layout.
 
         Raises:

@@ -65,11 +65,20 @@ class PaddedRows(Layout):
 
 
 class Documents(Layout):
-    """One row ``[1, tokens]`` of documents: n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]``."""
+    """One row ``[1, tokens]`` of documents: n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]``.
+
+    Tokens after the last one are padding. The layers see zeros there, whatever the caller left.
+    """
 
     def __init__(self, cu_seqlens: Tensor):
         self.cu_seqlens = cu_seqlens
         self._bounds: list[int] | None = None
+
+    def enter(self, x: Tensor) -> Tensor:
+        if check_contents(self.cu_seqlens) and self.spans()[-1][1] == x.shape[1]:
+            return x
+        padding = torch.arange(x.shape[1], device=x.device) >= self.cu_seqlens[-1]
+        return x.masked_fill(_like(padding[None], x), 0)
 
     def spans(self) -> list[tuple[int, int]]:
         """Begin and end of each document, on the host: read once for all layers."""

@@ -155,8 +155,9 @@ def chunk_bwd(
     of_inputs = {"g" if name in ("A_log", "dt_bias") else name for name in wants - {"initial_state"}}
     layout = ChunkLayout(q.shape[0], q.shape[1], chunk_size, cu_seqlens, q.device)
     transforms = Transforms(use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval, lower_bound)
+    g, beta = layout.without_others(g), layout.without_others(beta)  # their transforms are undone token by token
     x = transforms.apply(layout, q, k, v, g, beta, A_log, dt_bias)
-    do = layout.to_chunks(do, x.v.dtype).mul_(scale)
+    do = layout.to_chunks(layout.owned(do), x.v.dtype).mul_(scale)
     state = state_or_zeros(layout, x, initial_state, state_v_first)
     d_state = state_or_zeros(layout, x, dfinal_state, state_v_first)
     forward = []

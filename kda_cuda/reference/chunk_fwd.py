@@ -135,10 +135,12 @@ def run_chunks(
 def _one_by_one(streams, transforms, initial_state, cu_seqlens, scale, chunk_size, keep_states) -> tuple:
     """Each sequence by itself: products of other batches may sum in another order."""
     *tokens, A_log, dt_bias = streams
+    others = tokens[2].shape[1]  # that no sequence has: those after the last one
     if cu_seqlens is None:
         alone = [[x[n : n + 1] for x in tokens] for n in range(tokens[0].shape[0])]
     else:
         bounds = cu_seqlens.tolist()
+        others -= bounds[-1]
         alone = [[x[:, begin:end] for x in tokens] for begin, end in itertools.pairwise(bounds)]
     if not alone:
         return run_chunks(streams, transforms, initial_state, cu_seqlens, scale, chunk_size, keep_states)
@@ -149,6 +151,8 @@ def _one_by_one(streams, transforms, initial_state, cu_seqlens, scale, chunk_siz
     ]
     o, final_state, states = zip(*results, strict=True)
     along = 0 if cu_seqlens is None else 1
+    if cu_seqlens is not None:
+        o = (*o, o[0].new_zeros(1, others, *o[0].shape[2:]))
     return torch.cat(o, along), torch.cat(final_state), torch.cat(states, along if keep_states else 0)
 
 

@@ -147,8 +147,8 @@ def decode_commit(
     s = layout.sorted_states(source.read(slots, dtype))
     accepted = layout.sorted_states(torch.minimum(num_accepted_tokens.long(), _lengths(record_k, cu_seqlens)))
     group = record_u.shape[2] // record_k.shape[2]
-    k = layout.to_chunks(record_k, dtype).repeat_interleave(group, dim=1)
-    u, decay = layout.to_chunks(record_u, dtype), layout.to_chunks(record_g, dtype).exp().unsqueeze(-1)
+    k, u, g = (layout.to_chunks(layout.owned(record), dtype) for record in (record_k, record_u, record_g))
+    k, decay = k.repeat_interleave(group, dim=1), g.exp().unsqueeze(-1)
     active = s[: layout.chunks]
     for t in range(layout.chunk if layout.chunks else 0):
         after = active * decay[:, :, t] + k[:, :, t].unsqueeze(-1) * u[:, :, t].unsqueeze(-2)

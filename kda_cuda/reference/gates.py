@@ -70,5 +70,7 @@ def kda_gate_fwd(
 def kda_gate_bwd(
     dy: Tensor, g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dA_log, ddt_bias = log_decay_bwd(dy.to(compute_dtype(g.dtype)), g, A_log, dt_bias, lower_bound)
+    dy = dy.to(compute_dtype(g.dtype))
+    g = g.masked_fill(dy == 0, 0)  # what nobody asks for has no gradient, whatever it holds: padding may be NaN
+    dx, dA_log, ddt_bias = log_decay_bwd(dy, g, A_log, dt_bias, lower_bound)
     return dx.to(g.dtype), dA_log, ddt_bias

@@ -46,6 +46,7 @@ class Transforms:
         dt_bias: Tensor | None,
     ) -> Inputs:  # fmt: skip
         dtype, heads = compute_dtype(q.dtype), v.shape[2]
+        q, k, v, g, beta = (layout.owned(x) for x in (q, k, v, g, beta))
         q, q_inverse_norm = self._normalise(layout.to_chunks(q, dtype), heads)
         k, k_inverse_norm = self._normalise(layout.to_chunks(k, dtype), heads)
         v = layout.to_chunks(v, dtype)

@@ -2,7 +2,8 @@
 
 Chunks are held step by step: the first chunk of every sequence, then the second of every sequence that has one, and so
 on. Sequences are held longest first, so that those with a chunk ``j`` are a prefix, and step ``j`` is a slice. Padding
-tokens are zero: with ``k = beta = g = 0`` they neither write to the state nor decay it.
+tokens are zero: with ``k = beta = g = 0`` they neither write to the state nor decay it. Tokens after the last sequence
+of cu_seqlens are in no chunk.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class ChunkLayout:
         self.batch, self.tokens, self.chunk = batch, tokens, chunk
         self.varlen = cu_seqlens is not None
         self.sequences = batch
+        self._owned = slice(0, tokens)  # the tokens that sequences have
         if self.varlen:
             self._plan(cu_seqlens.detach().to("cpu", torch.int64), device)
         else:
@@ -39,6 +41,7 @@ class ChunkLayout:
         lengths = bounds[1:] - bounds[:-1]
         counts = (lengths + self.chunk - 1) // self.chunk
         self.sequences, self.chunks = lengths.numel(), int(counts.sum())
+        self._owned = slice(int(bounds[0]), int(bounds[-1]))
         order = torch.argsort(counts, descending=True, stable=True)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(self.sequences)
@@ -48,7 +51,7 @@ class ChunkLayout:
         self._steps = [slice(b, e) for b, e in zip(begins.tolist(), ends.tolist(), strict=True)]
 
         sequence = torch.repeat_interleave(torch.arange(self.sequences), lengths)
-        offset = torch.arange(self.tokens) - bounds[sequence]
+        offset = torch.arange(self._owned.start, self._owned.stop) - bounds[sequence]
         self._chunk_of_token = (begins[offset // self.chunk] + rank[sequence]).to(device)
         self._row_of_token = (offset % self.chunk).to(device)
         owner = torch.repeat_interleave(torch.arange(self.sequences), counts)
@@ -69,8 +72,12 @@ class ChunkLayout:
                 parts.append(Part(step, [slice(0, step.stop - step.start)]))
         return parts
 
+    def owned(self, x: Tensor) -> Tensor:
+        """``[B, T, ...]`` without the tokens that no sequence has: a view."""
+        return x[:, self._owned]
+
     def to_chunks(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[B, T, H, ...] -> [chunks, H, C, ...]`` in ``dtype``; never a view of ``x``."""
+        """``[B, T, H, ...] -> [chunks, H, C, ...]`` in ``dtype``, of owned tokens; never a view of ``x``."""
         heads, *tail = x.shape[2:]
         shape = (self.chunks, heads, self.chunk, *tail)
         if self.varlen:
@@ -88,15 +95,26 @@ class ChunkLayout:
         return out
 
     def to_tokens(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[chunks, H, C, ...] -> [B, T, H, ...]`` in ``dtype``, contiguous; never a view of ``x``."""
+        """``[chunks, H, C, ...] -> [B, T, H, ...]`` in ``dtype``, contiguous; never a view of ``x``. Zero for tokens
+        that no sequence has."""
         heads, _, *tail = x.shape[1:]
         if self.varlen:
-            return x[self._chunk_of_token, :, self._row_of_token].unsqueeze(0).to(dtype)
+            out = x.new_zeros((1, self.tokens, heads, *tail), dtype=dtype)
+            self.owned(out)[0] = x[self._chunk_of_token, :, self._row_of_token].to(dtype)
+            return out
         out = x.new_empty((self.batch, self.tokens, heads, *tail), dtype=dtype)
         full, rest = divmod(self.tokens, self.chunk)
         self._in_full_chunks(out).copy_(x.unflatten(0, (len(self._steps), self.batch))[:full])
         if rest:
             out[:, full * self.chunk :] = x[self._steps[-1]][:, :, :rest].transpose(1, 2)
+        return out
+
+    def without_others(self, x: Tensor) -> Tensor:
+        """``[B, T, ...]`` with zeros for tokens that no sequence has."""
+        if self._owned == slice(0, self.tokens):
+            return x
+        out = torch.zeros_like(x)
+        self.owned(out).copy_(self.owned(x))
         return out
 
     def _in_full_chunks(self, x: Tensor) -> Tensor:

@@ -43,24 +43,19 @@ def prefill(
     bounds = None if cu_seqlens is None else cu_seqlens.tolist()
     sequences = q.shape[0] if bounds is None else len(bounds) - 1
     lengths = [q.shape[1]] * sequences if bounds is None else [e - b for b, e in itertools.pairwise(bounds)]
-    end = q.shape[1] if bounds is None else bounds[-1]
     pool = key_first(state_pool, state_v_first)
     final_slots = _slots(slot_of, sequences, pool, zero_is_null)
     null = [slot_of is not None and slot < 0 for slot in final_slots]
     initial_slots = final_slots if initial_slot_of is None else _slots(initial_slot_of, sequences, pool, zero_is_null)
     has_initial = [True] * sequences if has_initial_state is None else has_initial_state.tolist()
 
-    o = v.new_zeros(v.shape)
     initial = q.new_zeros(sequences, *pool.shape[1:], dtype=torch.promote_types(pool.dtype, torch.float32))
     for n, slot in enumerate(initial_slots):
         if slot >= 0 and has_initial[n]:
             initial[n] = pool[slot]
     transforms = Transforms(use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval, lower_bound)
-    streams = (*(x[:, :end] for x in (q, k, v, g, beta)), A_log, dt_bias)
-    keep = checkpoint_slots is not None
-    o[:, :end], final, states = run_chunks(
-        streams, transforms, initial, cu_seqlens, scale, CHUNK, keep, batch_invariant
-    )  # fmt: skip
+    streams, keep = (q, k, v, g, beta, A_log, dt_bias), checkpoint_slots is not None
+    o, final, states = run_chunks(streams, transforms, initial, cu_seqlens, scale, CHUNK, keep, batch_invariant)
     for n in itertools.compress(range(sequences), null):
         (o[n] if bounds is None else o[0, bounds[n] : bounds[n + 1]]).zero_()
 

@@ -71,7 +71,8 @@ void launch_chunk_fwd(ChunkFwdParams p, cudaStream_t stream) {
   ChunkFwdCall const call(p);
   OverlapScope const overlap;
   if (p.clear_unowned)
-    launch(ChunkFwdKernels<Variant>::clear(), dim3(unsigned(p.plan.sequences + 2), kClearBlocks), stream, p);
+    launch(ChunkFwdKernels<Variant>::clear(),
+           dim3(unsigned(p.plan.sequences + 2 - first_unowned(p.plan)), kClearBlocks), stream, p);
   static_assert(alignof(ChunkRecord<Variant>) == kRecordAlignment);
   char* const workspace = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p.workspace) + kRecordAlignment - 1) /
                                                   kRecordAlignment * kRecordAlignment);

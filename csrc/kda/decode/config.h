@@ -7,7 +7,7 @@
 
 namespace kda {
 
-inline constexpr int kStateElements = 32;  // per thread; twice as many of bf16 where a row has lanes for their sums
+inline constexpr int kStateElements = 32;  // per thread; twice as many of 16 bits where a row has lanes for their sums
 /// Blocks that the registers of an SM must suffice for, with so many a thread that nothing spills.
 constexpr int blocks_per_sm(int threads, int registers) {
   int const blocks = 64 * 1024 / registers / threads;

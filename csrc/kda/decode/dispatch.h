@@ -22,9 +22,9 @@ inline int decode_key_tile(int key_dim) { return key_dim <= 64 ? 64 : key_dim <=
 /// Calls f(launcher) with each variant.
 template <class F>
 void for_each_decode_variant(F f) {
-  f(DecodeLauncher<DecodeVariant<float, 64>>{}), f(DecodeLauncher<DecodeVariant<Bf16, 64>>{});
-  f(DecodeLauncher<DecodeVariant<float, 128>>{}), f(DecodeLauncher<DecodeVariant<Bf16, 128>>{});
-  f(DecodeLauncher<DecodeVariant<float, 256>>{}), f(DecodeLauncher<DecodeVariant<Bf16, 256>>{});
+  f(DecodeLauncher<DecodeVariant<float, 64>>{}), f(DecodeLauncher<DecodeVariant<Bits16, 64>>{});
+  f(DecodeLauncher<DecodeVariant<float, 128>>{}), f(DecodeLauncher<DecodeVariant<Bits16, 128>>{});
+  f(DecodeLauncher<DecodeVariant<float, 256>>{}), f(DecodeLauncher<DecodeVariant<Bits16, 256>>{});
 }
 
 /// Calls f(launcher, whether states move in pieces) with the variant that serves `p`.

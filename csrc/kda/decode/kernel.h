@@ -64,11 +64,22 @@ KDA_DEVICE void take_over() {
   let_next_kernel_start();
 }
 
-/// The outputs of a sequence in a null slot.
-KDA_DEVICE void zero_outputs(DecodeParams const& p, DecodeWork const& work, int value_tile, int threads) {
-  for (int64_t t = 0; t < work.tokens; ++t)
+/// The outputs of tokens first, first + step, ... before `end`, counted from the first one of the sequence.
+KDA_DEVICE void zero_outputs(DecodeParams const& p, DecodeWork const& work, int64_t first, int64_t end, int64_t step,
+                             int value_tile, int threads) {
+  for (int64_t t = first; t < end; t += step)
     for (int i = thread_index(); i < value_tile && work.first_value + i < p.value_dim; i += threads)
       store_float(p.o, p.dtype, work.offset(p.o_strides, t, work.value_head) + work.first_value + i, 0.f);
+}
+/// Of a sequence in a null slot.
+KDA_DEVICE void zero_sequence(DecodeParams const& p, DecodeWork const& work, int value_tile, int threads) {
+  zero_outputs(p, work, 0, work.tokens, 1, value_tile, threads);
+}
+/// Of the tokens after the last sequence, which a captured graph has when it is replayed with fewer: sequences take
+/// turns.
+KDA_DEVICE void zero_others(DecodeParams const& p, DecodeWork const& work, int value_tile, int threads) {
+  zero_outputs(p, work, work.others + work.sequence - work.begin, p.tokens - work.begin, p.sequences, value_tile,
+               threads);
 }
 
 /// The tokens of a sequence: prepare(first, count) by all threads puts some into storage.tokens, step(i, t) takes
@@ -95,7 +106,8 @@ KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM) decode_k
   take_over();
   DecodeWork const work(p, p.value_heads, Shape::kValueTile);
   int64_t const from = work.state_offset(p.state, p, work.first_column(p));
-  if (p.state.data && from < 0) return zero_outputs(p, work, Shape::kValueTile, Shape::kThreads);
+  if (p.cu_seqlens.data) zero_others(p, work, Shape::kValueTile, Shape::kThreads);
+  if (p.state.data && from < 0) return zero_sequence(p, work, Shape::kValueTile, Shape::kThreads);
   if (work.tokens == 0 && (p.every_token || work.keeps_state(p, from))) return;
 
   StateTile<Shape> tile(p, work.first_value);

@@ -100,7 +100,7 @@ KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM) decode_l
   DecodeParams const& step = p.step;
   DecodeWork const work(step, step.value_heads, step.value_dim);
   int64_t const at = work.state_offset(step.state, step, 0), slot = work.slot(step.state, step, 0);
-  if (at < 0 || slot >= p.conv.slots) return zero_outputs(step, work, step.value_dim, Shape::kThreads);
+  if (at < 0 || slot >= p.conv.slots) return zero_sequence(step, work, step.value_dim, Shape::kThreads);
   State* const state = static_cast<State*>(step.state.data) + at;
 
 #pragma unroll 1

@@ -7,6 +7,12 @@
 
 namespace kda {
 
+/// An element of a state of bf16 or fp16: which of them, the parameters say. They differ in how 16 bits become a number
+/// and back, once a call, so that one kernel serves both.
+struct Bits16 {
+  uint16_t bits;
+};
+
 struct StatePool {
   void* data;           // [slots, value_heads, value_dim, key_dim], or [..., key_dim, value_dim]; null: absent
   int64_t slots;        // an index beyond them is a null slot
@@ -40,7 +46,7 @@ struct DecodeParams {
   bool l2norm, beta_sigmoid, neg_eigval;
   GateParams gate;
 
-  Dtype state_dtype;      // fp32 or bf16, of both pools
+  Dtype state_dtype;      // of both pools
   bool value_first;       // states are [value_dim, key_dim]
   bool zero_is_null;      // slot 0 is a null slot, as every negative one is: zero output, nothing written
   StatePool state;        // read; without data every sequence starts from zero

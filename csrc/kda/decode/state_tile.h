@@ -12,24 +12,32 @@ KDA_DEVICE uint4 load_piece(State const* from, int count) {
   uint32_t word[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    float const low = i * kPerWord < count ? to_float(from[i * kPerWord]) : 0.f;
-    if constexpr (kPerWord == 1) word[i] = float_to_bits(low);
-    else word[i] = pack2<State>(low, 2 * i + 1 < count ? to_float(from[2 * i + 1]) : 0.f);
+    if constexpr (kPerWord == 1) {
+      word[i] = i < count ? float_to_bits(from[i]) : 0u;
+    } else {
+      uint32_t const low = 2 * i < count ? from[2 * i].bits : 0u, high = 2 * i + 1 < count ? from[2 * i + 1].bits : 0u;
+      word[i] = low + (high << 16);  // a sum: with | ptxas has more loads on their way than registers for them
+    }
   }
   return {word[0], word[1], word[2], word[3]};
 }
+/// 16 bytes to a state, or at most `count` elements of it. Of Bits16, `is_bf16` says which.
 template <class State, bool kVector>
-KDA_DEVICE void store_piece(State* to, float const (&x)[16 / sizeof(State)], int count) {
+KDA_DEVICE void store_piece(State* to, float const (&x)[16 / sizeof(State)], int count, bool is_bf16) {
   if constexpr (!kVector) {
 #pragma unroll
     for (int j = 0; j < int(16 / sizeof(State)); ++j)
-      if (j < count) to[j] = from_float<State>(x[j]);
+      if (j < count) {
+        if constexpr (sizeof(State) == 4) to[j] = x[j];
+        else to[j].bits = uint16_t(is_bf16 ? pack2<Bf16>(x[j], 0.f) : pack2<Fp16>(x[j], 0.f));
+      }
   } else if (count > 0) {
     uint4 piece;
     if constexpr (sizeof(State) == 4)
       piece = {float_to_bits(x[0]), float_to_bits(x[1]), float_to_bits(x[2]), float_to_bits(x[3])};
-    else
-      piece = {pack2<State>(x[0], x[1]), pack2<State>(x[2], x[3]), pack2<State>(x[4], x[5]), pack2<State>(x[6], x[7])};
+    else if (is_bf16)
+      piece = {pack2<Bf16>(x[0], x[1]), pack2<Bf16>(x[2], x[3]), pack2<Bf16>(x[4], x[5]), pack2<Bf16>(x[6], x[7])};
+    else piece = {pack2<Fp16>(x[0], x[1]), pack2<Fp16>(x[2], x[3]), pack2<Fp16>(x[4], x[5]), pack2<Fp16>(x[6], x[7])};
     *reinterpret_cast<uint4*>(to) = piece;
   }
 }
@@ -50,6 +58,9 @@ struct StatePieces {
   using State = typename Shape::State;
   static constexpr int kElements = Shape::kElements, kPieces = Shape::kPieces;
   float x[kPieces][kElements];  // between fetch and finish_fetch, the 16 bytes of a piece in its first four
+  Dtype const& type;            // in the parameters, which can be read again: no register is kept for it
+
+  KDA_DEVICE explicit StatePieces(DecodeParams const& p) : type(p.state_dtype) {}
 
   /// Starts the loads: a warp stalls at the first use of what they bring, so that comes after everything else is on
   /// its way too, in finish_fetch. `from`: the state of this head; null: zero.
@@ -63,22 +74,27 @@ struct StatePieces {
   }
   KDA_DEVICE void finish_fetch() {
     if constexpr (sizeof(State) == 2) {
-#pragma unroll
-      for (int i = 0; i < kPieces; ++i)
-#pragma unroll
-        for (int j = 3; j >= 0; --j) {
-          float2 const pair = unpack2<State>(float_to_bits(x[i][j]));
-          x[i][2 * j] = pair.x, x[i][2 * j + 1] = pair.y;
-        }
+      if (type == Dtype::kBfloat16) widen<Bf16>();
+      else widen<Fp16>();
     }
   }
   KDA_DEVICE void store(State* to) const {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i)
-      store_piece<State, Shape::kVector>(to + self().offset(i), x[i], self().present(i));
+      store_piece<State, Shape::kVector>(to + self().offset(i), x[i], self().present(i), type == Dtype::kBfloat16);
   }
 
  private:
+  template <class E>
+  KDA_DEVICE void widen() {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+#pragma unroll
+      for (int j = 3; j >= 0; --j) {
+        float2 const pair = unpack2<E>(float_to_bits(x[i][j]));
+        x[i][2 * j] = pair.x, x[i][2 * j + 1] = pair.y;
+      }
+  }
   KDA_DEVICE Derived const& self() const { return static_cast<Derived const&>(*this); }
 };
 
@@ -95,7 +111,7 @@ struct ValueFirstTile : StatePieces<Shape, ValueFirstTile<Shape>> {
   float on_key, on_query;
 
   KDA_DEVICE ValueFirstTile(DecodeParams const& p, int first)
-      : first_value(first), key_dim(p.key_dim), value_dim(p.value_dim) {}
+      : StatePieces<Shape, ValueFirstTile<Shape>>(p), first_value(first), key_dim(p.key_dim), value_dim(p.value_dim) {}
 
   KDA_DEVICE static int key(int part) { return (part * kLanesPerRow + lane_index() % kLanesPerRow) * kElements; }
   KDA_DEVICE static int row(int r) {
@@ -197,7 +213,7 @@ struct KeyFirstTile : StatePieces<Shape, KeyFirstTile<Shape>> {
   int first_value, key_dim, value_dim;
 
   KDA_DEVICE KeyFirstTile(DecodeParams const& p, int first)
-      : first_value(first), key_dim(p.key_dim), value_dim(p.value_dim) {}
+      : StatePieces<Shape, KeyFirstTile<Shape>>(p), first_value(first), key_dim(p.key_dim), value_dim(p.value_dim) {}
 
   KDA_DEVICE static int key(int i) { return thread_index() / Shape::kLanesPerRow * kRows + i; }
   KDA_DEVICE static int column() { return lane_index() % Shape::kLanesPerRow * kElements; }

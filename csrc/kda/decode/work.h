@@ -7,6 +7,7 @@ namespace kda {
 struct DecodeWork {
   int32_t sequence, value_head, head, first_value;
   int64_t batch_row, begin, tokens;  // of the sequence; always inside the tensors, whatever cu_seqlens contains
+  int64_t others;                    // the first token after the last sequence
 
   /// Block i of a grid of sequences x heads x tiles, neighbours in memory next to each other.
   KDA_DEVICE DecodeWork(DecodeParams const& p, int heads, int value_tile) {
@@ -15,9 +16,10 @@ struct DecodeWork {
     first_value = int32_t(block % tiles) * value_tile;
     sequence = int32_t(row / uint32_t(heads)), value_head = int32_t(row % uint32_t(heads));
     head = group == 1 ? value_head : int32_t(uint32_t(value_head) / group);
-    batch_row = sequence, begin = 0, tokens = p.tokens;
+    batch_row = sequence, begin = 0, tokens = others = p.tokens;
     if (p.cu_seqlens.data) {
       int64_t const end = boundary(p, sequence + 1);
+      others = boundary(p, p.sequences);
       batch_row = 0, begin = boundary(p, sequence);
       tokens = end > begin ? end - begin : 0;
     }
@@ -54,8 +56,8 @@ struct DecodeWork {
   /// The column of the state to start from.
   KDA_DEVICE int64_t first_column(DecodeParams const& p) const {
     if (!p.accepted.data) return 0;
-    int64_t const column = p.accepted.at(sequence) - 1, last = p.state.slot_of.columns - 1;
-    return column < 0 ? 0 : column < last ? column : last;
+    int64_t const accepted = p.accepted.at(sequence), columns = p.state.slot_of.columns;  // anything, where it is null
+    return (accepted < 1 ? 1 : accepted < columns ? accepted : columns) - 1;
   }
 
  private:

@@ -61,7 +61,8 @@ KDA_GLOBAL void __launch_bounds__(kGateThreads) kda_gate_bwd_kernel(KdaGateParam
     for (int64_t row = first; row < end; ++row) {
       float const x = to_float(static_cast<E const*>(p.g.data)[gate_offset(p.g, p, row, head, channel)]);
       float const dy = load_gate_element(p.y, gate_offset(p.y, p, row, head, channel));
-      float2 const slope = gate.derivatives(x);
+      // What nobody asks for has no gradient, whatever it holds: padding may be NaN.
+      float2 const slope = gate.derivatives(dy == 0.f ? 0.f : x);
       store_gate_element(p.dg, gate_offset(p.dg, p, row, head, channel), dy * slope.x);
       sum_bias += dy * slope.x;
       sum_amplitude += dy * slope.y;

@@ -1,3 +1,0 @@
-#include "kda/decode/launch_variant.h"
-
-template struct kda::DecodeLauncher<kda::DecodeVariant<kda::Bf16, 256>>;
