@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,22 +14,12 @@ from .native import DTYPE_CODES, compiled, on_device
 from .reference.chunk_bwd import ALL_GRADIENTS
 
 
-@contextlib.contextmanager
-def planning_for(namespace: str, multiprocessors: int, copy_tb_s: float) -> Iterator[None]:
-    """Inside, :meth:`ChunkShape.forward_plan` tells of a Hopper GPU that need not be there.
+@dataclass(frozen=True)
+class PlannedGpu:
+    """A Hopper GPU that need not be there."""
 
-    Args:
-        namespace: whose library.
-        multiprocessors: of that GPU.
-        copy_tb_s: what a copy reads and writes there, together, in TB/s.
-    """
-    function = compiled(namespace).kda_plan_for
-    function.argtypes, function.restype = [ctypes.c_int, ctypes.c_double], None
-    function(multiprocessors, copy_tb_s)
-    try:
-        yield
-    finally:
-        function(0, 0.0)
+    multiprocessors: int
+    copy_tb_s: float  # what a copy reads and writes there, together, in TB/s
 
 
 @dataclass(frozen=True)
@@ -53,21 +41,29 @@ class ChunkShape:
         sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
         return cls(q.dtype, *q.shape[:2], sequences, q.shape[2], *v.shape[2:3], q.shape[3], v.shape[3], q.device)
 
-    def forward_plan(self, namespace: str, state_tokens: int = 64, batch_invariant: bool = False) -> dict[str, str]:
+    def forward_plan(
+        self,
+        namespace: str,
+        state_tokens: int = 64,
+        batch_invariant: bool = False,
+        planned: PlannedGpu | None = None,
+    ) -> dict[str, str]:
         """Variant, grids, shared memory, workspace, split, predicted times; or one entry ``plan`` that says why there
-        is none. ``state_tokens``: distance of kept states."""
+        is none. ``state_tokens``: distance of kept states. ``planned``: instead of the device that there is."""
         sizes = (self.value_heads, self.key_dim, self.value_dim, state_tokens, batch_invariant)
-        return self._plan(namespace, "kda_plan_chunk_fwd", sizes)
+        device = (planned.multiprocessors, planned.copy_tb_s) if planned else (0, 0.0)
+        return self._plan(namespace, "kda_plan_chunk_fwd", sizes, device)
 
     def backward_plan(self, namespace: str, wanted: int = ALL_GRADIENTS) -> dict[str, str]:
         """Variant, rounds, workspace; or one entry ``plan``. ``wanted``: which gradients, as ``chunk_bwd`` takes it."""
         sizes = (self.heads, self.value_heads, self.key_dim, self.value_dim, wanted)
         return self._plan(namespace, "kda_plan_chunk_bwd", sizes)
 
-    def _plan(self, namespace: str, name: str, sizes: tuple[int, ...]) -> dict[str, str]:
+    def _plan(self, namespace: str, name: str, sizes: tuple[int, ...], device: tuple = ()) -> dict[str, str]:
         sequences = -1 if self.sequences is None else self.sequences
         types = [ctypes.c_int, *[ctypes.c_longlong] * 2, *[ctypes.c_int] * (1 + len(sizes))]
-        arguments = (DTYPE_CODES[self.dtype], self.batch, self.tokens, sequences, *sizes)
+        types += [ctypes.c_int, ctypes.c_double][: len(device)]
+        arguments = (DTYPE_CODES[self.dtype], self.batch, self.tokens, sequences, *sizes, *device)
         with on_device(self.device):
             return _ask(namespace, name, types, arguments, "no variant fits this device")
 

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from bench.python import cost_model, shapes
-from bench.python.cost_model import H100, H200, MAIN, Gpu
-from kda_cuda import plans, testing
+from bench.python.cost_model import H100, H200, MAIN
+from kda_cuda import testing
+from kda_cuda.plans import PlannedGpu
 
 pytestmark = pytest.mark.devices("emulator")
 
@@ -30,12 +31,12 @@ def test_the_table_is_the_model_s(device):
 
 
 def test_the_kernels_are_bound_by_the_device_or_the_memory(device):
-    shape, slow = shapes.even(8192, 64, 1), Gpu(132, 0.1)
+    shape, slow = shapes.even(8192, 64, 1), PlannedGpu(132, 0.1)
     for of, moved in (("prepare", 64 * (4 * 128 + 1) * 2), ("scan", 64 * 128 * 2)):
         least = 128 * 64 * (moved + 74752) / 0.1e6  # 74752: bytes of a record
         assert MAIN.us(shape, slow, of) == pytest.approx(least, rel=0.01)
         assert MAIN.us(shape, H200, of) <= MAIN.us(shape, H100, of)
-        assert MAIN.us(shape, Gpu(1, 3.0), of) > 50 * MAIN.us(shape, H100, of)
+        assert MAIN.us(shape, PlannedGpu(1, 3.0), of) > 50 * MAIN.us(shape, H100, of)
     assert cost_model.floor_us(shape, H200) == pytest.approx(156.3, abs=0.1)
 
 
@@ -55,14 +56,13 @@ def test_variants_differ_as_measured(device):
         assert variant.us(shape, H100) == pytest.approx(us, rel=0.25), variant
 
 
-def test_another_device_is_planned_for_inside_alone(device):
+def test_another_device_is_planned_for_as_an_argument(device):
     call = MAIN.call(shapes.even(8192, 16, 1))
     plans_of_h100 = []
     for arch, variant in (("80", "bf16_k128"), ("90", "bf16_k128_sm90")):
         with testing.emulated(arch=arch):
             before = call.forward_plan("kda_cuda_emulated")
-            with plans.planning_for("kda_cuda_emulated", 132, 3.0):
-                plans_of_h100.append(call.forward_plan("kda_cuda_emulated"))
+            plans_of_h100.append(call.forward_plan("kda_cuda_emulated", planned=H100))
             assert call.forward_plan("kda_cuda_emulated") == before and before["variant"] == variant
             assert float(before["predicted_us"]) > 10 * float(plans_of_h100[-1]["predicted_us"])  # one multiprocessor
     assert plans_of_h100[0] == plans_of_h100[1] and plans_of_h100[0]["variant"] == MAIN.name

@@ -5,7 +5,7 @@ execute_process(COMMAND git -C ${PROJECT_SOURCE_DIR} rev-parse HEAD OUTPUT_VARIA
                 OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
 
 foreach(operation decode chunk_fwd chunk_bwd)
-  string(REPLACE "chunk_bwd" "chunk_[bf]wd" kernels ${operation})  # it launches the forward's prepare kernel
+  string(REPLACE "chunk_bwd" "chunk_[bf]wd" kernels ${operation})  # the prepare kernel is compiled with the forward
   set(objects ${KDA_KERNEL_OBJECTS})
   list(FILTER objects INCLUDE REGEX "/${kernels}_[^/]*[.]o$")
   set(target bench_${operation})

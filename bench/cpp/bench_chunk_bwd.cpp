@@ -50,18 +50,18 @@ struct Config : bench::Config {
 /// The memory of a configuration: `sets` sets of inputs and gradients, and the workspace of one call.
 struct Problem : bench::Inputs {
   Wanted const wanted;
-  kda::ChunkBwdChoice const choice;
+  kda::ChunkBwdVariant const& variant;
   kda::ChunkBwdSchedule const schedule;
   bench::Stream d_o;
   DeviceBuffer dq, dk, dv, dg, dbeta, dA_log, ddt_bias;  // the last two: of one set
   DeviceBuffer workspace;
 
-  Problem(Config const& c, int sets, kda::ChunkBwdChoice const& chosen)
+  Problem(Config const& c, int sets, kda::ChunkBwdVariant const& chosen)
       : Inputs(c, sets),
         wanted(c.wanted),
-        choice(chosen),
-        schedule(
-            chosen.backward->schedule(sizes<kda::ChunkBwdParams>(chosen.backward->chunk).plan, c.shape.heads, c.dim)),
+        variant(chosen),
+        schedule(schedule_chunk_bwd(chosen, sizes<kda::ChunkBwdParams>(chosen.chunk).plan, c.shape.heads, c.dim,
+                                    kda::device_traits())),
         d_o(sets * c.rows() * c.dim, c.dtype, 1, 6),
         dq(wants_keys(wanted) * sets * c.rows() * c.dim * c.element()),
         dk(dq.bytes()),
@@ -73,16 +73,14 @@ struct Problem : bench::Inputs {
         workspace(schedule.workspace_bytes) {}
 
   kda::ChunkBwdParams call(int set) const {
-    auto p = params<kda::ChunkBwdParams>(choice.backward->chunk, set);
+    auto p = params<kda::ChunkBwdParams>(variant.chunk, set);
     p.d_o = rows(d_o.on_device, set), p.dv = rows(dv, set);
     if (wants_keys(wanted)) p.dq = rows(dq, set), p.dk = rows(dk, set), p.dbeta = scalars(dbeta, set);
     if (wants_gate(wanted)) p.dg = rows(dg, set), p.dA_log = dA_log.at<float>(), p.ddt_bias = ddt_bias.at<float>();
     p.workspace = workspace.at();
     return p;
   }
-  void launch(int set, cudaStream_t stream) const {
-    choice.backward->launch(call(set), schedule, *choice.forward, stream);
-  }
+  void launch(int set, cudaStream_t stream) const { variant.launch(call(set), schedule, stream); }
 };
 
 // ---- the gradients of one head in double -------------------------------------------------------------------------
@@ -294,11 +292,10 @@ double verify(Problem const& x, cudaStream_t stream) {
 
 void chunk_bwd(benchmark::State& run, Config const& config) {
   cudaStream_t const stream = Device::get().stream;
-  kda::ChunkBwdChoice const choice =
-      kda::select_chunk_bwd(config.dtype, config.dim, {kda::has_wgmma(), kda::shared_memory_limit()});
-  if (!choice.backward) throw std::runtime_error("no variant fits this device");
+  kda::ChunkBwdVariant const* const variant = kda::select_chunk_bwd(config.dtype, config.dim, kda::device_traits());
+  if (!variant) throw std::runtime_error("no variant fits this device");
   int const sets = int(bench::sets_of(config.bytes(), 64));
-  Problem const problem(config, sets, choice);
+  Problem const problem(config, sets, *variant);
   double const error = verify(problem, stream);
 
   bench::Graph const calls(stream, sets, [&](int i) { problem.launch(i, stream); });
@@ -307,7 +304,7 @@ void chunk_bwd(benchmark::State& run, Config const& config) {
   run.counters["rounds"] = problem.schedule.rounds;
   run.counters["workspace_bytes"] = double(problem.schedule.workspace_bytes);
   bench::time_kernels(run, calls);
-  run.SetLabel(choice.backward->name);
+  run.SetLabel(variant->name);
 }
 
 void register_all() {

@@ -42,14 +42,17 @@ size_t bytes(Config const& c) { return c.rows() * (5 * c.dim + 1) * c.element() 
 /// The memory of a configuration: `sets` sets of inputs and outputs, and the workspace of one call.
 struct Problem : bench::Inputs {
   kda::ChunkFwdVariant const& variant;
+  kda::ChunkFwdSchedule const schedule;
   DeviceBuffer o, final_state, workspace;
 
   Problem(Config const& c, int sets, kda::ChunkFwdVariant const& chosen)
       : Inputs(c, sets),
         variant(chosen),
+        schedule(schedule_chunk_fwd(chosen, kda::ChunkFwdCall(sizes<kda::ChunkFwdParams>(chosen.chunk)),
+                                    kda::device_traits())),
         o(sets * c.rows() * c.dim * c.element()),
         final_state(sets * state_bytes(c)),
-        workspace(chosen.workspace_bytes(kda::ChunkFwdCall(sizes<kda::ChunkFwdParams>(chosen.chunk)))) {}
+        workspace(schedule.workspace.bytes()) {}
 
   kda::ChunkFwdParams call(int set) const {
     int const heads = config.shape.heads, dim = config.dim;
@@ -64,6 +67,7 @@ struct Problem : bench::Inputs {
     p.workspace = workspace.at();
     return p;
   }
+  void launch(int set, cudaStream_t stream) const { variant.launch(call(set), schedule, stream); }
 };
 
 /// Some columns of V of one head of one sequence; the recurrence never mixes columns.
@@ -115,7 +119,7 @@ double verify(Problem const& x, cudaStream_t stream) {
   Config const& c = x.config;
   check(cudaMemset(x.o.at(), 0xFF, x.o.bytes()), "poison");
   check(cudaMemset(x.final_state.at(), 0xFF, x.final_state.bytes()), "poison");
-  x.variant.launch(x.call(0), stream);
+  x.launch(0, stream);
   check(cudaStreamSynchronize(stream), "kda::chunk_fwd");
   int const last = c.shape.sequences() - 1, heads = c.shape.heads, dim = c.dim;
   Sample const samples[] = {
@@ -135,14 +139,13 @@ double verify(Problem const& x, cudaStream_t stream) {
 
 void chunk_fwd(benchmark::State& run, Config const& config) {
   cudaStream_t const stream = Device::get().stream;
-  kda::ChunkFwdVariant const* const variant =
-      kda::select_chunk_fwd(config.dtype, config.dim, 64, {kda::has_wgmma(), kda::shared_memory_limit()});
+  kda::ChunkFwdVariant const* const variant = kda::select_chunk_fwd(config.dtype, config.dim, 64, kda::device_traits());
   if (!variant) throw std::runtime_error("no variant fits this device");
   int const sets = int(bench::sets_of(bytes(config), 64));
   Problem const problem(config, sets, *variant);
   double const error = verify(problem, stream);
 
-  bench::Graph const calls(stream, sets, [&](int i) { variant->launch(problem.call(i), stream); });
+  bench::Graph const calls(stream, sets, [&](int i) { problem.launch(i, stream); });
   double const us = bench::time_beside_copies(run, calls, bytes(config));
   run.counters["error"] = error, run.counters["tokens_per_s"] = 1e6 * config.shape.tokens / us;
   bench::time_kernels(run, calls);

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from kda_cuda import library, plans, testing
+from kda_cuda.plans import PlannedGpu
 
 from .shapes import ALL, TEN, Shape, traffic_bytes
 
@@ -26,13 +27,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-@dataclass(frozen=True)
-class Gpu:
-    multiprocessors: int
-    copy_tb_s: float  # measured, read plus written
-
-
-H100, H200 = Gpu(132, 3.0), Gpu(132, 4.3)
+H100, H200 = PlannedGpu(132, 3.0), PlannedGpu(132, 4.3)  # what a copy was measured to reach
 
 
 @dataclass(frozen=True)
@@ -55,15 +50,14 @@ class Variant:
         return plans.ChunkShape(self.dtype, *sizes)
 
     @functools.cache  # noqa: B019  variants live as long as the module
-    def plan(self, shape: Shape, gpu: Gpu) -> dict[str, str]:
+    def plan(self, shape: Shape, gpu: PlannedGpu) -> dict[str, str]:
         """What the library says of the call on such a GPU."""
         namespace = library.NAMESPACE_EMULATED if testing.emulator_path().exists() else library.NAMESPACE
-        with plans.planning_for(namespace, gpu.multiprocessors, gpu.copy_tb_s):
-            plan = self.call(shape).forward_plan(namespace)
+        plan = self.call(shape).forward_plan(namespace, planned=gpu)
         assert plan["variant"] == self.name, plan
         return plan
 
-    def us(self, shape: Shape, gpu: Gpu, of: str = "") -> float:
+    def us(self, shape: Shape, gpu: PlannedGpu, of: str = "") -> float:
         """Predicted, of the call or of its kernels ``prepare`` or ``scan``."""
         return float(self.plan(shape, gpu)[f"predicted_{of}_us" if of else "predicted_us"])
 
@@ -84,7 +78,7 @@ def geomean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def floor_us(shape: Shape, gpu: Gpu, variant: Variant = MAIN) -> float:
+def floor_us(shape: Shape, gpu: PlannedGpu, variant: Variant = MAIN) -> float:
     return traffic_bytes(shape, variant.head_dim, variant.dtype.itemsize) / gpu.copy_tb_s * 1e-6
 
 
@@ -138,7 +132,7 @@ def table(measured: dict) -> str:
     rows = {(row["shape"], row["regime"]): row for row in measured["rows"]}
     lines = [
         f"Written by `python -m bench.python.cost_model`; do not edit. Variant `{MAIN.name}`, K = V = 128, µs of",
-        "GPU time. Predicted by the library (`ScanCost`, csrc/kda/chunk_fwd/launch.h), once for both regimes; measured",
+        "GPU time. Predicted by the library (`ScanCost`, csrc/kda/chunk_fwd/cost.h), once for both regimes; measured",
         f"at {measured['commit']} on an {measured['gpu']}.",
         "Published: fast regime, by the projects named, on the GPU named here.",
         "",

@@ -33,50 +33,47 @@ int device_attribute() {
 
 #endif
 
-/// A Hopper GPU to plan for, of which the current device then is not asked; nothing may be launched meanwhile.
-struct PlannedDevice {
-  int multiprocessors;  // 0: the current device
-  double copy_tb_s;
+/// What the host knows of a device before it launches there.
+struct DeviceTraits {
+  size_t shared_limit;    // shared memory that a block may have, in bytes
+  bool has_wgmma;         // there are warpgroup products (compute capability 9.0)
+  bool overlaps_kernels;  // a kernel can start before the one ahead of it has ended (launch.h, launch_early)
+  int multiprocessors;
+  int64_t small_workspace;  // bytes of workspace that are nothing beside the device's memory
+  int wanted_segments;      // into how many sequences are split, at most, whatever it costs; 0: as the costs say
+  double copy_tb_s;         // what a copy reads and writes, together
 };
-inline thread_local PlannedDevice planned_device{};
-inline bool is_planned() { return planned_device.multiprocessors != 0; }
+inline constexpr double kCopyTbS = 3.0;  // of an H100, on which the costs were measured
 
-namespace current {  // as below
+/// A Hopper GPU that need not be there.
+inline DeviceTraits hopper_gpu(int multiprocessors, double copy_tb_s) {
+  return {227 * 1024, true, true, multiprocessors, 16 << 20, 0, copy_tb_s};
+}
 
 #if defined(KDA_EMULATE)
 
-inline size_t shared_memory_limit() { return emulator::options().shared_limit; }
-inline bool has_wgmma() { return emulator::options().has_wgmma; }
+/// Of the current device.
 inline bool overlaps_kernels() { return emulator::options().has_wgmma; }
-inline int multiprocessors() { return emulator::options().multiprocessors; }
-inline int64_t small_workspace() { return emulator::options().small_workspace; }
-inline int wanted_segments() { return emulator::options().wanted_segments; }
+inline DeviceTraits device_traits() {
+  emulator::Options const& o = emulator::options();
+  return {o.shared_limit,    o.has_wgmma, overlaps_kernels(), o.multiprocessors, o.small_workspace,
+          o.wanted_segments, kCopyTbS};
+}
 
 #else
 
-inline size_t shared_memory_limit() { return size_t(device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>()); }
-inline bool has_wgmma() { return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9; }
+/// Of the current device.
 inline bool overlaps_kernels() { return device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9; }
-inline int multiprocessors() { return device_attribute<cudaDevAttrMultiProcessorCount>(); }
-inline int64_t small_workspace() { return 16 << 20; }
-inline int wanted_segments() { return 0; }
+inline DeviceTraits device_traits() {
+  return {size_t(device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>()),
+          device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9,
+          overlaps_kernels(),
+          device_attribute<cudaDevAttrMultiProcessorCount>(),
+          16 << 20,
+          0,
+          kCopyTbS};
+}
 
 #endif
-
-}  // namespace current
-
-/// Shared memory that a block may have, in bytes.
-inline size_t shared_memory_limit() { return is_planned() ? 227 * 1024 : current::shared_memory_limit(); }
-/// Whether there are warpgroup products (compute capability 9.0).
-inline bool has_wgmma() { return is_planned() || current::has_wgmma(); }
-/// Whether a kernel can start before the one ahead of it has ended (launch.h, launch_early).
-inline bool overlaps_kernels() { return is_planned() || current::overlaps_kernels(); }
-inline int multiprocessors() { return is_planned() ? planned_device.multiprocessors : current::multiprocessors(); }
-/// What a copy reads and writes, together; unless planned, of an H100, whose times ScanCost has.
-inline double copy_tb_s() { return is_planned() ? planned_device.copy_tb_s : 3.0; }
-/// Bytes of workspace that are nothing beside the device's memory.
-inline int64_t small_workspace() { return is_planned() ? 16 << 20 : current::small_workspace(); }
-/// Into how many segments sequences are split, at most, whatever it costs; 0: as the costs say.
-inline int wanted_segments() { return is_planned() ? 0 : current::wanted_segments(); }
 
 }  // namespace kda

@@ -23,7 +23,7 @@ inline std::map<std::string, CaseTensor> gradients_of(CaseFile const& c) {
 
 /// In rounds of at most so many value heads.
 inline std::map<std::string, CaseTensor> run_chunk_bwd(CaseFile const& c, ChunkBwdVariant const& variant,
-                                                       ChunkFwdVariant const& forward, int most_heads = INT_MAX) {
+                                                       int most_heads = INT_MAX) {
   auto const d = gradients_of(c);
   ChunkBwdParams p{};
   set_streams(p, c, c["do"]);
@@ -40,28 +40,24 @@ inline std::map<std::string, CaseTensor> run_chunk_bwd(CaseFile const& c, ChunkB
     p.initial_state = state_ref(c, c["initial_state"]);
     p.d_initial_state = state_ref(c, d.at("dinitial_state"));
   }
-  ChunkBwdSchedule schedule = variant.schedule(p.plan, p.value_heads, p.value_dim);
-  schedule.heads_per_round = std::min(schedule.heads_per_round, most_heads);
-  schedule.rounds = int(divide_up(p.value_heads, schedule.heads_per_round));
+  DeviceTraits const device = device_traits();
+  ChunkBwdSchedule schedule = schedule_chunk_bwd(variant, p.plan, p.value_heads, p.value_dim, device);
+  if (schedule.heads_per_round > most_heads)
+    schedule = schedule_rounds(variant, p.plan, p.value_heads, p.value_dim, most_heads, device);
   Buffer<char> const workspace(std::vector<char>(schedule.workspace_bytes, char(0xFF)));
   p.workspace = workspace.data();
-  variant.launch(p, schedule, forward, nullptr);
+  variant.launch(p, schedule, nullptr);
   return d;
 }
 
-/// Every variant of `variants` that could serve the case, behind the forward of its name.
-inline void add_chunk_bwd(std::vector<CaseRun>& runs, CaseFile const& c, std::vector<ChunkBwdVariant> const& variants,
-                          std::vector<ChunkFwdVariant> const& forwards) {
-  for (ChunkBwdVariant const& variant : variants)
-    for (ChunkFwdVariant const& forward : forwards) {
-      if (std::string(forward.name) != variant.name || !serves(forward, c)) continue;
-      CaseRun run{std::string("chunk_bwd ") + variant.name,
-                  [&c, &variant, &forward] { return run_chunk_bwd(c, variant, forward); },
-                  {},
-                  {}};
-      for (auto const& [name, x] : gradients_of(c)) add_truth(run, c, name);
-      runs.push_back(std::move(run));
-    }
+/// Every variant of `variants` that could serve the case.
+inline void add_chunk_bwd(std::vector<CaseRun>& runs, CaseFile const& c, std::vector<ChunkBwdVariant> const& variants) {
+  for (ChunkBwdVariant const& variant : variants) {
+    if (!serves(variant, c)) continue;
+    CaseRun run{std::string("chunk_bwd ") + variant.name, [&c, &variant] { return run_chunk_bwd(c, variant); }, {}, {}};
+    for (auto const& [name, x] : gradients_of(c)) add_truth(run, c, name);
+    runs.push_back(std::move(run));
+  }
 }
 
 }  // namespace kda::tests

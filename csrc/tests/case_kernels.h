@@ -107,10 +107,10 @@ inline ChunkFwdParams chunk_fwd_params(CaseFile const& c, CaseTensor const& o, C
 }
 /// In a poisoned workspace of the size that it asks for.
 inline void launch_chunk_fwd(ChunkFwdParams& p, ChunkFwdVariant const& variant) {
-  size_t const bytes = variant.workspace_bytes(ChunkFwdCall(p));
-  Buffer<char> const workspace(std::vector<char>(bytes, char(0xFF)));
+  ChunkFwdSchedule const schedule = schedule_chunk_fwd(variant, ChunkFwdCall(p), device_traits());
+  Buffer<char> const workspace(std::vector<char>(schedule.workspace.bytes(), char(0xFF)));
   p.workspace = workspace.data();
-  variant.launch(p, nullptr);
+  variant.launch(p, schedule, nullptr);
 }
 
 inline std::map<std::string, CaseTensor> run_chunk_fwd(CaseFile const& c, ChunkFwdVariant const& variant) {
@@ -125,7 +125,8 @@ inline std::map<std::string, CaseTensor> run_chunk_fwd(CaseFile const& c, ChunkF
   return {{"o", o}, {"final_state", final_state}, {"h", h}};
 }
 
-inline bool serves(ChunkFwdVariant const& variant, CaseFile const& c) {
+template <class Variant>
+bool serves(Variant const& variant, CaseFile const& c) {
   int64_t const key_dim = c["q"].shape[3], key_tile = key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256;
   return variant.dtype == kernel_dtype(c["q"]) && variant.key_tile == key_tile &&
          int(c.scalar("chunk_size")) % variant.chunk == 0;

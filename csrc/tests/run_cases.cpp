@@ -52,7 +52,7 @@ int run_under(CaseFile const& c, CaseRun const& run, int schedules) {
 int run_case(CaseFile const& c, int schedules) {
   std::vector<CaseRun> runs;
   add_chunk_fwd(runs, c, variants());
-  add_chunk_bwd(runs, c, backward_variants(), variants());
+  add_chunk_bwd(runs, c, backward_variants());
   add_prefill(runs, c, variants());
   add_decode(runs, c);
   add_decode_layer(runs, c);

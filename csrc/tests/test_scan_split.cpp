@@ -4,9 +4,9 @@
 
 #include <random>
 
-#include "kda/chunk_fwd/launch.h"
 #include "kda/chunk/segments.h"
 #include "kda/chunk/variants.h"
+#include "kda/chunk_fwd/schedule.h"
 
 namespace kda {
 namespace {
@@ -23,22 +23,12 @@ ChunkFwdVariant sizes_of() {
   ChunkFwdVariant v{};
   v.name = V::name, v.dtype = Dtype::kBfloat16, v.chunk = V::config.chunk, v.key_tile = V::config.key_tile;
   v.record_bytes = sizeof(ChunkRecord<V>), v.value_tile_bytes = sizeof(typename ChunkRecord<V>::Values);
-  v.wgmma = V::config.wgmma, v.prepare_teams = 2, v.prepare_shared_bytes = 108 << 10;
+  v.wgmma = V::config.wgmma;
+  v.prepare = {v.name, v.dtype, v.key_tile, 512, 2, 108 << 10};
   return v;
 }
 
-/// A device for the time of a test.
-struct Device {
-  emulator::Options const before = emulator::options();
-  Device(int multiprocessors, int64_t small_workspace, int wanted_segments) {
-    emulator::options().multiprocessors = multiprocessors, emulator::options().small_workspace = small_workspace;
-    emulator::options().wanted_segments = wanted_segments;
-  }
-  ~Device() { emulator::options() = before; }
-};
-struct H100 : Device {
-  H100() : Device(132, 16 << 20, 0) { emulator::options().has_wgmma = true; }
-};
+DeviceTraits const kH100 = hopper_gpu(132, 3.0);
 
 /// sequences = 0: one batch row without cu_seqlens.
 ChunkFwdCall call_of(int64_t tokens, int value_heads, int sequences = 0, bool batch_invariant = false) {
@@ -136,7 +126,6 @@ TEST(ScanSplit, SequencesWithoutTokensAreFinishedOnce) {
 }
 
 TEST(ScanSplit, FewHeadsAreSplitAndManyAreNot) {
-  H100 device;
   ChunkFwdVariant const v = sizes_of<Bf16K128Sm90>();
   struct Shape {
     int64_t tokens;
@@ -147,36 +136,65 @@ TEST(ScanSplit, FewHeadsAreSplitAndManyAreNot) {
        {Shape{131072, 4, 0, true}, Shape{65536, 8, 0, true}, Shape{32768, 2, 0, true}, Shape{8192, 16, 0, false},
         Shape{8192, 64, 0, false}, Shape{64, 4, 0, false}, Shape{8192, 12, 64, false}}) {
     ChunkFwdCall const call = call_of(s.tokens, s.heads, s.sequences);
-    ScanSplit const split = v.split(call);
-    EXPECT_EQ(split.segment_chunks > 0, s.split) << s.tokens << " tokens, " << s.heads << " heads";
+    ChunkFwdSchedule const x = schedule_chunk_fwd(v, call, kH100);
+    EXPECT_EQ(x.segment_chunks > 0, s.split) << s.tokens << " tokens, " << s.heads << " heads";
     std::printf("%lld tokens, %d heads, %d sequences: %.0f us unsplit, %.0f us split; %lld segments of %lld chunks\n",
-                (long long)s.tokens, s.heads, s.sequences, split.unsplit_us, split.split_us, (long long)split.segments,
-                (long long)split.segment_chunks);
+                (long long)s.tokens, s.heads, s.sequences, x.unsplit_us, x.split_us, (long long)x.mean_segments,
+                (long long)x.segment_chunks);
     if (!s.split) continue;
-    EXPECT_LT(split.split_us, ScanCost::kWorthwhile * split.unsplit_us);
-    EXPECT_EQ(v.split(call_of(s.tokens, s.heads, s.sequences, true)).segment_chunks, 0) << "batch_invariant";
-    int64_t const segments = part_segments(call.plan, v.part_slots(call), split.segment_chunks);
-    EXPECT_LE(size_t(segments) * size_t(s.heads) * size_t(segment_floats(128, 128)) * 4, v.segment_bytes(call));
+    EXPECT_LT(x.split_us, ScanCost::kWorthwhile * x.unsplit_us);
+    EXPECT_EQ(x.reason, SplitReason::kCost);
+    EXPECT_EQ(x.total_us, x.split_us);
+    EXPECT_FALSE(x.beside);
+    ChunkFwdSchedule const invariant = schedule_chunk_fwd(v, call_of(s.tokens, s.heads, s.sequences, true), kH100);
+    EXPECT_EQ(invariant.segment_chunks, 0) << "batch_invariant";
+    EXPECT_EQ(invariant.reason, SplitReason::kInvariant);
+    EXPECT_LE(x.whole.segments, x.workspace.most_segments());
+    EXPECT_EQ(x.workspace.bytes_per_segment, size_t(s.heads) * size_t(segment_floats(128, 128)) * 4);
   }
 }
 
+/// Parts come after each other and are all of the work, in the workspace that the schedule asks for.
+TEST(ScanSplit, PartsAreAllOfTheWork) {
+  ChunkFwdVariant const v = sizes_of<Bf16K128Sm90>();
+  for (int64_t const tokens : {1, 64, 1000, 8192, 70000})
+    for (int const heads : {1, 16, 64})
+      for (int const sequences : {0, 1, 7}) {
+        ChunkFwdCall const call = call_of(tokens, heads, sequences);
+        ChunkFwdSchedule const s = schedule_chunk_fwd(v, call, kH100);
+        int64_t slots = 0;
+        for (int64_t i = 0; i < s.parts; ++i) {
+          slots += s.part(i).slots;
+          EXPECT_GT(s.part(i).slots, 0);
+          EXPECT_LE(s.part(i).slots, s.workspace.most_slots);
+          EXPECT_LE(s.part(i).walkers, s.part(i).slots);
+        }
+        EXPECT_EQ(slots, call.plan.slots()) << tokens << " tokens, " << heads << " heads";
+        EXPECT_LE(s.workspace.carry, s.workspace.progress);
+        EXPECT_LT(s.workspace.progress, s.workspace.segments);
+        EXPECT_EQ(s.workspace.bytes(), kRecordAlignment + s.workspace.segments + s.workspace.segment_bytes);
+      }
+}
+
 TEST(ScanSplit, ScanRunsBesidePrepareWhereItLeavesMultiprocessorsFree) {
-  H100 device;
   ChunkFwdVariant const v = sizes_of<Bf16K128Sm90>();
   for (auto const& [tokens, heads, beside] :
        {std::tuple{8192, 16, true}, {4096, 8, true}, {8192, 24, true}, {8192, 64, false}, {64, 4, false}}) {
     ChunkFwdCall const call = call_of(tokens, heads);
-    ChunkFwdVariant::Schedule const s = v.schedule(call);
+    ChunkFwdSchedule const s = schedule_chunk_fwd(v, call, kH100);
     std::printf("%d tokens, %d heads: %.0f us, parts of %lld slots, %lld multiprocessors for the scan, %d walkers\n",
-                tokens, heads, s.us, (long long)s.part_slots, (long long)s.reserved, s.walkers);
+                tokens, heads, s.unsplit_us, (long long)s.whole.slots, (long long)s.reserved, s.whole.walkers);
     EXPECT_EQ(s.reserved > 0, beside) << tokens << " tokens, " << heads << " heads";
-    EXPECT_LE(size_t(s.part_slots) * size_t(heads) * (v.record_bytes + 2 * v.value_tile_bytes), v.carry_offset(call));
+    EXPECT_LE(size_t(s.whole.slots * heads * s.workspace.cell_bytes), s.workspace.carry);
     if (!beside) continue;
     EXPECT_EQ(s.reserved, 2 * heads) << "a block for 64 columns of V";
-    EXPECT_LE(divide_up(int64_t(s.walkers) * heads, s.teams) + s.reserved, multiprocessors()) << "all at once";
+    EXPECT_LE(divide_up(int64_t(s.whole.walkers) * heads, s.teams) + s.reserved, 132) << "all at once";
   }
-  emulator::options().has_wgmma = false;  // kernels cannot overlap
-  EXPECT_EQ(v.schedule(call_of(8192, 16)).reserved, 0);
+  DeviceTraits without = kH100;
+  without.overlaps_kernels = false;
+  ChunkFwdSchedule const s = schedule_chunk_fwd(v, call_of(8192, 16), without);
+  EXPECT_EQ(s.reserved, 0);
+  EXPECT_FALSE(s.beside);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // torch.ops.kda_cuda.chunk_bwd: every gradient of chunk_fwd, or those that are asked for.
 #include "kda/chunk_bwd/dispatch.h"
+#include "kda/chunk_bwd/wanted.h"
 #include "platform/device.h"
 #include "torch/chunk_arguments.h"
 
@@ -7,9 +8,6 @@ namespace kda {
 namespace {
 
 constexpr char const* kOp = "chunk_bwd";
-
-/// Bits of `wanted`.
-enum Wanted : int64_t { kQ = 1, kK = 2, kV = 4, kG = 8, kBeta = 16, kALog = 32, kDtBias = 64, kInitialState = 128 };
 
 /// The gradients in the order of the op's arguments; those that are not wanted are empty.
 struct Gradients {
@@ -19,19 +17,31 @@ struct Gradients {
 /// Allocates gradients like the arguments.
 struct Allocation {
   Tensor const& owner;
-  int64_t wanted;
+  Wanted wanted;
   bool all_zero;      // nothing depends on anything
   bool without_gate;  // nothing depends on its parameters
 
   Tensor none(ScalarType dtype) const { return torch::stable::new_empty(owner, {0}, dtype); }
-  Tensor tokens(Wanted bit, Tensor const& x) const {
-    if (!(wanted & bit)) return none(x.scalar_type());
+  Tensor tokens(Wanted::Gradient of, Tensor const& x) const {
+    if (!wanted.any(of)) return none(x.scalar_type());
     return all_zero ? torch::stable::new_zeros(x, x.sizes()) : torch::stable::new_empty(x, x.sizes());
   }
-  Tensor optional(Wanted bit, OptionalTensor const& x) const {
-    if (!x || !(wanted & bit)) return none(ScalarType::Float);
-    bool const zero = all_zero || (without_gate && bit != kInitialState);
+  Tensor optional(Wanted::Gradient of, OptionalTensor const& x) const {
+    if (!x || !wanted.any(of)) return none(ScalarType::Float);
+    bool const zero = all_zero || (without_gate && of != Wanted::kInitialState);
     return zero ? torch::stable::new_zeros(*x, x->sizes()) : torch::stable::new_empty(*x, x->sizes());
+  }
+  Gradients gradients(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g, Tensor const& beta,
+                      OptionalTensor const& A_log, OptionalTensor const& dt_bias,
+                      OptionalTensor const& initial_state) const {
+    return {tokens(Wanted::kQ, q),
+            tokens(Wanted::kK, k),
+            tokens(Wanted::kV, v),
+            tokens(Wanted::kG, g),
+            tokens(Wanted::kBeta, beta),
+            optional(Wanted::kALog, A_log),
+            optional(Wanted::kDtBias, dt_bias),
+            optional(Wanted::kInitialState, initial_state)};
   }
 };
 
@@ -40,21 +50,20 @@ float* floats_if(Tensor const& x, bool wanted) { return wanted ? static_cast<flo
 
 /// Where the kernels leave the gradients; what they need besides lives as long as this.
 struct Destinations {
-  Tensor dv, dq, dk;  // scratch: dX where dv is not wanted, and of grouped heads one dq and dk for each value head
+  Tensor dx, dq, dk;  // ChunkBwdScratch
 
-  void set(ChunkBwdParams& p, Gradients const& d, int64_t wanted, bool use_gate) {
-    bool const of_keys = wanted & (kQ | kK | kG | kALog | kDtBias), of_tokens = of_keys || (wanted & (kV | kBeta));
-    if (of_tokens) p.dv = rows_of(kOp, "dv", dv = wanted & kV ? d.v : scratch(d.v, p, p.value_dim, std::nullopt));
-    p.dg = rows_if("dg", d.g, wanted & kG), p.dbeta = rows_if("dbeta", d.beta, wanted & kBeta);
-    if (use_gate) p.dA_log = floats_if(d.A_log, wanted & kALog), p.ddt_bias = floats_if(d.dt_bias, wanted & kDtBias);
-    if (p.value_heads == p.heads) {
-      p.dq = rows_if("dq", d.q, wanted & kQ), p.dk = rows_if("dk", d.k, wanted & kK);
-      return;
-    }
-    if (wanted & kQ)
-      p.dq = rows_of(kOp, "dq", dq = scratch(d.q, p, p.key_dim, ScalarType::Float)), p.dq_sum = d.q.data_ptr();
-    if (wanted & kK)
-      p.dk = rows_of(kOp, "dk", dk = scratch(d.k, p, p.key_dim, ScalarType::Float)), p.dk_sum = d.k.data_ptr();
+  void set(ChunkBwdParams& p, Gradients const& d, Wanted wanted, bool use_gate) {
+    ChunkBwdScratch const needs(wanted, p.value_heads != p.heads);
+    if (needs.dx) dx = scratch(d.v, p, p.value_dim, std::nullopt);
+    if (needs.dq) dq = scratch(d.q, p, p.key_dim, ScalarType::Float), p.dq_sum = d.q.data_ptr();
+    if (needs.dk) dk = scratch(d.k, p, p.key_dim, ScalarType::Float), p.dk_sum = d.k.data_ptr();
+    p.dv = rows_if("dv", needs.dx ? dx : d.v, wanted.any(Wanted::kOfTokens));
+    p.dq = rows_if("dq", needs.dq ? dq : d.q, wanted.any(Wanted::kQ));
+    p.dk = rows_if("dk", needs.dk ? dk : d.k, wanted.any(Wanted::kK));
+    p.dg = rows_if("dg", d.g, wanted.any(Wanted::kG)), p.dbeta = rows_if("dbeta", d.beta, wanted.any(Wanted::kBeta));
+    if (!use_gate) return;
+    p.dA_log = floats_if(d.A_log, wanted.any(Wanted::kALog));
+    p.ddt_bias = floats_if(d.dt_bias, wanted.any(Wanted::kDtBias));
   }
 
  private:
@@ -79,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
     Tensor d_o, OptionalTensor dfinal_state, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, OptionalTensor A_log,
     OptionalTensor dt_bias, OptionalTensor initial_state, OptionalTensor cu_seqlens, double scale, bool use_qk_l2norm,
     bool use_gate, bool use_beta_sigmoid, bool allow_neg_eigval, std::optional<double> lower_bound, bool state_v_first,
-    int64_t, int64_t wanted, bool batch_invariant) {
+    int64_t, int64_t wanted_bits, bool batch_invariant) {
   Streams const streams{kOp, q, k, v, g, beta};
   streams.check();
   require_device_of(kOp, "q", q,
@@ -92,16 +101,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
   require_shape(kOp, "do", d_o, {v.size(0), v.size(1), v.size(2), v.size(3)});
   require(d_o.scalar_type() == v.scalar_type(), kOp, "do differs from v in dtype");
   OnDeviceOf device(q);
-  if (!A_log) wanted &= ~int64_t(kALog);
-  if (!dt_bias) wanted &= ~int64_t(kDtBias);
-  if (!initial_state) wanted &= ~int64_t(kInitialState);
+  DeviceTraits const traits = device_traits();
+  Wanted wanted{wanted_bits};
+  wanted.drop_unless(A_log.has_value(), Wanted::kALog), wanted.drop_unless(dt_bias.has_value(), Wanted::kDtBias);
+  wanted.drop_unless(initial_state.has_value(), Wanted::kInitialState);
 
-  ChunkBwdChoice const choice =
-      select_chunk_bwd(dtype_of_tensor(kOp, "q", q), int(q.size(3)), {has_wgmma(), shared_memory_limit()});
-  require(choice.backward, kOp, "this device has too little shared memory per block");
+  ChunkBwdVariant const* const variant = select_chunk_bwd(dtype_of_tensor(kOp, "q", q), int(q.size(3)), traits);
+  require(variant, kOp, "this device has too little shared memory per block");
   ChunkBwdParams p{};
   streams.set(p);
-  set_plan(kOp, p, q, cu_seqlens, choice.backward->chunk);
+  set_plan(kOp, p, q, cu_seqlens, variant->chunk);
   Transforms{scale, use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval, lower_bound, A_log, dt_bias}.set(kOp,
                                                                                                                   p);
   p.batch_invariant = batch_invariant;  // holds anyway: nothing is divided by what a sequence is batched with
@@ -112,15 +121,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
   require(2 * int64_t(value_tiles(p.value_dim)) <= 65535, kOp,
           "v has shape " + shape_text(v) + ", expected V <= 2097088, which grids of blocks have");
   bool const nothing = p.plan.sequences == 0 || p.value_dim == 0;
-  Allocation const allocate{q, wanted, nothing, !use_gate};
-  Gradients d{allocate.tokens(kQ, q),
-              allocate.tokens(kK, k),
-              allocate.tokens(kV, v),
-              allocate.tokens(kG, g),
-              allocate.tokens(kBeta, beta),
-              allocate.optional(kALog, A_log),
-              allocate.optional(kDtBias, dt_bias),
-              allocate.optional(kInitialState, initial_state)};
+  Allocation const allocation{q, wanted, nothing, !use_gate};
+  Gradients const d = allocation.gradients(q, k, v, g, beta, A_log, dt_bias, initial_state);
   Destinations to;
   to.set(p, d, wanted, use_gate);
   Tensor initial, d_final;
@@ -128,10 +130,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
   p.d_final_state = state_of("dfinal_state", dfinal_state, d_final, p, state_v_first);
   if (d.initial_state.numel()) p.d_initial_state = states_in(kOp, "initial_state", d.initial_state, p, state_v_first);
 
-  ChunkBwdSchedule const schedule = choice.backward->schedule(p.plan, p.value_heads, p.value_dim);
+  ChunkBwdSchedule const schedule = schedule_chunk_bwd(*variant, p.plan, p.value_heads, p.value_dim, traits);
   Tensor const workspace = torch::stable::new_empty(q, {int64_t(schedule.workspace_bytes)}, ScalarType::Byte);
   p.workspace = workspace.data_ptr();
-  if (wanted && !nothing) choice.backward->launch(p, schedule, *choice.forward, device.stream());
+  if (wanted.bits && !nothing) variant->launch(p, schedule, device.stream());
   return {d.q, d.k, d.v, d.g, d.beta, d.A_log, d.dt_bias, d.initial_state};
 }
 

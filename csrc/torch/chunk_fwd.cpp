@@ -10,9 +10,10 @@ constexpr int64_t kCheckpointTokens = 64;  // checkpoints are multiples of this 
 
 /// Checks the inputs, chooses the variant and says everything but states, output and workspace.
 ChunkFwdVariant const& plan_call(ChunkFwdParams& p, Streams const& streams, Transforms const& transforms,
-                                 OptionalTensor const& cu_seqlens, Tensor const& o, int64_t state_tokens) {
-  ChunkFwdVariant const* variant = select_chunk_fwd(dtype_of_tensor(streams.op, "q", streams.q), int(streams.q.size(3)),
-                                                    int(state_tokens), {has_wgmma(), shared_memory_limit()});
+                                 OptionalTensor const& cu_seqlens, Tensor const& o, int64_t state_tokens,
+                                 DeviceTraits const& traits) {
+  ChunkFwdVariant const* variant =
+      select_chunk_fwd(dtype_of_tensor(streams.op, "q", streams.q), int(streams.q.size(3)), int(state_tokens), traits);
   require(variant, streams.op, "this device has too little shared memory per block");
   streams.set(p), p.o = rows_of(streams.op, "o", o);
   set_plan(streams.op, p, streams.q, cu_seqlens, variant->chunk);
@@ -21,9 +22,8 @@ ChunkFwdVariant const& plan_call(ChunkFwdParams& p, Streams const& streams, Tran
 }
 
 /// The caller's workspace, or one of our own.
-Tensor workspace_for(char const* op, ChunkFwdParams const& p, ChunkFwdVariant const& variant, Tensor const& q,
-                     OptionalTensor const& given) {
-  int64_t const bytes = int64_t(variant.workspace_bytes(ChunkFwdCall(p)));
+Tensor workspace_for(char const* op, ChunkFwdSchedule const& schedule, Tensor const& q, OptionalTensor const& given) {
+  int64_t const bytes = int64_t(schedule.workspace.bytes());
   if (!given) return torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
   require(given->scalar_type() == ScalarType::Byte && given->dim() == 1 && given->is_contiguous(), op,
           "workspace has shape " + shape_text(*given) + ", expected uint8, 1 dimension, contiguous");
@@ -104,11 +104,12 @@ std::tuple<Tensor, Tensor, Tensor> chunk_fwd(Tensor q, Tensor k, Tensor v, Tenso
                      {"initial_state", if_given(initial_state)},
                      {"cu_seqlens", if_given(cu_seqlens)}});
   OnDeviceOf device(q);
+  DeviceTraits const traits = device_traits();
   ChunkFwdParams p{};
   Tensor o = torch::stable::new_empty(v, v.sizes());
   Transforms const transforms{scale,       use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval,
                               lower_bound, A_log,         dt_bias};
-  ChunkFwdVariant const& variant = plan_call(p, streams, transforms, cu_seqlens, o, chunk_size);
+  ChunkFwdVariant const& variant = plan_call(p, streams, transforms, cu_seqlens, o, chunk_size, traits);
   p.batch_invariant = batch_invariant;
   p.clear_unowned = p.plan.tokens > 0 && p.plan.cu_seqlens;
 
@@ -133,9 +134,10 @@ std::tuple<Tensor, Tensor, Tensor> chunk_fwd(Tensor q, Tensor k, Tensor v, Tenso
     p.chunk_states = states_in(kOp, "h", torch::stable::flatten(h, 0, 1), p, state_v_first);
     p.chunk_state_tokens = int32_t(chunk_size);
   }
-  Tensor const workspace = workspace_for(kOp, p, variant, q, std::nullopt);
+  ChunkFwdSchedule const schedule = schedule_chunk_fwd(variant, ChunkFwdCall(p), traits);
+  Tensor const workspace = workspace_for(kOp, schedule, q, std::nullopt);
   p.workspace = workspace.data_ptr();
-  if (p.plan.sequences > 0) variant.launch(p, device.stream());
+  if (p.plan.sequences > 0) variant.launch(p, schedule, device.stream());
   return {o, final_state, h};
 }
 
@@ -160,19 +162,21 @@ Tensor prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, OptionalTens
                      {"cu_seqlens", if_given(cu_seqlens)},
                      {"workspace", if_given(workspace)}});
   OnDeviceOf device(q);
+  DeviceTraits const traits = device_traits();
   ChunkFwdParams p{};
   Tensor o = torch::stable::new_empty(v, v.sizes());
   Transforms const transforms{scale,       use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval,
                               lower_bound, A_log,         dt_bias};
-  ChunkFwdVariant const& variant = plan_call(p, streams, transforms, cu_seqlens, o, kCheckpointTokens);
+  ChunkFwdVariant const& variant = plan_call(p, streams, transforms, cu_seqlens, o, kCheckpointTokens, traits);
   p.batch_invariant = batch_invariant;
   set_pool(kOp, p, state_pool, slot_of, initial_slot_of, has_initial_state, state_v_first, zero_is_null);
   if (checkpoint_slots)
     set_checkpoints(kOp, p, checkpoint_pool ? *checkpoint_pool : state_pool, *checkpoint_slots, checkpoint_interval,
                     state_v_first, zero_is_null);
-  Tensor const scratch = workspace_for(kOp, p, variant, q, workspace);
+  ChunkFwdSchedule const schedule = schedule_chunk_fwd(variant, ChunkFwdCall(p), traits);
+  Tensor const scratch = workspace_for(kOp, schedule, q, workspace);
   p.workspace = scratch.data_ptr();
-  if (p.plan.sequences > 0) variant.launch(p, device.stream());
+  if (p.plan.sequences > 0) variant.launch(p, schedule, device.stream());
   return o;
 }
 

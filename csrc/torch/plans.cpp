@@ -1,4 +1,4 @@
-// What kda_cuda asks of the library before a call: how it would be launched on the current device. And what the table
+// What kda_cuda asks of the library before a call: how it would be launched. And what the table
 // of resources asks: how each kernel is launched on any. Plain C, for ctypes.
 #include <cxxabi.h>
 
@@ -7,6 +7,8 @@
 #include <string>
 
 #include "kda/chunk_bwd/dispatch.h"
+#include "kda/chunk_bwd/wanted.h"
+#include "kda/chunk_fwd/dispatch.h"
 #include "kda/decode/dispatch.h"
 #include "kda/kda_gate/params.h"
 #include "platform/device.h"
@@ -17,31 +19,34 @@ namespace {
 std::string microseconds(double x) { return std::to_string(int64_t(x + 0.5)) + " us"; }
 
 /// How the scan is divided, and why.
-std::string split_text(ChunkFwdVariant const& v, ChunkFwdCall const& call) {
-  ScanSplit const split = v.split(call);
+std::string split_text(ChunkFwdSchedule const& s, ChunkFwdVariant const& v, ChunkFwdCall const& call) {
   std::string const value = "V into " + std::to_string(value_tiles(call.value_dim)) + " of " +
                             std::to_string(kValueTile) + " columns; ",
-                    unsplit = "in one piece " + microseconds(split.unsplit_us);
-  if (call.batch_invariant) return value + "no sequence, as batch_invariant asks";
-  if (!v.segment_bytes(call)) return value + "no sequence: one chunk, or heads and V fill the device";
-  if (split.split_us == 0) return value + "no sequence: too short, or no room for the states of segments";
-  std::string const by = "by cost: predicted to take " + microseconds(split.split_us) + " split, " + unsplit;
-  if (!split.segment_chunks) return value + "no sequence, " + by;
-  return value + "sequences into segments of " + std::to_string(split.segment_chunks * v.chunk) + " tokens, " +
-         std::to_string(split.segments) + " for one of mean length in a part, " +
-         (wanted_segments() ? "as this device wants: predicted " + microseconds(split.split_us) + ", " + unsplit : by);
+                    split = microseconds(s.split_us), unsplit = "in one piece " + microseconds(s.unsplit_us),
+                    by = "by cost: predicted to take " + split + " split, " + unsplit,
+                    segments = "sequences into segments of " + std::to_string(s.segment_chunks * v.chunk) +
+                               " tokens, " + std::to_string(s.mean_segments) + " for one of mean length in a part, ";
+  switch (s.reason) {
+    case SplitReason::kInvariant:
+      return value + "no sequence, as batch_invariant asks";
+    case SplitReason::kNoSegments:
+      return value + "no sequence: one chunk, or heads and V fill the device";
+    case SplitReason::kNoRoom:
+      return value + "no sequence: too short, or no room for the states of segments";
+    case SplitReason::kWanted:
+      return value + segments + "as this device wants: predicted " + split + ", " + unsplit;
+    case SplitReason::kCost:
+      break;
+  }
+  return value + (s.segment_chunks ? segments : "no sequence, ") + by;
 }
 
 /// Lines of "name=value".
-std::string describe(ChunkFwdVariant const& v, ChunkFwdCall const& call) {
-  int64_t const slots = call.plan.slots(), split = v.split(call).segment_chunks;
-  ChunkFwdVariant::Schedule const schedule = v.schedule(call);
-  int64_t const part_slots = split ? v.part_slots(call) : schedule.part_slots, reserved = split ? 0 : schedule.reserved;
-  int64_t const segment_chunks = split ? split : call.plan.chunks_of(call.plan.tokens) + 1;
+std::string describe(ChunkFwdSchedule const& s, ChunkFwdVariant const& v, ChunkFwdCall const& call) {
   std::string const heads = "x" + std::to_string(call.value_heads);
-  char const* const invariant = call.batch_invariant    ? "yes, as asked"
-                                : v.segment_bytes(call) ? "no: whether a sequence is split depends on its batch"
-                                                        : "yes, as no sequence is split";
+  char const* const invariant = call.batch_invariant        ? "yes, as asked"
+                                : s.workspace.segment_bytes ? "no: whether a sequence is split depends on its batch"
+                                                            : "yes, as no sequence is split";
   std::string text;
   auto const line = [&](char const* name, auto const& value) {
     if constexpr (std::is_arithmetic_v<std::decay_t<decltype(value)>>)
@@ -49,25 +54,40 @@ std::string describe(ChunkFwdVariant const& v, ChunkFwdCall const& call) {
     else text += std::string(name) + "=" + value + "\n";
   };
   line("variant", v.name), line("chunk", v.chunk), line("key_tile", v.key_tile);
-  line("parts", slots ? divide_up(slots, part_slots) : 1);
-  line("overlap", reserved ? "the scan runs beside the prepare kernel, on " + std::to_string(reserved) +
-                                 " multiprocessors that it leaves free"
-                  : overlaps_kernels() && !split ? "the scan follows the prepare kernel as that one ends"
-                                                 : "none");
-  int const teams = reserved ? schedule.teams : 1;
-  int64_t const walkers = reserved ? schedule.walkers : v.prepare_walk(part_slots, call.value_heads).walkers;
-  line("prepare_grid", divide_up(walkers * call.value_heads, teams)), line("prepare_walkers", walkers);
-  line("prepare_threads", v.prepare_threads * teams), line("prepare_shared_bytes", v.prepare_shared_bytes * teams);
-  line("scan_grid", std::to_string(part_segments(call.plan, part_slots, segment_chunks)) + heads + "x" +
-                        std::to_string(value_tiles(call.value_dim)));
+  line("parts", s.parts);
+  line("overlap", s.reserved ? "the scan runs beside the prepare kernel, on " + std::to_string(s.reserved) +
+                                   " multiprocessors that it leaves free"
+                  : s.beside ? "the scan follows the prepare kernel as that one ends"
+                             : "none");
+  line("prepare_grid", divide_up(s.whole.walkers * int64_t(call.value_heads), s.teams));
+  line("prepare_walkers", s.whole.walkers);
+  line("prepare_threads", v.prepare.threads * s.teams);
+  line("prepare_shared_bytes", v.prepare.shared_bytes * size_t(s.teams));
+  line("scan_grid", std::to_string(s.whole.segments) + heads + "x" + std::to_string(value_tiles(call.value_dim)));
   line("scan_threads", v.scan_threads), line("scan_shared_bytes", v.scan_shared_bytes);
-  line("workspace_bytes", v.workspace_bytes(call)), line("segment_bytes", v.segment_bytes(call));
-  line("split", split_text(v, call)), line("batch_invariant", invariant);
-  ChunkFwdPrediction const predicted = v.predict(call);
-  line("predicted_us", predicted.total), line("predicted_prepare_us", predicted.prepare);
-  line("predicted_scan_us", predicted.scan);
+  line("workspace_bytes", s.workspace.bytes()), line("segment_bytes", s.workspace.segment_bytes);
+  line("split", split_text(s, v, call)), line("batch_invariant", invariant);
+  line("predicted_us", s.total_us), line("predicted_prepare_us", s.prepare_us), line("predicted_scan_us", s.scan_us);
   text.pop_back();
   return text;
+}
+
+/// The kernels of a call of the backward, in their order.
+std::string kernels_of(Wanted wanted, bool grouped, bool packed) {
+  std::string kernels = packed && wanted.any(Wanted::kOfTokens) ? "chunk_bwd_clear, " : "";
+  kernels += "chunk_prepare, chunk_bwd_scan";
+  if (wanted.any(Wanted::kOfTokens)) kernels += ", chunk_bwd_values";
+  if (wanted.any(Wanted::kOfKeys)) kernels += ", chunk_bwd_keys";
+  if (wanted.any(Wanted::kSums)) kernels += ", chunk_bwd_reduce";
+  if (grouped && wanted.any(Wanted::kQ | Wanted::kK)) kernels += ", chunk_bwd_sum_heads";
+  return kernels;
+}
+
+/// `sequences`: entries of cu_seqlens less one, or -1 without cu_seqlens.
+ChunkPlan plan_of_call(int64_t batch, int64_t tokens, int sequences, int chunk) {
+  static char const known = 0;  // slots() asks only whether there are boundaries
+  bool const packed = sequences >= 0;
+  return {tokens, packed ? sequences : int32_t(batch), packed ? &known : nullptr, false, chunk, {}};
 }
 
 std::vector<KernelLaunch> every_kernel() {
@@ -95,75 +115,57 @@ std::string kernel_name(KernelLaunch const& kernel) {
 }  // namespace kda
 
 /// `sequences`: entries of cu_seqlens less one, or -1 without cu_seqlens. `state_tokens`: the distance of kept states.
-/// Returns the length of the text, 0 if no variant serves the call, -1 if the device cannot be asked.
+/// `multiprocessors`: of a Hopper GPU to plan for, which copies so many TB/s; 0: the current device. Returns the length
+/// of the text, 0 if no variant serves the call, -1 if the device cannot be asked.
 extern "C" __attribute__((visibility("default"))) int kda_plan_chunk_fwd(int dtype, long long batch, long long tokens,
                                                                          int sequences, int value_heads, int key_dim,
                                                                          int value_dim, int state_tokens,
-                                                                         int batch_invariant, char* to,
-                                                                         int capacity) try {
-  kda::ChunkFwdVariant const* variant =
-      kda::select_chunk_fwd(kda::Dtype(dtype), key_dim, state_tokens, {kda::has_wgmma(), kda::shared_memory_limit()});
+                                                                         int batch_invariant, int multiprocessors,
+                                                                         double copy_tb_s, char* to, int capacity) try {
+  kda::DeviceTraits const device = multiprocessors ? kda::hopper_gpu(multiprocessors, copy_tb_s) : kda::device_traits();
+  kda::ChunkFwdVariant const* variant = kda::select_chunk_fwd(kda::Dtype(dtype), key_dim, state_tokens, device);
   if (!variant) return 0;
-  static char const known = 0;  // slots() asks only whether there are boundaries
-  kda::ChunkFwdParams p{};
-  p.plan = {tokens, sequences < 0 ? int32_t(batch) : sequences, sequences < 0 ? nullptr : &known, false, variant->chunk,
-            {}};
+  kda::ChunkInputs p{};
+  p.plan = kda::plan_of_call(batch, tokens, sequences, variant->chunk);
   p.value_heads = value_heads, p.key_dim = key_dim, p.value_dim = value_dim;
   p.batch_invariant = batch_invariant != 0;
-  std::string const text = kda::describe(*variant, kda::ChunkFwdCall(p));
+  kda::ChunkFwdCall const call(p);
+  std::string const text = kda::describe(kda::schedule_chunk_fwd(*variant, call, device), *variant, call);
   return std::snprintf(to, size_t(capacity), "%s", text.c_str());
 } catch (std::exception const&) {
   return -1;
 }
 
-/// Likewise, of the backward. `sequences`: as above. Which gradients are `wanted` decides which kernels run.
+/// Likewise, of the backward on the current device. Which gradients are `wanted` decides which kernels run.
 extern "C" __attribute__((visibility("default"))) int kda_plan_chunk_bwd(int dtype, long long batch, long long tokens,
                                                                          int sequences, int heads, int value_heads,
                                                                          int key_dim, int value_dim, int wanted,
                                                                          char* to, int capacity) try {
-  kda::ChunkBwdChoice const choice =
-      kda::select_chunk_bwd(kda::Dtype(dtype), key_dim, {kda::has_wgmma(), kda::shared_memory_limit()});
-  if (!choice.backward) return 0;
-  static char const known = 0;  // slots() asks only whether there are boundaries
-  kda::ChunkPlan const plan{tokens,
-                            sequences < 0 ? int32_t(batch) : sequences,
-                            sequences < 0 ? nullptr : &known,
-                            false,
-                            choice.backward->chunk,
-                            {}};
-  kda::ChunkBwdSchedule const schedule = choice.backward->schedule(plan, value_heads, value_dim);
-  // What the op allocates besides: dX if dv is not wanted, and of grouped heads dq and dk for each value head.
-  long long const rows = tokens * (sequences < 0 ? batch : 1) * value_heads;
-  long long scratch = (wanted & ~0x80) && !(wanted & 4) ? rows * value_dim * choice.backward->element_bytes() : 0;
-  if (heads != value_heads) scratch += rows * key_dim * 4 * ((wanted & 1) + (wanted >> 1 & 1));
-  std::string kernels = sequences >= 0 && (wanted & ~0x80) ? "chunk_bwd_clear, " : "";
-  kernels += "chunk_prepare, chunk_bwd_scan";
-  if (wanted & ~0x80) kernels += ", chunk_bwd_values";
-  if (wanted & 0x6b) kernels += ", chunk_bwd_keys";
-  if (wanted & 0x60) kernels += ", chunk_bwd_reduce";
-  if ((wanted & 3) && heads != value_heads) kernels += ", chunk_bwd_sum_heads";
+  kda::DeviceTraits const device = kda::device_traits();
+  kda::ChunkBwdVariant const* const variant = kda::select_chunk_bwd(kda::Dtype(dtype), key_dim, device);
+  if (!variant) return 0;
+  kda::ChunkPlan const plan = kda::plan_of_call(batch, tokens, sequences, variant->chunk);
+  kda::ChunkBwdSchedule const schedule = kda::schedule_chunk_bwd(*variant, plan, value_heads, value_dim, device);
+  kda::Wanted const gradients{wanted};
+  bool const grouped = heads != value_heads, packed = sequences >= 0;
+  long long const scratch =
+      kda::ChunkBwdScratch(gradients, grouped)
+          .bytes(tokens * (packed ? 1 : batch) * value_heads, key_dim, value_dim, variant->element_bytes());
   return std::snprintf(to, size_t(capacity),
                        "variant=%s\nchunk=%d\nkey_tile=%d\nrounds=%d\nheads_per_round=%d\nworkspace_bytes=%zu\n"
                        "scratch_bytes=%lld\nshared_bytes=%zu\nkernels=%s",
-                       choice.backward->name, choice.backward->chunk, choice.backward->key_tile, schedule.rounds,
-                       schedule.heads_per_round, schedule.workspace_bytes, scratch, choice.backward->shared_bytes,
-                       kernels.c_str());
+                       variant->name, variant->chunk, variant->key_tile, schedule.rounds, schedule.heads_per_round,
+                       schedule.workspace_bytes, scratch, variant->kernel_shared_bytes,
+                       kda::kernels_of(gradients, grouped, packed).c_str());
 } catch (std::exception const&) {
   return -1;
 }
 
 /// Whether a variant of the backward fits the current device.
 extern "C" __attribute__((visibility("default"))) int kda_chunk_bwd_fits(int dtype, int key_dim) try {
-  return kda::select_chunk_bwd(kda::Dtype(dtype), key_dim, {kda::has_wgmma(), kda::shared_memory_limit()}).backward !=
-         nullptr;
+  return kda::select_chunk_bwd(kda::Dtype(dtype), key_dim, kda::device_traits()) != nullptr;
 } catch (std::exception const&) {
   return 1;  // the op then says what is wrong
-}
-
-/// From now on this thread plans for a Hopper GPU with so many multiprocessors, copying so many TB/s; 0: for the
-/// current device again.
-extern "C" __attribute__((visibility("default"))) void kda_plan_for(int multiprocessors, double copy_tb_s) {
-  kda::planned_device = {multiprocessors, copy_tb_s};
 }
 
 /// A line per kernel: name, threads, bytes of dynamic shared memory, between tabs. Asks no device. Returns the length

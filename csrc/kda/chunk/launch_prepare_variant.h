@@ -22,6 +22,13 @@ struct PrepareKernels {
 };
 
 template <class Variant>
+PrepareVariant describe_prepare() {
+  KernelLaunch const kernel = PrepareKernels<Variant>::one_team();
+  return {Variant::name,  dtype_of<typename Variant::Element>(), Variant::config.key_tile,
+          kernel.threads, kda::prepare_teams<Variant>(),         kernel.shared_bytes};
+}
+
+template <class Variant>
 void launch_prepare(ChunkCall const& p, int teams, bool early, cudaStream_t stream) {
   dim3 const grid(unsigned((int64_t(p.walkers) * p.part_heads + teams - 1) / teams));
   if constexpr (Variant::config.wgmma)

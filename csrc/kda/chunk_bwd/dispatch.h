@@ -1,7 +1,9 @@
 // Which variant of the chunkwise backward serves a call. Only for files compiled apart from the kernels.
 #pragma once
+#include <vector>
+
+#include "kda/chunk/variants.h"
 #include "kda/chunk_bwd/launch.h"
-#include "kda/chunk_fwd/dispatch.h"
 
 namespace kda {
 
@@ -19,22 +21,14 @@ inline std::vector<ChunkBwdVariant> const& chunk_bwd_variants() {
   return table;
 }
 
-struct ChunkBwdChoice {
-  ChunkBwdVariant const* backward = nullptr;
-  ChunkFwdVariant const* forward = nullptr;  // whose prepare kernel it launches
-};
-
 /// The first variant that the device can run. Null: none.
-inline ChunkBwdChoice select_chunk_bwd(Dtype dtype, int key_dim, DeviceTraits device) {
+inline ChunkBwdVariant const* select_chunk_bwd(Dtype dtype, int key_dim, DeviceTraits const& device) {
   int const key_tile = key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256;
-  for (ChunkBwdVariant const& variant : chunk_bwd_variants()) {
-    if (variant.dtype != dtype || variant.key_tile != key_tile || (variant.wgmma && !device.has_wgmma)) continue;
-    for (ChunkFwdVariant const& forward : chunk_fwd_variants())
-      if (std::string(forward.name) == variant.name &&
-          std::max(variant.shared_bytes, forward.prepare_shared_bytes) <= device.shared_limit)
-        return {&variant, &forward};
-  }
-  return {};
+  for (ChunkBwdVariant const& variant : chunk_bwd_variants())
+    if (variant.dtype == dtype && variant.key_tile == key_tile && variant.shared_bytes() <= device.shared_limit &&
+        (device.has_wgmma || !variant.wgmma))
+      return &variant;
+  return nullptr;
 }
 
 }  // namespace kda

@@ -55,20 +55,18 @@ void launch_round(ChunkBwdParams const& p, cudaStream_t stream) {
 }
 
 template <class Variant>
-void launch_chunk_bwd(ChunkBwdParams p, ChunkBwdSchedule const& schedule, ChunkFwdVariant const& forward,
-                      cudaStream_t stream) {
-  uintptr_t const workspace = reinterpret_cast<uintptr_t>(p.workspace);
-  p.workspace = reinterpret_cast<void*>((workspace + kRecordAlignment - 1) / kRecordAlignment * kRecordAlignment);
+void launch_chunk_bwd(ChunkBwdParams p, ChunkBwdSchedule const& schedule, cudaStream_t stream) {
+  p.workspace = align_workspace(p.workspace);
   int const tiles = value_tiles(p.value_dim);
   p.cell_bytes = BackwardCell<Variant>::size(tiles);
   p.inverse_offset = int32_t(BackwardCell<Variant>::inverse_offset(tiles));
   p.first_slot = 0, p.part = 0, p.part_slots = int32_t(p.plan.slots());
-  p.segment_tokens = (p.plan.chunks_of(p.plan.tokens) + 1) * p.plan.chunk;
+  p.segment_tokens = unsplit_chunks(p.plan) * p.plan.chunk;
   if (p.plan.cu_seqlens && p.dv.data) launch(ChunkBwdKernels<Variant>::clear(), dim3(2, kClearBlocks), stream, p);
   for (int round = 0; round < schedule.rounds; ++round) {
     p.first_head = round * schedule.heads_per_round;
     p.part_heads = std::min(schedule.heads_per_round, p.value_heads - p.first_head);
-    p.walkers = forward.prepare_walk(p.part_slots, p.part_heads).walkers;
+    p.walkers = round + 1 < schedule.rounds ? schedule.walkers : schedule.last_walkers;
     launch_round<Variant>(p, stream);
   }
   if (!p.dq_sum && !p.dk_sum) return;
@@ -89,6 +87,7 @@ ChunkBwdVariant describe_chunk_bwd() {
           Variant::config.key_tile,
           Variant::config.wgmma,
           shared,
+          describe_prepare<Variant>(),
           [](int value_dim) { return BackwardCell<Variant>::size(value_tiles(value_dim)); },
           &Kernels::all,
           &launch_chunk_bwd<Variant>};

@@ -2,8 +2,8 @@
 #pragma once
 #include <vector>
 
-#include "kda/chunk_fwd/launch.h"
 #include "kda/chunk/variants.h"
+#include "kda/chunk_fwd/schedule.h"
 
 namespace kda {
 
@@ -22,15 +22,9 @@ inline std::vector<ChunkFwdVariant> const& chunk_fwd_variants() {
   return table;
 }
 
-/// What the host must know of the device.
-struct DeviceTraits {
-  bool has_wgmma;
-  size_t shared_limit;  // bytes a block may have
-};
-
 /// The first variant that the device can run, whose tile holds key_dim (and is not twice too wide) and whose chunk
 /// divides `state_tokens`, the distance of kept states. Null: none.
-inline ChunkFwdVariant const* select_chunk_fwd(Dtype dtype, int key_dim, int state_tokens, DeviceTraits device) {
+inline ChunkFwdVariant const* select_chunk_fwd(Dtype dtype, int key_dim, int state_tokens, DeviceTraits const& device) {
   int const key_tile = key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256;
   for (ChunkFwdVariant const& variant : chunk_fwd_variants())
     if (variant.dtype == dtype && variant.key_tile == key_tile && state_tokens % variant.chunk == 0 &&
