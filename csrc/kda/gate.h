@@ -98,8 +98,8 @@ KDA_DEVICE void log2_decays(float (&x)[kCount], ChannelGate const& gate) {
   }
 }
 
-/// x[j] <- d log_decay / dx of two channels, and d log_decay / dA_log, as precisely as elements E can use. `log2_decay`:
-/// of token j, as log2_decays has it.
+/// x[j] <- d log_decay / dx of two channels, and d log_decay / dA_log, as precisely as elements E can use.
+/// `log2_decay`: of token j, as log2_decays has it.
 template <class E, int kCount, class F>
 KDA_DEVICE void gate_derivatives(float2 (&x)[kCount], float2 (&of_amplitude)[kCount], F log2_decay,
                                  ChannelGate const& gate0, ChannelGate const& gate1) {
