@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(VENV)/.demo
 	$(BIN)/python -m pip install -q setuptools wheel pybind11 ninja "cmake>=3.24" pytest hypothesis ruff==0.17.6 clang-format==23.1.5
-	@command -v nvcc >/dev/null || [ -n "$$CUDA_HOME" ] || $(BIN)/python -m pip install -q $$($(BIN)/python csrc/python/nvcc_packages.py)
+	@command -v nvcc >/dev/null || [ -n "$$CUDA_HOME" ] || $(BIN)/python -m pip install -q $$($(BIN)/python csrc/tools/nvcc_packages.py)
 	touch $@
 
 $(VENV)/.demo:
@@ -52,7 +52,7 @@ CUTLASS_INCLUDE = $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_pat
 build/cmake-tests: $(VENV)/.cutlass gtest
 	cmake -B $@ $(CMAKE_COMMON) -DKDA_CUTLASS_INCLUDE=$(CUTLASS_INCLUDE) -DKDA_BUILD_TESTS=ON
 
-cpp-tests: build/cmake-tests  ## GoogleTests of the primitives and of planted bugs, and the executables of python_tests/test_primitives.py
+cpp-tests: build/cmake-tests  ## GoogleTests of the primitives and of planted bugs, and the executables of python_tests/house/test_primitives.py
 	cmake --build build/cmake-tests --parallel $(JOBS) --target cpp-tests
 	ctest --test-dir build/cmake-tests --output-on-failure --parallel $(JOBS)
 
@@ -75,7 +75,7 @@ test: build emulator cpp-tests test-sanitizers lint
 # What ptxas said of the kernels of the last build: the committed baseline, and the check against it.
 RESOURCE_REPORTS = $$(ls build/cmake-cpython-*/kernels/*.ptxas)
 registers: build
-	$(BIN)/python csrc/python/resource_table.py --json bench/results/registers.json --library kda_cuda/_ops.so \
+	$(BIN)/python csrc/tools/resource_table.py --json bench/results/registers.json --library kda_cuda/_ops.so \
 	    --markdown bench/results/registers.md $(RESOURCE_REPORTS)
 
 # And a look into the machine code, with NVIDIA's disassembler.
@@ -85,8 +85,8 @@ $(VENV)/.cuobjdump: $(VENV)/.installed
 	touch $@
 
 check-registers: build $(VENV)/.cuobjdump
-	$(BIN)/python csrc/python/resource_table.py --check bench/results/registers.json $(RESOURCE_REPORTS)
-	$(BIN)/python csrc/python/check_sass.py kda_cuda/_ops.so $(RESOURCE_REPORTS)
+	$(BIN)/python csrc/tools/resource_table.py --check bench/results/registers.json $(RESOURCE_REPORTS)
+	$(BIN)/python csrc/tools/check_sass.py kda_cuda/_ops.so $(RESOURCE_REPORTS)
 
 clean:
 	rm -rf build kda_cuda/_ops.so kda_cuda/_C*.so kda_cuda/_reference_only.txt

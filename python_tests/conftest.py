@@ -9,8 +9,8 @@ import torch
 
 from kda_cuda import build_info, testing
 
-from . import bwd_calls
-from .devices import NAMES, Device, kernels_seen, note_kernels
+from .support import bwd_calls
+from .support.devices import NAMES, Device, kernels_seen, note_kernels
 
 
 def pytest_addoption(parser):

@@ -20,7 +20,7 @@ import kda_cuda
 from bench.python import shapes
 from bench.python.bench_chunk_bwd import GRADIENT_LIMIT, ours
 from bench.python.truth import leaves_of, relative_error, step
-from python_tests.cases import CASES, Inputs
+from python_tests.support.cases import CASES, Inputs
 
 NAMES = ("fast", "steep", "tail_chunk", "gva", "varlen", "v_first", "one_token", "many_chunks")
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from kda_cuda import reference
-from python_tests import accuracy, oracle
-from python_tests.cases import Case
+from python_tests.support import accuracy, oracle
+from python_tests.support.cases import Case
 
 _MODEL = {"beta_sigmoid": True}
 REGIMES: dict[str, dict] = {

@@ -2,9 +2,10 @@
 
 python -m bench.python.bench_reference [--json FILE] [--tokens 2048] [--threads 2]
 
-``recurrence`` is the definition as one writes it down (python_tests/oracle.py, in fp32); ``recurrence_tuned`` is the
-fastest form found that autograd still differentiates: tokens unbound once, every step a few fused products. Times are
-the medians of rounds in which all take turns; memory is the growth of the peak resident set in a process of its own.
+``recurrence`` is the definition as one writes it down (python_tests/support/oracle.py, in fp32). ``recurrence_tuned``
+is the fastest form found that autograd still differentiates: tokens unbound once, every step a few fused products.
+Times are the medians of rounds in which all take turns; memory is the growth of the peak resident set in a process of
+its own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 import kda_cuda
-from python_tests import oracle
+from python_tests.support import oracle
 
 HEADS, HEAD_DIM = 4, 128
 STREAMS = ("q", "k", "v", "g", "beta")

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from python_tests import oracle
-from python_tests.cases import Inputs
+from python_tests.support import oracle
+from python_tests.support.cases import Inputs
 
 LEAVES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias")
 STREAMS = LEAVES[:5]

@@ -34,7 +34,7 @@ foreach(source ${KDA_VARIANTS})
     COMMAND sh -c "${compiler} -std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden \
 -Xptxas=-v ${gencode_text} -I${PROJECT_SOURCE_DIR}/csrc -MD -MF ${object}.d -c ${source} -o ${object} 2> ${report} \
 || { cat ${report} >&2; exit 1; }"
-    COMMAND ${KDA_PYTHON} ${PROJECT_SOURCE_DIR}/csrc/python/resource_table.py --guard ${report}
+    COMMAND ${KDA_PYTHON} ${PROJECT_SOURCE_DIR}/csrc/tools/resource_table.py --guard ${report}
     DEPENDS ${source}
     DEPFILE ${object}.d
     COMMENT "nvcc ${name} for ${archs}"

@@ -7,9 +7,9 @@ set(KDA_BUILD_INFO "{}" CACHE STRING "JSON of versions, from setup.py")
 set(header ${CMAKE_BINARY_DIR}/generated/build_info.inc)
 add_custom_command(
   OUTPUT ${header}
-  COMMAND ${KDA_PYTHON} ${PROJECT_SOURCE_DIR}/csrc/python/resource_table.py --header ${header} --info "${KDA_BUILD_INFO}"
+  COMMAND ${KDA_PYTHON} ${PROJECT_SOURCE_DIR}/csrc/tools/resource_table.py --header ${header} --info "${KDA_BUILD_INFO}"
           ${KDA_RESOURCE_REPORTS}
-  DEPENDS ${KDA_RESOURCE_REPORTS} ${PROJECT_SOURCE_DIR}/csrc/python/resource_table.py
+  DEPENDS ${KDA_RESOURCE_REPORTS} ${PROJECT_SOURCE_DIR}/csrc/tools/resource_table.py
   VERBATIM)
 add_library(kda_c MODULE ${PROJECT_SOURCE_DIR}/csrc/python/module.cpp ${header})
 set_target_properties(kda_c PROPERTIES PREFIX "" OUTPUT_NAME _C SUFFIX ${PYTHON_SUFFIX} LIBRARY_OUTPUT_DIRECTORY ${KDA_OUTPUT})

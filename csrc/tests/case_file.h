@@ -1,4 +1,4 @@
-// The cases of python_tests/case_files.py, which says how a file is laid out.
+// The cases of python_tests/support/case_files.py, which says how a file is laid out.
 #pragma once
 #include <cmath>
 #include <cstdint>

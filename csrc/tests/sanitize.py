@@ -5,8 +5,8 @@
 Planted bugs: each mark ``PLANT sanitizer name: words`` in plants.cpp must be found, with these words and its line. So
 must those of product_plants.py in the kernels of the backward; without one, the same program finds nothing.
 Primitives: every program of csrc/tests/programs and the kernels that overlap as they may, under some schedules.
-Cases: the kernels on case files (python_tests/case_files.py), within the error budget and with the same bits under
-every schedule. Without --full a few variants on small cases; with it every kernel.
+Cases: the kernels on case files (python_tests/support/case_files.py), within the error budget and with the same bits
+under every schedule. Without --full a few variants on small cases; with it every kernel.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import product_plants  # noqa: E402
 
-from python_tests import case_files  # noqa: E402
-from python_tests.bwd_cases import GRID, REGIMES  # noqa: E402
-from python_tests.cases import CASES, Case  # noqa: E402
+from python_tests.support import case_files  # noqa: E402
+from python_tests.support.bwd_cases import GRID, REGIMES  # noqa: E402
+from python_tests.support.cases import CASES, Case  # noqa: E402
 
 MARK = re.compile(r"// PLANT (\w+) (\w+): (.+)$")
 TIMEOUT_SECONDS = 600

@@ -1,6 +1,6 @@
 // Small kernels, one for each primitive of csrc/platform. The same source runs on the emulator and on a GPU; each
 // program's output is compared with its plain definition (test_primitives.cpp) and, bit by bit, between the two
-// (python_tests/test_primitives.py).
+// (python_tests/house/test_primitives.py).
 #pragma once
 #include <cstdlib>
 #include <cstring>
