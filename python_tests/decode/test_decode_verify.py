@@ -161,9 +161,12 @@ def test_one_pool_for_a_whole_request(state_dtype, v_first, device):
     o.append(decode_calls.decode(x, pool.slots, tokens=drafts, records=records, **call))
     kda_cuda.commit(records, torch.tensor([4, 4], device=device), pool.slots, state_v_first=v_first, **call)
     last, returned = kda_cuda.fused_recurrent_kda(
-        **decode_calls.streams(x, slice(76, 80)), **options, initial_state=pool.slots, ssm_state_indices=slots,
+        **decode_calls.streams(x, slice(76, 80)),
+        **options,
+        initial_state=pool.slots,
+        ssm_state_indices=slots,
         inplace_final_state=True,
-    )  # fmt: skip
+    )
     assert returned is pool.slots and pool.slots.dtype == state_dtype and pool.untouched(slots.tolist())
     truth = oracle.recurrence(x.to("cpu").double().replace(initial_state=None))
     accuracy.Budget(1e-2, 1e-1).check("o", torch.cat([*o, last], 1), truth.o)

@@ -18,14 +18,26 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LENGTHS = (70, 0, 65, 1, 13)
 PACKED = [
-    Case(f"unowned {name}", sum(LENGTHS), lengths=LENGTHS, heads=1, value_heads=2, value_dim=40, initial_state=True,
-         dtype=dtype, gate=gate, **more)
+    Case(
+        f"unowned {name}",
+        sum(LENGTHS),
+        lengths=LENGTHS,
+        heads=1,
+        value_heads=2,
+        value_dim=40,
+        initial_state=True,
+        dtype=dtype,
+        gate=gate,
+        **more,
+    )
     for name, dtype, gate, more in (
-        ("fp32", FP32, "long", {"beta_sigmoid": True}), ("bf16", BF16, "long", {"beta_sigmoid": True}),
-        ("bounded fp16", FP16, "fast", {"index_dtype": torch.int64}), ("plain fp32", FP32, "mild", {"key_dim": 100}),
+        ("fp32", FP32, "long", {"beta_sigmoid": True}),
+        ("bf16", BF16, "long", {"beta_sigmoid": True}),
+        ("bounded fp16", FP16, "fast", {"index_dtype": torch.int64}),
+        ("plain fp32", FP32, "mild", {"key_dim": 100}),
         ("bf16 wide gate", BF16, "long", {"wide_gate": True, "beta_sigmoid": True, "neg_eigval": True}),
     )
-] + [CASES["varlen_v_first"]]  # fmt: skip
+] + [CASES["varlen_v_first"]]
 TAILS = [1, 75]
 
 
@@ -111,8 +123,9 @@ def test_gate_by_itself(dtype, lower_bound, device):
     def gradients(x: Inputs) -> tuple[Tensor, ...]:
         leaves = [y.to(FP32 if y is x.g else y.dtype).detach().requires_grad_() for y in (x.g, x.A_log, x.dt_bias)]
         g = kda_cuda.kda_gate(*leaves, lower_bound=lower_bound)
-        o, _ = kda_cuda.chunk_kda(x.q, x.k, x.v, g, x.beta, cu_seqlens=x.cu_seqlens, use_qk_l2norm_in_kernel=True,
-                                  **INVARIANT)  # fmt: skip
+        o, _ = kda_cuda.chunk_kda(
+            x.q, x.k, x.v, g, x.beta, cu_seqlens=x.cu_seqlens, use_qk_l2norm_in_kernel=True, **INVARIANT
+        )
         return torch.autograd.grad(o, leaves, x.do)
 
     dg, *found = gradients(longer(x, 75))

@@ -167,9 +167,12 @@ def test_nothing_of_a_null_sequence_is_looked_at(device):
     x.q[1] = x.g[1] = float("nan")
     pool = x.initial_state.clone()
     o = kda_cuda.prefill(
-        **streams_of(x), state_pool=pool, slot_of=tensor(x, [2, -1, 0]), initial_slot_of=tensor(x, [2, 99, 0]),
+        **streams_of(x),
+        state_pool=pool,
+        slot_of=tensor(x, [2, -1, 0]),
+        initial_slot_of=tensor(x, [2, 99, 0]),
         checkpoint_slots=tensor(x, [[1], [1], [-1]]),
-    )  # fmt: skip
+    )
     wanted, final = expect(x, initial_state=x.initial_state[[2, 1, 0]])
     assert not o[1].any() and torch.equal(o[::2], wanted[::2]) and torch.equal(pool[[2, 0]], final[::2])
 

@@ -5,8 +5,9 @@ A result passes if its relative RMS error is at most twice that of the same math
 the truth is not finite the result must be the same there.
 
 The roundings are drawn several times, since those of a few numbers may cancel by luck: dA_log of two heads is two sums.
-The kernel's own roundings are one more draw. The RMS of n errors scatters by its 1 / sqrt(2 n), so ``1 / sqrt(n)`` is
-added, with the n that the errors of the draws show: few rows with large errors count as few.
+The kernel's own roundings are one more draw. The RMS of n errors scatters by its 1 / sqrt(2 n), so for fewer than 16
+``1 / sqrt(n)`` is added, with the n that the errors of the draws show: few rows with large errors count as few. This
+room reaches up to half of the cap.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ GRADIENT_FACTOR = 3
 ROW_FACTOR = 10
 FLOOR = 1e-6
 DRAWS = 4  # of the roundings of gradients
+FEW = 16  # errors: the RMS of these scatters by more than a sixth
 GRADIENTS = ("dq", "dk", "dv", "dg", "dbeta", "dA_log", "ddt_bias", "dinitial_state")
 
 
@@ -82,8 +84,11 @@ def cap(case: Case, dtype: torch.dtype, gradient: bool) -> float:
 def budget(case: Case, name: str, low_precision: Tensor, truth: Tensor) -> Budget:
     """Of the tensor ``name``, whose low_precision_reference is ``low_precision``."""
     limit = cap(case, low_precision_dtype(case, low_precision), name in GRADIENTS)
-    room = 1 + effective_count(low_precision, truth) ** -0.5
-    return Budget(min(2 * room * rms_of_draws(low_precision, truth) + FLOOR, limit), ROW_FACTOR * limit)
+    count = effective_count(low_precision, truth)
+    rms = 2 * rms_of_draws(low_precision, truth) + FLOOR
+    if count < FEW:
+        rms = max(rms, min(rms * (1 + count**-0.5), limit / 2))
+    return Budget(min(rms, limit), ROW_FACTOR * limit)
 
 
 def rms_of_draws(low_precision: Tensor, truth: Tensor) -> float:
