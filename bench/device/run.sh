@@ -57,7 +57,8 @@ unpack_wheels() {
 
 step_tests() {
   local parallel=()
-  "$PYTHON" -c "import xdist" 2>/dev/null && parallel=(-n "${TEST_JOBS:-8}" --dist worksteal)
+  unpack_wheels
+  "$PYTHON" -c "import xdist" 2>/dev/null && parallel=(-n "${TEST_JOBS:-12}" --dist worksteal)
   limited 540 tests.log "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider "${parallel[@]}" "$@"
   grep -E "^(FAILED|ERROR)|^E  " "$OUT/tests.log" | cut -c1-160 | head -40
   tail -n 4 "$OUT/tests.log"

@@ -265,6 +265,8 @@ class Case:
         cu_seqlens = None
         if self.lengths is not None:
             cu_seqlens = torch.tensor([0, *self.lengths]).cumsum(0).to(self.index_dtype)
+        # on their device before they are laid out: a copy to another device would be dense
+        q, k, v, g, beta, do = (x.to(device) for x in (q, k, v, g, beta, do))
         q, k, v, g, beta = LAYOUTS[self.layout](self, q, k, v, g, beta)
         do, dfinal_state = DO_LAYOUTS[self.do](do), dfinal_state.to(wide) if self.dfinal_state else None
         inputs = Inputs(
@@ -272,7 +274,7 @@ class Case:
             self.scale or kd**-0.5, self.l2norm, A_log is not None or lower_bound is not None, self.beta_sigmoid,
             self.neg_eigval, lower_bound, self.state_v_first, self.chunk_size, do, dfinal_state,
         )  # fmt: skip
-        return inputs if device == "cpu" else inputs.to(device)
+        return inputs.to(device)
 
     def _beta(self, d: Draw, *size: int) -> Tensor:
         if self.beta is not None:

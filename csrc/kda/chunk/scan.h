@@ -148,10 +148,11 @@ struct ScanHelper {
         .template load<kValueTile>(s.stage[stage].u, 0, thread, Shape::kHelpers);
     if constexpr (Shape::kAsync) cp_async_commit();
   }
-  /// Bulk copies announce themselves.
+  /// The chunk before the last kPending ones. Bulk copies announce themselves.
+  template <int kPending = 0>
   KDA_DEVICE void announce(int stage) {
     if constexpr (!Shape::kAsync || kPass == ScanPass::kReverse) {
-      cp_async_wait<0>();
+      cp_async_wait<kPending>();
       Barrier::arrive(Barrier::full(stage));
     }
   }
