@@ -14,6 +14,7 @@ struct KernelLaunch {
   std::type_info const* argument;  // of its template; of void: there is none
   int threads;
   size_t shared_bytes;  // dynamic
+  int cluster = 1;      // neighbouring blocks in x that run at the same time, so that they may wait for each other
 };
 template <class... P>
 struct Kernel : KernelLaunch {
@@ -24,7 +25,7 @@ struct Kernel : KernelLaunch {
 
 /// Runs the grid on the CPU; throws emulator::Error where a kernel misuses the machine.
 template <class... P, class... A>
-void launch_with(bool early, char const* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+void launch_with(bool early, int, char const* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
                  cudaStream_t, A&&... arguments) {
   std::tuple<std::decay_t<P>...> by_value(std::forward<A>(arguments)...);
   emulator::run_grid(name, early && overlaps_kernels(), grid, block, shared_bytes,
@@ -35,17 +36,25 @@ using OverlapScope = emulator::OverlapScope;
 #else
 
 template <class... P, class... A>
-void launch_with(bool early, char const* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
-                 cudaStream_t stream, A&&... arguments) {
+void launch_with(bool early, int cluster, char const* name, void (*kernel)(P...), dim3 grid, dim3 block,
+                 size_t shared_bytes, cudaStream_t stream, A&&... arguments) {
   void const* const function = reinterpret_cast<void const*>(kernel);
   if (shared_bytes > 48 * 1024)
     check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = early && overlaps_kernels() ? 1 : 0;
+  config.attrs = attributes;
+  if (early && overlaps_kernels()) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(cluster), attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
   std::tuple<std::decay_t<P>...> by_value(std::forward<A>(arguments)...);
   std::apply(
       [&](auto&... x) {
@@ -66,7 +75,7 @@ struct OverlapScope {
 /// Launches on `stream`; throws std::runtime_error with the kernel's name.
 template <class Function, class... X>
 void launch(char const* name, Function kernel, X&&... x) {
-  launch_with(false, name, kernel, std::forward<X>(x)...);
+  launch_with(false, 1, name, kernel, std::forward<X>(x)...);
 }
 
 /// The same, but where `early` the kernel may start before the one ahead of it in the stream has ended, once that one
@@ -75,17 +84,17 @@ void launch(char const* name, Function kernel, X&&... x) {
 /// the one ahead. Before compute capability 9.0 an ordinary launch.
 template <class Function, class... X>
 void launch_early(bool early, char const* name, Function kernel, X&&... x) {
-  launch_with(early, name, kernel, std::forward<X>(x)...);
+  launch_with(early, 1, name, kernel, std::forward<X>(x)...);
 }
 
 template <class... P, class... A>
-void launch(Kernel<P...> const& kernel, dim3 grid, cudaStream_t stream, A const&... a) {
-  launch(kernel.name, kernel.function, grid, dim3(unsigned(kernel.threads)), kernel.shared_bytes, stream, a...);
+void launch_early(bool early, Kernel<P...> const& kernel, dim3 grid, cudaStream_t stream, A const&... a) {
+  launch_with(early, kernel.cluster, kernel.name, kernel.function, grid, dim3(unsigned(kernel.threads)),
+              kernel.shared_bytes, stream, a...);
 }
 template <class... P, class... A>
-void launch_early(bool early, Kernel<P...> const& kernel, dim3 grid, cudaStream_t stream, A const&... a) {
-  launch_early(early, kernel.name, kernel.function, grid, dim3(unsigned(kernel.threads)), kernel.shared_bytes, stream,
-               a...);
+void launch(Kernel<P...> const& kernel, dim3 grid, cudaStream_t stream, A const&... a) {
+  launch_early(false, kernel, grid, stream, a...);
 }
 
 }  // namespace kda

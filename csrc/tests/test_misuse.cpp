@@ -179,6 +179,18 @@ TEST(Misuse, CopyNeverWaitedFor) {
         cp_async_commit();
       });
 }
+TEST(Misuse, CopyNeverWaitedForBehindAnEmptyGroup) {
+  expect_complaint(
+      32, "cp.async copies that were never waited for, issued", +[](uint32_t* global) {
+        KDA_DYNAMIC_SHARED(Words, s);
+        cp_async_commit();
+        MARK cp_async_16(&s->word[4 * lane_index()], global + 4 * lane_index());
+        cp_async_commit();
+      });
+}
+TEST(Misuse, EmptyGroupsAtTheEndAreNone) {
+  EXPECT_EQ(complaint(32, +[](uint32_t*) { cp_async_commit(), cp_async_commit(), cp_async_wait<1>(); }), "");
+}
 TEST(Misuse, CopyReadBeforeTheWait) {
   std::vector<uint32_t> out;
   std::string const said = complaint(

@@ -42,19 +42,26 @@ struct alignas(1024) SharedTile {
   }
 };
 
-/// A matrix as 8 x 8 matrices, each of them one run of bytes in rows. Accumulators are written to it in whole lines,
-/// and ldmatrix reads it without bank conflicts.
+/// A matrix as 8 x 8 matrices, each of them one run of bytes in rows, in panels of at most 64 columns. Accumulators are
+/// written to it in whole lines, and ldmatrix reads it without bank conflicts.
 template <class T, int kRowCount, int kColCount>
-struct alignas(1024) MatrixTile {
+struct alignas(128) MatrixTile {
   using Element = T;
   static constexpr int kRows = kRowCount;
   static constexpr int kCols = kColCount;
-  static_assert(kRows % 8 == 0 && kCols % 8 == 0);
+  static constexpr int kPanel = kCols < 64 ? kCols : 64;
+  static_assert(kRows % 8 == 0 && kCols % kPanel == 0 && kPanel % 8 == 0);
 
   T data[kRows * kCols];
 
   static KDA_DEVICE constexpr uint32_t index(uint32_t row, uint32_t col) {
-    return (row / 8 * (kCols / 8) + col / 8) * 64 + row % 8 * 8 + col % 8;
+    return ((col / kPanel * (kRows / 8) + row / 8) * (kPanel / 8) + col % kPanel / 8) * 64 + row % 8 * 8 + col % 8;
+  }
+  /// Some rows of one panel, or whole panels: one run of bytes.
+  template <int kPartRows, int kPartCols>
+  KDA_DEVICE MatrixTile<T, kPartRows, kPartCols>& part(int row, int col) {
+    static_assert(kPartCols == kPanel || (kPartRows == kRows && kPartCols % kPanel == 0));
+    return reinterpret_cast<MatrixTile<T, kPartRows, kPartCols>&>(data[index(row, col)]);
   }
   KDA_DEVICE T& at(uint32_t row, uint32_t col) { return data[index(row, col)]; }
   KDA_DEVICE T const& at(uint32_t row, uint32_t col) const { return data[index(row, col)]; }

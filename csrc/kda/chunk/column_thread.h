@@ -20,6 +20,7 @@ struct ColumnThread {
   ChunkCall const& p;
   Storage& s;
   Columns<E> columns;
+  int const first_channel = 0;  // of those that the team has
   int const thread = index_in_team(), warp = thread / 32, lane = thread % 32;
   int const group = unsigned(thread) / Shape::kPairs, pair = unsigned(thread) % Shape::kPairs;
 
@@ -57,7 +58,7 @@ struct ColumnThread {
   /// Once for a value head.
   KDA_DEVICE void load_gate_parameters(int value_head) {
     for (int channel = thread; channel < kKeyTile; channel += kThreads) {
-      ChannelGate const gate(p.gate, value_head, channel, p.key_dim);
+      ChannelGate const gate(p.gate, value_head, first_channel + channel, p.key_dim);
       s.gate_bias[channel] = gate.bias;
       if (channel == 0) s.gate_amplitude = gate.amplitude;
     }
@@ -89,12 +90,18 @@ struct ColumnThread {
     cp_async_commit();
   }
 
+  /// The team's channels of q, k or g, or of their gradients.
+  template <class G>
+  KDA_DEVICE TileRows<G> key_rows(Rows const& rows, ChunkOfHead const& chunk, int head) const {
+    return tile_rows<G>(rows, chunk, head, first_channel, p.key_dim - first_channel);
+  }
+
   static constexpr int kLoaders = kThreads / 4;  // of one input
   static_assert(kWarps % 4 == 0);
   KDA_DEVICE int loader() const { return warp / 4 * 32 + lane; }
   template <class G, class Tile>
   KDA_DEVICE void load(Tile& tile, ChunkOfHead const& chunk, Rows const& rows, int head) {
-    tile_rows<G>(rows, chunk, head, 0, p.key_dim).template load<kKeyTile>(tile, 0, loader(), kLoaders);
+    key_rows<G>(rows, chunk, head).template load<kKeyTile>(tile, 0, loader(), kLoaders);
   }
 };
 

@@ -14,6 +14,7 @@ struct ChunkInverse {
   alignas(16) float norm[2 * ChunkShape<Variant>::kChunk];     // 1 / |q|, then 1 / |k|; without l2norm 1
   uint32_t has_small_beta;                                     // a share is not 1
   uint32_t steep;                                              // the scores were made by splits
+  uint32_t dots_ready[ChunkShape<Variant>::kGroups];           // flags of the keys kernel, zero at first
 };
 
 }  // namespace kda

@@ -195,6 +195,7 @@ struct Prepare : PrepareThread<Variant, kTeams> {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) copy(to.diagonal[i].x, s.diagonal[i].x);
     copy(to.norm, s.norm);
+    if (thread < Base::kGroups) to.dots_ready[thread] = 0;
     if (thread) return;
     bool any = false;
     for (bool small : s.has_small_beta) any = any || small;

@@ -49,20 +49,22 @@ KDA_GLOBAL void __launch_bounds__(ValueGradients<Variant>::kThreads, ValueGradie
   ValueGradients<Variant>{p, *storage, {p, blockIdx.x, value_head}, chunk}.run();
 }
 
+/// Block x: a slice of the channels of a slot, which run at the same time; block y: a value head.
 template <class Variant>
-KDA_GLOBAL void __launch_bounds__(ChunkShape<Variant>::kColumnThreads, 1)
+KDA_GLOBAL void __launch_bounds__(KeysThread<Variant>::kThreads, Variant::config.wgmma ? 2 : 1)
     chunk_bwd_keys_kernel(__grid_constant__ ChunkBwdParams const p) {
   using Storage = KeysStorage<Variant>;
+  constexpr int kSlices = KeysSlice<Variant>::kSlices, kChannels = Storage::kKeyTile;
   KDA_DYNAMIC_SHARED(Storage, storage);
-  int const value_head = p.first_head + int(blockIdx.y);
-  BackwardCell<Variant> const cell(p, blockIdx.x, value_head);
+  int const value_head = p.first_head + int(blockIdx.y), slot = blockIdx.x / kSlices, slice = blockIdx.x % kSlices;
+  BackwardCell<Variant> const cell(p, slot, value_head);
   ChunkOfHead chunk;
-  if (chunk_in_slot<Variant>(chunk, p, blockIdx.x, value_head)) {
-    KeyGradients<Variant>{{{p, *storage}, p, cell, chunk}}.run();
+  if (chunk_in_slot<Variant>(chunk, p, slot, value_head)) {
+    KeyGradients<Variant>{{{p, *storage, {}, slice * kChannels}, p, cell, chunk}}.run();
     return;
   }
-  for (int i = thread_index(); i <= Variant::config.key_tile; i += ChunkShape<Variant>::kColumnThreads)
-    (i < Variant::config.key_tile ? cell.sums().ddt_bias[i] : cell.sums().dA_log) = 0.f;
+  for (int i = thread_index(); i <= kChannels; i += KeysThread<Variant>::kThreads)
+    (i < kChannels ? cell.sums().ddt_bias[slice * kChannels + i] : cell.sums().dA_log[slice]) = 0.f;
 }
 
 }  // namespace kda

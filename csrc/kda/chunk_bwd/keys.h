@@ -18,10 +18,10 @@ struct KeyGradients : KeysThread<Variant> {
   using Base::call, Base::cell, Base::chunk, Base::columns, Base::dg, Base::dk, Base::dq, Base::group, Base::kGroups,
       Base::kThreads, Base::kWarps, Base::lane, Base::p, Base::pair, Base::s, Base::thread, Base::warp;
   using typename Base::E;
-  static constexpr int kPerGroup = Base::Shape::kWarpsPerGroup;
+  static constexpr int kPerGroup = Base::Shape::kWarpsPerGroup, kSlices = Base::kSlices;
 
   KDA_DEVICE void run() {
-    for (int i = 0; i < Base::kTiles; ++i) this->bringer(i).init();
+    for (int i = 0; i < Base::kStages; ++i) this->bringer(i).init();
     this->sync_team();
     this->load_gate_parameters(chunk.value_head);
     this->load_inputs(chunk);
@@ -30,8 +30,8 @@ struct KeyGradients : KeysThread<Variant> {
     else this->load_cell();
     if (thread < Base::kChunk) s.diagonal[thread] = cell.sums().diagonal[thread];
     for (int i = thread; i < 2 * Base::kChunk; i += kThreads) s.norm[i] = cell.inverse().norm[i];
-    if (wide || cell.tiles < Base::kTiles) cp_async_wait<0>();
-    else cp_async_wait<Base::kTiles>();
+    if (wide || this->steps() < Base::kStages) cp_async_wait<0>();
+    else cp_async_wait<Base::kStages>();
     this->sync_team();
     this->load_gate(chunk);
     if (wide) this->bringer(0).release();
@@ -47,6 +47,7 @@ struct KeyGradients : KeysThread<Variant> {
     if (p.l2norm) sum_dots();
     if (p.gate.kind != GateKind::kLogDecay) through_gate();
     this->sync_team();
+    if (p.l2norm && kSlices > 1) add_dots_of_other_slices();
     if (p.l2norm) through_norms();
     if (p.gate.kind != GateKind::kLogDecay) sum_over_tokens();
     store();
@@ -80,9 +81,28 @@ struct KeyGradients : KeysThread<Variant> {
 #pragma unroll
     for (int kind = 0; kind < 2; ++kind) {
       float const sum = warp_sum_scattered(dots[kind]);
-      if (lane < kTokensPerThread) s.dots[kind][warp % kPerGroup][this->row(lane)] = sum;
+      if (lane >= kTokensPerThread) continue;
+      s.dots[kind][warp % kPerGroup][this->row(lane)] = sum;
+      if (kSlices > 1) cell.sums().dots[slice()][kind][this->row(lane)] = sum;
+    }
+    if constexpr (kSlices > 1) {
+      static_assert(kPerGroup == 1);
+      sync_warp();
+      if (lane == 0) raise_flag(&cell.inverse().dots_ready[group], 1);
     }
   }
+  /// Those of the other channels, of this warp's tokens, which the same warp of another block has.
+  KDA_DEVICE void add_dots_of_other_slices() {
+    if (lane == 0) wait_flag(&cell.inverse().dots_ready[group], kSlices);
+    sync_warp();
+    for (int i = 0; i < kSlices; ++i)
+      if (i != slice() && lane < 2 * kTokensPerThread) {
+        int const kind = lane / kTokensPerThread, row = this->row(lane % kTokensPerThread);
+        s.dots[kind][0][row] += cell.sums().dots[i][kind][row];
+      }
+    sync_warp();
+  }
+  KDA_DEVICE int slice() const { return this->first_channel / Base::kKeyTile; }
   KDA_DEVICE void through_norms() {
 #pragma unroll
     for (int j = 0; j < kTokensPerThread; ++j) {
@@ -124,7 +144,7 @@ struct KeyGradients : KeysThread<Variant> {
   template <class G>
   KDA_DEVICE void load_gate_again() {
     this->sync_team();
-    tile_rows<G>(p.g, chunk, chunk.value_head, 0, p.key_dim)
+    this->template key_rows<G>(p.g, chunk, chunk.value_head)
         .template load<Base::kKeyTile>(s.template gate<G>(), 0, thread, kThreads);
     cp_async_commit();
     cp_async_wait<0>();
@@ -142,12 +162,12 @@ struct KeyGradients : KeysThread<Variant> {
       float2 sum{0.f, 0.f};
 #pragma unroll
       for (auto const& of_group : s.gate_sum) sum = sum + of_group[pair];
-      *reinterpret_cast<float2*>(&cell.sums().ddt_bias[2 * pair]) = sum;
+      *reinterpret_cast<float2*>(&cell.sums().ddt_bias[this->first_channel + 2 * pair]) = sum;
     }
     if (thread) return;
     float sum = 0.f;
     for (float x : s.d_amplitude) sum += x;
-    cell.sums().dA_log = sum;
+    cell.sums().dA_log[slice()] = sum;
   }
 
   /// Through shared memory, in pieces of 16 bytes, a quarter of the warps each for dq, dk and dg. Of grouped heads dq
@@ -170,7 +190,8 @@ struct KeyGradients : KeysThread<Variant> {
   }
   template <class T, class Tile>
   KDA_DEVICE void store_tile(Rows const& to, Tile const& tile, int head) const {
-    tile_rows<T>(to, chunk, head, 0, p.key_dim).template store<Base::kKeyTile>(tile, 0, this->loader(), Base::kLoaders);
+    this->template key_rows<T>(to, chunk, head)
+        .template store<Base::kKeyTile>(tile, 0, this->loader(), Base::kLoaders);
   }
   template <class T, class Tile>
   KDA_DEVICE void put(Tile& tile, float2 const (&x)[kTokensPerThread]) const {

@@ -230,7 +230,8 @@ struct SplitGradients {
 template <class Variant>
 KDA_OUTLINED void add_split_gradients(KeysThread<Variant>& thread) {
   KDA_DYNAMIC_SHARED(KeysStorage<Variant>, storage);
-  KeysThread<Variant> own{{thread.p, *storage, thread.columns}, thread.call, thread.cell, thread.chunk};
+  KeysThread<Variant> own{
+      {thread.p, *storage, thread.columns, thread.first_channel}, thread.call, thread.cell, thread.chunk};
 #pragma unroll
   for (int j = 0; j < kTokensPerThread; ++j) own.raw_q[j] = thread.raw_q[j], own.raw_k[j] = thread.raw_k[j];
   own.results = thread.results;

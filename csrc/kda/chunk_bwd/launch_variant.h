@@ -25,7 +25,8 @@ struct ChunkBwdKernels {
             chunk_bwd_values_kernel<Variant>};
   }
   static K keys() {
-    return {{"chunk_bwd_keys", &typeid(Variant), ChunkShape<Variant>::kColumnThreads, sizeof(KeysStorage<Variant>)},
+    return {{"chunk_bwd_keys", &typeid(Variant), KeysThread<Variant>::kThreads, sizeof(KeysStorage<Variant>),
+             KeysSlice<Variant>::kSlices},
             chunk_bwd_keys_kernel<Variant>};
   }
   static K reduce() {
@@ -49,7 +50,7 @@ void launch_round(ChunkBwdParams const& p, cudaStream_t stream) {
   if (slots) launch_prepare<Variant>(p, 1, false, stream);
   launch(Kernels::scan(), dim3(segments, heads, of_tokens ? 2 * tiles : tiles), stream, p);
   if (slots && of_tokens) launch(Kernels::values(), dim3(slots, heads), stream, p);
-  if (slots && of_keys) launch(Kernels::keys(), dim3(slots, heads), stream, p);
+  if (slots && of_keys) launch(Kernels::keys(), dim3(slots * KeysSlice<Variant>::kSlices, heads), stream, p);
   if (p.dA_log || p.ddt_bias)
     launch(Kernels::reduce(), dim3(heads, unsigned(Variant::config.key_tile / 32 + 1)), stream, p);
 }
