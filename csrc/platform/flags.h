@@ -2,6 +2,7 @@
 // beside it (launch.h, launch_early). Never for kernels launched after: those may not start before this one ends.
 #pragma once
 #include "platform/macros.h"
+#include "platform/math.h"
 
 namespace kda {
 
@@ -43,6 +44,30 @@ KDA_DEVICE bool flag_reached(uint32_t const* flag, uint32_t count) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
   return value >= count;
+#endif
+}
+
+/// A number that is its own flag, where zero was before: nothing else is ordered by it. A zero arrives as -0.
+/// PTX: st.relaxed.gpu.global.f32
+KDA_DEVICE void publish(float* at, float x) {
+  if (x == 0.f) x = -0.f;
+#if defined(KDA_EMULATE)
+  emulator::Engine::current().set_flag(reinterpret_cast<uint32_t*>(at), float_to_bits(x));
+#else
+  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(at), "f"(x) : "memory");
+#endif
+}
+/// Waits for what another block publishes. PTX: ld.relaxed.gpu.global.u32
+KDA_DEVICE float await_published(float const* at KDA_WHERE) {
+#if defined(KDA_EMULATE)
+  emulator::Engine::current().wait_flag(reinterpret_cast<uint32_t const*>(at), 1, where);
+  return *at;
+#else
+  uint32_t bits;
+  do {
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(bits) : "l"(at) : "memory");
+  } while (bits == 0);
+  return bits_to_float(bits);
 #endif
 }
 

@@ -17,26 +17,13 @@ struct ScoreGradients {
   typename ChunkRecord<Variant>::Square qk, kk;
 };
 
-/// What a block of the keys kernel has of a chunk: all channels or, where it has wgmma, a slice of 64. Blocks of half
-/// the size are not at the same phase, so that one computes while another waits.
-template <class Variant>
-struct KeysSlice : Variant {
-  static constexpr ChunkConfig slice(ChunkConfig config) {
-    if (config.wgmma) config.key_tile = 64;
-    return config;
-  }
-  static constexpr ChunkConfig config = slice(Variant::config);
-  static constexpr int kSlices = Variant::config.key_tile / config.key_tile;
-};
-
 /// What is summed over tokens, and the diagonal of scale dO U^T.
 template <class Variant>
 struct ChunkSums {
   static constexpr int kSlices = KeysSlice<Variant>::kSlices, kChunk = ChunkShape<Variant>::kChunk;
   float diagonal[kChunk];
   float ddt_bias[ChunkShape<Variant>::kKeyTile];
-  float dA_log[kSlices];         // of the channels of each slice
-  float dots[kSlices][2][kChunk];  // of q and dq, k and dk, likewise
+  float dA_log[kSlices];  // of the channels of each slice
 };
 
 template <class Variant>

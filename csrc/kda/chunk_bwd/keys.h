@@ -83,23 +83,16 @@ struct KeyGradients : KeysThread<Variant> {
       float const sum = warp_sum_scattered(dots[kind]);
       if (lane >= kTokensPerThread) continue;
       s.dots[kind][warp % kPerGroup][this->row(lane)] = sum;
-      if (kSlices > 1) cell.sums().dots[slice()][kind][this->row(lane)] = sum;
-    }
-    if constexpr (kSlices > 1) {
-      static_assert(kPerGroup == 1);
-      sync_warp();
-      if (lane == 0) raise_flag(&cell.inverse().dots_ready[group], 1);
+      if (kSlices > 1) publish(&cell.inverse().dots[slice()][kind * Base::kChunk + this->row(lane)], sum);
     }
   }
-  /// Those of the other channels, of this warp's tokens, which the same warp of another block has.
+  /// Those of the other channels, of this warp's tokens, from the same warp of the other blocks.
   KDA_DEVICE void add_dots_of_other_slices() {
-    if (lane == 0) wait_flag(&cell.inverse().dots_ready[group], kSlices);
-    sync_warp();
+    static_assert(kSlices == 1 || kPerGroup == 1);
+    int const kind = lane / kTokensPerThread, row = this->row(lane % kTokensPerThread);
     for (int i = 0; i < kSlices; ++i)
-      if (i != slice() && lane < 2 * kTokensPerThread) {
-        int const kind = lane / kTokensPerThread, row = this->row(lane % kTokensPerThread);
-        s.dots[kind][0][row] += cell.sums().dots[i][kind][row];
-      }
+      if (i != slice() && kind < 2)
+        s.dots[kind][0][row] += await_published(&cell.inverse().dots[i][kind * Base::kChunk + row]);
     sync_warp();
   }
   KDA_DEVICE int slice() const { return this->first_channel / Base::kKeyTile; }

@@ -106,7 +106,7 @@ KDA_DEVICE void scan_states(ChunkBwdParams const& p, ScanConsumer<Variant, ScanP
       p, consumer, work,
       [&](int64_t index, Cell const& cell) {
         keep_state<E>(consumer.state, cell.state(tile), consumer.row(), consumer.key());
-        consumer.shares = has_small_beta ? cell.inverse().beta_share : nullptr;
+        consumer.shares = anew(has_small_beta) ? cell.inverse().beta_share : nullptr;
         if (index + 1 < work.chunks) has_small_beta = cell_of(index + 1).inverse().has_small_beta;
       },
       [&](Cell const& cell) {
