@@ -57,11 +57,11 @@ struct alignas(128) MatrixTile {
   static KDA_DEVICE constexpr uint32_t index(uint32_t row, uint32_t col) {
     return ((col / kPanel * (kRows / 8) + row / 8) * (kPanel / 8) + col % kPanel / 8) * 64 + row % 8 * 8 + col % 8;
   }
-  /// Some rows of one panel, or whole panels: one run of bytes.
-  template <int kPartRows, int kPartCols>
-  KDA_DEVICE MatrixTile<T, kPartRows, kPartCols>& part(int row, int col) {
-    static_assert(kPartCols == kPanel || (kPartRows == kRows && kPartCols % kPanel == 0));
-    return reinterpret_cast<MatrixTile<T, kPartRows, kPartCols>&>(data[index(row, col)]);
+  /// kCount columns from `first` on, as a tile: panels lie one behind the other.
+  template <int kCount>
+  KDA_DEVICE MatrixTile<T, kRows, kCount>& columns(int first) {
+    static_assert(kCount % kPanel == 0);
+    return reinterpret_cast<MatrixTile<T, kRows, kCount>&>(data[first * kRows]);
   }
   KDA_DEVICE T& at(uint32_t row, uint32_t col) { return data[index(row, col)]; }
   KDA_DEVICE T const& at(uint32_t row, uint32_t col) const { return data[index(row, col)]; }

@@ -21,7 +21,7 @@ struct KeyGradients : KeysThread<Variant> {
   static constexpr int kPerGroup = Base::Shape::kWarpsPerGroup, kSlices = Base::kSlices;
 
   KDA_DEVICE void run() {
-    for (int i = 0; i < Base::kStages; ++i) this->bringer(i).init();
+    this->bringer().init();
     this->sync_team();
     this->load_gate_parameters(chunk.value_head);
     this->load_inputs(chunk);
@@ -30,11 +30,11 @@ struct KeyGradients : KeysThread<Variant> {
     else this->load_cell();
     if (thread < Base::kChunk) s.diagonal[thread] = cell.sums().diagonal[thread];
     for (int i = thread; i < 2 * Base::kChunk; i += kThreads) s.norm[i] = cell.inverse().norm[i];
-    if (wide || this->steps() < Base::kStages) cp_async_wait<0>();
-    else cp_async_wait<Base::kStages>();
+    if (wide) cp_async_wait<0>();
+    else cp_async_wait<1>();
     this->sync_team();
     this->load_gate(chunk);
-    if (wide) this->bringer(0).release();
+    if (wide) this->bringer().release();
     this->keep_inputs();
     this->sync_team();
     if (wide) this->load_cell();

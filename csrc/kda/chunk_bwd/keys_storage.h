@@ -2,7 +2,7 @@
 //
 //   phase        blocks                        tiles / results
 //   inputs       q, k, g as given              an fp32 gate beside 16-bit elements
-//   states       decayed operands              dO, dX, U, S_0, dS_C of some columns of V
+//   states       decayed operands              dO, dX, U, S_0, dS_C of 64 columns of V
 //   hand-over    decayed operands              fp32 results of products, for the threads that have the channels
 //   gradients    dq, dk, dg; as fp32 dk        as fp32 dg and dq
 //
@@ -25,22 +25,20 @@ struct KeysStorage {
   static constexpr int kChunk = Shape::kChunk, kKeyTile = Shape::kKeyTile, kBlocks = Shape::kBlocks;
   static constexpr int kGroups = Shape::kGroups, kPairs = Shape::kPairs, kWarps = Shape::kColumnThreads / 32;
   using Result = tile::SharedTile<float, kChunk, kKeyTile>;
-  static constexpr int kStages = Shape::kConfig.wgmma ? 2 : 1;  // of columns of V, on their way or in use
-  static constexpr int kColumns = kValueTile / kStages;         // of V at once
   static constexpr bool kKeepsGate = Shape::kConfig.wgmma;
 
   struct Blocks {
     Wide q, k;       // rows, decayed from an anchor
     Wide k_inverse;  // columns: k, decayed to it
   } blocks;
-  struct Stage {
-    tile::SharedTile<E, kChunk, kColumns> d_o, d_x;
-    tile::MatrixTile<E, kColumns, kChunk> u;
-    tile::MatrixTile<E, kColumns, kKeyTile> state, d_state;
+  struct ValueTile {
+    tile::SharedTile<E, kChunk, kValueTile> d_o, d_x;
+    typename BackwardCell<Variant>::Values u;
+    tile::MatrixTile<E, kValueTile, kKeyTile> state, d_state;
   };
   ScoreGradients<Variant> scores;
   union {
-    Stage stages[kStages];
+    ValueTile tile;
     Result results[2];
   };
   float2 log2_total[kGroups][kPairs];  // log2 of the decay over each eight tokens
@@ -59,7 +57,7 @@ struct KeysStorage {
   float norm[2 * kChunk];                        // 1 / |q|, then 1 / |k|
   float gate_bias[kKeyTile], gate_amplitude;
   float d_amplitude[kWarps];
-  Mbarrier full[kStages];
+  Mbarrier full;
   struct Nothing {};
   std::conditional_t<kKeepsGate, Wide, Nothing> kept_gate;
 

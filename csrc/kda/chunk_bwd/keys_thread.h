@@ -11,9 +11,8 @@ struct KeysThread : ColumnThread<KeysSlice<Variant>, KeysStorage<Variant>, 1> {
   using Base::group, Base::kBlocks, Base::kChunk, Base::kGroups, Base::kKeyTile, Base::kThreads, Base::kWarps,
       Base::lane, Base::pair, Base::s, Base::thread, Base::warp;
   using typename Base::E;
-  using Stage = typename KeysStorage<Variant>::Stage;
+  using ValueTile = typename KeysStorage<Variant>::ValueTile;
   static constexpr int kSlices = KeysSlice<Variant>::kSlices;
-  static constexpr int kStages = KeysStorage<Variant>::kStages, kColumns = KeysStorage<Variant>::kColumns;
   static constexpr int kOctets = kKeyTile / 8 / kWarps;
   static constexpr int kTeams = Base::Shape::kWarpsPerGroup, kTeamChannels = kKeyTile / kTeams;  // 64
   static_assert(kWarps == kBlocks * (kKeyTile / kResultColumns) && kOctets * kWarps * 8 == kKeyTile);
@@ -48,32 +47,23 @@ struct KeysThread : ColumnThread<KeysSlice<Variant>, KeysStorage<Variant>, 1> {
     for (int j = 0; j < kTokensPerThread; ++j) dq[j] = other.dq[j], dk[j] = other.dk[j], dg[j] = other.dg[j];
   }
 
-  /// Of kColumns columns of V.
-  KDA_DEVICE int steps() const { return (call.value_dim + kColumns - 1) / kColumns; }
   /// Score gradients and the first columns of V. A wide gate lies where these go.
-  KDA_DEVICE void load_cell() {
-    auto& from = cell.score_gradients();
-    for (int i = 0; i < kStages && i < steps(); ++i) {
-      if (i == 0) load_step(i, s.scores, from);
-      else load_step(i);
-    }
-  }
+  KDA_DEVICE void load_cell() { load_tile(0, s.scores, cell.score_gradients()); }
 
-  /// results <- scale dO S_0^T, -dX S_0^T and U dS_C^T, and s.across. Columns of V may still be on their way.
+  /// results <- scale dO S_0^T, -dX S_0^T and U dS_C^T, and s.across. The first columns of V may be on their way.
   KDA_DEVICE void multiply_states() {
     float2 across[kOctets] = {};
     results = {};
-    int const count = steps();
-    for (int i = 0; i < count; ++i) {
-      if (kStages > 1 && i + 1 < count) cp_async_wait<1>();
-      else cp_async_wait<0>();
-      bringer(i).wait(i / kStages % 2);
+    for (int tile = 0; tile < cell.tiles; ++tile) {
+      if (tile) {
+        this->sync_team();
+        load_tile(tile);
+      }
+      cp_async_wait<0>();
+      bringer().wait(tile % 2);
       this->sync_team();
-      multiply_columns(s.stages[i % kStages]);
-      add_across(s.stages[i % kStages], across);
-      if (i + kStages >= count) continue;
-      this->sync_team();
-      load_step(i + kStages);
+      multiply_tile(s.tile);
+      add_across(s.tile, across);
     }
 #pragma unroll
     for (int n = 0; n < kResultColumns / 8; ++n)
@@ -115,30 +105,25 @@ struct KeysThread : ColumnThread<KeysSlice<Variant>, KeysStorage<Variant>, 1> {
     }
   }
 
-  KDA_DEVICE auto bringer(int step) const {
-    return Bringer<Base::Shape::kConfig.wgmma, kThreads>{s.full[step % kStages], thread};
-  }
+  KDA_DEVICE auto bringer() const { return Bringer<Base::Shape::kConfig.wgmma, kThreads>{s.full, thread}; }
 
  private:
   /// A group of its own; `more`: what comes along.
   template <class... T>
-  KDA_DEVICE void load_step(int i, T&... more) {
-    auto& to = s.stages[i % kStages];
-    int const first = i * kColumns, tile = first / kValueTile, row = first % kValueTile;
-    auto const states = [&](auto& whole) -> auto& {
-      return whole.template part<kColumns, kKeyTile>(row, this->first_channel);
-    };
-    bringer(i).bring(to.u, cell.u(tile).template part<kColumns, kChunk>(row, 0), to.state, states(cell.state(tile)),
-                     to.d_state, states(cell.d_state(tile)), more...);
+  KDA_DEVICE void load_tile(int tile, T&... more) {
+    auto& to = s.tile;
+    int const first = tile * kValueTile;
+    auto const own = [&](auto& state) -> auto& { return state.template columns<kKeyTile>(this->first_channel); };
+    bringer().bring(to.u, cell.u(tile), to.state, own(cell.state(tile)), to.d_state, own(cell.d_state(tile)), more...);
     bool const of_x = warp % 2;  // half of the warps bring dX, the others dO
     tile_rows<E>(of_x ? call.dv : call.d_o, chunk, chunk.value_head, first, call.value_dim - first)
-        .template load<kColumns>(of_x ? to.d_x : to.d_o, 0, warp / 2 * 32 + lane, kThreads / 2);
+        .template load<kValueTile>(of_x ? to.d_x : to.d_o, 0, warp / 2 * 32 + lane, kThreads / 2);
     cp_async_commit();
   }
-  KDA_DEVICE void multiply_columns(Stage const& in) {
+  KDA_DEVICE void multiply_tile(ValueTile const& in) {
     int const row = block() * 16;
 #pragma unroll
-    for (int d = 0; d < kColumns; d += 16) {
+    for (int d = 0; d < kValueTile; d += 16) {
       auto const d_o = tile::load_left<E>(in.d_o, row, d), d_x = tile::load_left<E>(in.d_x, row, d);
       auto const u = tile::load_left_transposed<E>(in.u, d, row);
 #pragma unroll
@@ -153,12 +138,12 @@ struct KeysThread : ColumnThread<KeysSlice<Variant>, KeysStorage<Variant>, 1> {
   }
   KDA_DEVICE int octet(int i) const { return first_of_team() + (warp_of_team() * kOctets + i) * 8; }
   /// A warp has some eights of channels, a lane two of each and every eighth row.
-  KDA_DEVICE void add_across(Stage const& in, float2 (&sum)[kOctets]) const {
+  KDA_DEVICE void add_across(ValueTile const& in, float2 (&sum)[kOctets]) const {
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
       int const channel = octet(i) + lane % 4 * 2;
 #pragma unroll
-      for (int v = 0; v < kColumns; v += 8) {
+      for (int v = 0; v < kValueTile; v += 8) {
         float2 const a = tile::to_float2<E>(tile::load_pair<E>(&in.state.at(v + lane / 4, channel))),
                      b = tile::to_float2<E>(tile::load_pair<E>(&in.d_state.at(v + lane / 4, channel)));
         sum[i] = sum[i] + a * b;
