@@ -183,10 +183,8 @@ void Engine::wait_bulk_stores(size_t keep, bool written) {
 /// Stores whose shared memory has been read may be completed by the end of the grid.
 KDA_NO_TSAN void Engine::check_finished_thread() {
   Fiber& f = *running;
-  if (!f.copies.empty()) {
-    Copy const& first = f.copies.groups.empty() ? f.copies.open.front() : f.copies.groups.front().front();
-    fail("a thread exits with cp.async copies that were never waited for, issued", first.location);
-  }
+  if (Copy const* first = f.copies.first())
+    fail("a thread exits with cp.async copies that were never waited for, issued", first->location);
   if (!f.bulk_stores.open.empty())
     fail("a thread exits with a bulk store that was never committed, issued", f.bulk_stores.open.front().location);
   for (auto& group : f.bulk_stores.groups)

@@ -71,7 +71,12 @@ struct Copy {
 struct CopyQueue {
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> groups;
-  bool empty() const { return open.empty() && groups.empty(); }
+  /// Of those on their way; null: none, whatever groups of nothing there are.
+  Copy const* first() const {
+    for (auto const& group : groups)
+      if (!group.empty()) return &group.front();
+    return open.empty() ? nullptr : &open.front();
+  }
 };
 
 /// A bulk copy: its pieces, one per run of bytes that are neighbours on both sides.
