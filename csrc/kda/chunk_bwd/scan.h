@@ -50,13 +50,12 @@ KDA_DEVICE void keep_state(tile::Accumulator const (&state)[kKeyTiles], Tile& ti
   for (int d = 0; d < kKeyTiles; ++d) tile::store_accumulator<E>(tile, row, channel + d * 8, state[d]);
 }
 
-/// The helper warps of either scan: at each step they bring one chunk and announce one that is there, the later the more
-/// stages there are.
+/// The helper warps of either scan: at each step they bring one chunk and announce one that is there, the later the
+/// more stages there are.
 template <class Variant, ScanPass kPass>
 KDA_DEVICE void bring_chunks(ScanHelper<Variant, kPass> helper, ScanWork const& work) {
   using Barrier = ScanBarrier<Variant, kPass>;
   constexpr int kStages = ScanShape<Variant, kPass>::kStages, kLag = kStages > 1 ? kStages - 1 : 1;
-  constexpr bool kReverse = kPass == ScanPass::kReverse;
   for (int64_t i = 0; i < work.chunks + kLag; ++i) {
     if (i >= kLag) helper.template announce<kLag - 1>(int((i - kLag) % kStages));
     if (i >= work.chunks) {
@@ -64,10 +63,9 @@ KDA_DEVICE void bring_chunks(ScanHelper<Variant, kPass> helper, ScanWork const& 
       continue;
     }
     int const stage = int(i % kStages);
-    int64_t const index = kReverse ? work.chunks - 1 - i : i;
+    int64_t const index = kPass == ScanPass::kReverse ? work.chunks - 1 - i : i;
     if (i >= kStages) Barrier::wait(Barrier::empty(stage));
-    if constexpr (kReverse)
-      helper.load_stream(chunk_of_head<Variant>(helper.p, work.sequence, index, work.value_head), stage);
+    helper.load_rows(chunk_of_head<Variant>(helper.p, work.sequence, index, work.value_head), stage);
     helper.load(work.sequence.first_slot + index, work.value_head, stage, 1);
   }
 }
