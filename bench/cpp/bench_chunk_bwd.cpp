@@ -54,6 +54,7 @@ struct Problem : bench::Inputs {
   kda::ChunkBwdSchedule const schedule;
   bench::Stream d_o;
   DeviceBuffer dq, dk, dv, dg, dbeta, dA_log, ddt_bias;  // the last two: of one set
+  DeviceBuffer w, l;                                     // where there is no dk and no dq to hold them
   DeviceBuffer workspace;
 
   Problem(Config const& c, int sets, kda::ChunkBwdVariant const& chosen)
@@ -70,15 +71,22 @@ struct Problem : bench::Inputs {
         dbeta(wants_keys(wanted) * sets * c.rows() * c.element()),
         dA_log(A_log_on_device.bytes()),
         ddt_bias(dt_bias_on_device.bytes()),
+        w(!wants_keys(wanted) * c.rows() * c.dim * c.element()),
+        l(!wants_keys(wanted) * c.rows() * chosen.chunk * c.element()),
         workspace(schedule.workspace_bytes) {}
 
   kda::ChunkBwdParams call(int set) const {
     auto p = params<kda::ChunkBwdParams>(variant.chunk, set);
     p.d_o = rows(d_o.on_device, set), p.dv = rows(dv, set);
     if (wants_keys(wanted)) p.dq = rows(dq, set), p.dk = rows(dk, set), p.dbeta = scalars(dbeta, set);
+    else p.w = rows(w, 0), p.l = rows_of_l();
     if (wants_gate(wanted)) p.dg = rows(dg, set), p.dA_log = dA_log.at<float>(), p.ddt_bias = ddt_bias.at<float>();
     p.workspace = workspace.at();
     return p;
+  }
+  kda::Rows rows_of_l() const {
+    int64_t const heads = config.shape.heads, chunk = variant.chunk;
+    return {l.at(), {int64_t(config.rows()) * chunk, heads * chunk, chunk}, config.dtype == kda::Dtype::kFloat32, true};
   }
   void launch(int set, cudaStream_t stream) const { variant.launch(call(set), schedule, stream); }
 };
@@ -275,7 +283,7 @@ std::vector<std::pair<char const*, double>> errors_of(Problem const& x, int head
 
 /// Runs set 0 on poisoned gradients and compares the first and the last head; throws where they differ.
 double verify(Problem const& x, cudaStream_t stream) {
-  for (DeviceBuffer const* d : {&x.dq, &x.dk, &x.dv, &x.dg, &x.dbeta, &x.dA_log, &x.ddt_bias, &x.workspace})
+  for (DeviceBuffer const* d : {&x.dq, &x.dk, &x.dv, &x.dg, &x.dbeta, &x.dA_log, &x.ddt_bias, &x.w, &x.l, &x.workspace})
     check(cudaMemset(d->at(), 0xFF, d->bytes()), "poison");
   x.launch(0, stream);
   check(cudaStreamSynchronize(stream), "kda::chunk_bwd");

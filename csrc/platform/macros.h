@@ -57,18 +57,11 @@ KDA_DEVICE int thread_index() {
 }
 KDA_DEVICE int lane_index() { return int(threadIdx.x % 32); }
 KDA_DEVICE int warp_index() { return int(threadIdx.x / 32); }
-/// x, of which the compiler knows nothing before this place: what follows from it is computed behind it.
-template <class T>
-KDA_DEVICE T anew(T x) {
-#if !defined(KDA_EMULATE)
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-/// What follows from it is not kept in registers from before a loop on.
+/// thread_index(), anew at this place: what follows from it is not kept in registers from before a loop on.
 KDA_DEVICE int thread_index_anew() {
-  int const index = anew(int(threadIdx.x));
+  int index = int(threadIdx.x);
 #if !defined(KDA_EMULATE)
+  asm volatile("" : "+r"(index));
   __builtin_assume(index >= 0 && index < 1024);
 #endif
   return index;

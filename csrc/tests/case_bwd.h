@@ -3,6 +3,7 @@
 #include <climits>
 
 #include "kda/chunk_bwd/dispatch.h"
+#include "kda/chunk_bwd/wanted.h"
 #include "tests/case_kernels.h"
 
 namespace kda::tests {
@@ -33,6 +34,10 @@ inline std::map<std::string, CaseTensor> run_chunk_bwd(CaseFile const& c, ChunkB
   CaseTensor const dq(FileDtype::kFloat32, c["g"].shape), dk(FileDtype::kFloat32, c["g"].shape);  // of value heads
   p.dq = rows_of(grouped ? dq : d.at("dq")), p.dk = rows_of(grouped ? dk : d.at("dk"));
   if (grouped) p.dq_sum = d.at("dq").data(), p.dk_sum = d.at("dk").data();
+  ChunkBwdScratch const needs({Wanted::kOfTokens},
+                              {p.key_dim, p.value_dim, variant.chunk, variant.element_bytes(), grouped});
+  CaseTensor const l(c["q"].dtype, {c["g"].shape[0], c["g"].shape[1], c["g"].shape[2], variant.chunk});
+  if (needs.l) p.l = rows_of(l);
   if (c.has("A_log")) p.dA_log = d.at("dA_log").data<float>();
   if (c.has("dt_bias")) p.ddt_bias = d.at("ddt_bias").data<float>();
   if (c.has("dfinal_state")) p.d_final_state = state_ref(c, c["dfinal_state"]);

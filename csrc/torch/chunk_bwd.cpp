@@ -50,13 +50,16 @@ float* floats_if(Tensor const& x, bool wanted) { return wanted ? static_cast<flo
 
 /// Where the kernels leave the gradients; what they need besides lives as long as this.
 struct Destinations {
-  Tensor dx, dq, dk;  // ChunkBwdScratch
+  Tensor dx, dq, dk, w, l;  // ChunkBwdScratch
 
-  void set(ChunkBwdParams& p, Gradients const& d, Wanted wanted, bool use_gate) {
-    ChunkBwdScratch const needs(wanted, p.value_heads != p.heads);
+  void set(ChunkBwdParams& p, Gradients const& d, Wanted wanted, ChunkBwdVariant const& variant, bool use_gate) {
+    ChunkBwdScratch const needs(
+        wanted, {p.key_dim, p.value_dim, variant.chunk, variant.element_bytes(), p.value_heads != p.heads});
     if (needs.dx) dx = scratch(d.v, p, p.value_dim, std::nullopt);
     if (needs.dq) dq = scratch(d.q, p, p.key_dim, ScalarType::Float), p.dq_sum = d.q.data_ptr();
     if (needs.dk) dk = scratch(d.k, p, p.key_dim, ScalarType::Float), p.dk_sum = d.k.data_ptr();
+    if (needs.w) w = scratch(d.k, p, p.key_dim, std::nullopt), p.w = rows_of(kOp, "w", w);
+    if (needs.l) l = scratch(d.q, p, variant.chunk, std::nullopt), p.l = rows_of(kOp, "l", l);
     p.dv = rows_if("dv", needs.dx ? dx : d.v, wanted.any(Wanted::kOfTokens));
     p.dq = rows_if("dq", needs.dq ? dq : d.q, wanted.any(Wanted::kQ));
     p.dk = rows_if("dk", needs.dk ? dk : d.k, wanted.any(Wanted::kK));
@@ -124,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
   Allocation const allocation{q, wanted, nothing, !use_gate};
   Gradients const d = allocation.gradients(q, k, v, g, beta, A_log, dt_bias, initial_state);
   Destinations to;
-  to.set(p, d, wanted, use_gate);
+  to.set(p, d, wanted, *variant, use_gate);
   Tensor initial, d_final;
   p.initial_state = state_of("initial_state", initial_state, initial, p, state_v_first);
   p.d_final_state = state_of("dfinal_state", dfinal_state, d_final, p, state_v_first);

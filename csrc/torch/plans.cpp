@@ -148,9 +148,9 @@ extern "C" __attribute__((visibility("default"))) int kda_plan_chunk_bwd(int dty
   kda::ChunkBwdSchedule const schedule = kda::schedule_chunk_bwd(*variant, plan, value_heads, value_dim, device);
   kda::Wanted const gradients{wanted};
   bool const grouped = heads != value_heads, packed = sequences >= 0;
+  kda::ChunkBwdSizes const sizes{key_dim, value_dim, variant->chunk, variant->element_bytes(), grouped};
   long long const scratch =
-      kda::ChunkBwdScratch(gradients, grouped)
-          .bytes(tokens * (packed ? 1 : batch) * value_heads, key_dim, value_dim, variant->element_bytes());
+      kda::ChunkBwdScratch(gradients, sizes).bytes(tokens * (packed ? 1 : batch) * value_heads, sizes);
   return std::snprintf(to, size_t(capacity),
                        "variant=%s\nchunk=%d\nkey_tile=%d\nrounds=%d\nheads_per_round=%d\nworkspace_bytes=%zu\n"
                        "scratch_bytes=%lld\nshared_bytes=%zu\nkernels=%s",

@@ -40,6 +40,11 @@ struct ChunkPart {
   float* carry;            // [2, value_heads, ...]: the state of the sequence that goes on into the next part
   int64_t segment_tokens;  // of the scan, a multiple of plan.chunk; not split: more than any sequence has
   float* segments;         // [segments of the part, value_heads, ...], segments.h; null: not split
+
+  // Of the backward, [batch, tokens, value_heads, ...], Element: where the prepare kernel leaves rows of its own
+  // tokens.
+  Rows w;  // W, key_dim columns; absent: it lies in the record
+  Rows l;  // Diag(beta) A_kk below its diagonal blocks, plan.chunk columns; absent: nobody needs it
 };
 
 /// What the kernels that all chunkwise operations share are launched with.

@@ -17,17 +17,17 @@ struct KeysSlice : Variant {
   static constexpr int kSlices = Variant::config.key_tile / config.key_tile;
 };
 
-/// What solves with I + Diag(beta) A_kk: the backward needs it once more. And what is known of the chunk by then.
+/// What solves with I + Diag(beta) A_kk, together with ChunkPart::l: the backward needs it once more. And what is known
+/// of the chunk by then.
 template <class Variant>
-struct ChunkInverse {
-  typename ChunkTransition<Variant>::Square l;                 // Diag(beta) A_kk below its diagonal blocks
-  tile::DiagonalBlock diagonal[ChunkShape<Variant>::kBlocks];  // the inverses of its diagonal blocks
+struct alignas(ChunkRecord<Variant>) ChunkInverse {
+  tile::DiagonalBlock diagonal[ChunkShape<Variant>::kBlocks];  // the inverses of the diagonal blocks
   float beta_share[ChunkShape<Variant>::kChunk];               // gate_columns.h
   alignas(16) float norm[2 * ChunkShape<Variant>::kChunk];     // 1 / |q|, then 1 / |k|; without l2norm 1
-  uint32_t has_small_beta;                                     // a share is not 1
+  alignas(16) uint32_t has_small_beta;                         // a share is not 1
   uint32_t steep;                                              // the scores were made by splits
   /// Sums of q dq and k dk over each slice, published by the keys kernel; zero at first.
-  float dots[KeysSlice<Variant>::kSlices][2 * ChunkShape<Variant>::kChunk];
+  alignas(16) float dots[KeysSlice<Variant>::kSlices][2 * ChunkShape<Variant>::kChunk];
 };
 
 }  // namespace kda

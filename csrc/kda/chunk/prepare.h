@@ -107,7 +107,7 @@ struct Prepare : PrepareThread<Variant, kTeams> {
     this->load_gate(chunk);
     if (thread >= kChunk) return;
     beta = write_strength(p, beta);
-    if (p.inverse_offset) beta = keep_share(beta, thread < chunk.rows);
+    if (of_backward()) beta = keep_share(beta, thread < chunk.rows);
     s.beta[thread] = thread < chunk.rows ? beta : 0.f;
   }
 
@@ -133,9 +133,9 @@ struct Prepare : PrepareThread<Variant, kTeams> {
       solve_columns(x, tile(unit), unit % kUnits * 16);
     }
     this->sync_team();
-    copy(out.record().w.data, s.gamma_k.data);
+    if (of_backward()) keep_for_backward(chunk);
+    else copy(out.record().w.data, s.gamma_k.data);
     copy(out.record().a_qk.data, s.a_qk.data);
-    if (p.inverse_offset) keep_inverse();
     store_values(0);
     for (int first = kKeyTile; first < p.value_dim; first += kKeyTile) {
       this->sync_team();
@@ -179,6 +179,8 @@ struct Prepare : PrepareThread<Variant, kTeams> {
       if (i + thread < kPieces)
         reinterpret_cast<uint4*>(to)[i + thread] = reinterpret_cast<uint4 const*>(from)[i + thread];
   }
+  /// Its launches have one team in a block.
+  KDA_DEVICE bool of_backward() const { return kTeams == 1 && p.inverse_offset; }
   KDA_DEVICE ChunkInverse<Variant>& kept_inverse() const {
     return *reinterpret_cast<ChunkInverse<Variant>*>(out.bytes + p.inverse_offset);
   }
@@ -189,9 +191,10 @@ struct Prepare : PrepareThread<Variant, kTeams> {
     s.has_small_beta[thread] = share != 1.f;
     return at_least<E>(beta);
   }
-  KDA_DEVICE void keep_inverse() {
+  KDA_DEVICE void keep_for_backward(ChunkOfHead const& chunk) {
     auto& to = kept_inverse();
-    copy(to.l.data, s.l.data);
+    store_rows(p.w, chunk, p.key_dim, s.gamma_k);
+    if (p.l.data) store_rows(p.l, chunk, kChunk, s.l);
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) copy(to.diagonal[i].x, s.diagonal[i].x);
     copy(to.norm, s.norm);
@@ -202,6 +205,11 @@ struct Prepare : PrepareThread<Variant, kTeams> {
     bool any = false;
     for (bool small : s.has_small_beta) any = any || small;
     to.has_small_beta = any, to.steep = this->any_steep();
+  }
+  /// The rows of the chunk's tokens; those behind its last one are zero, and whoever loads them knows that.
+  template <class Tile>
+  KDA_DEVICE void store_rows(Rows const& to, ChunkOfHead const& chunk, int columns, Tile const& tile) const {
+    tile_rows<E>(to, chunk, chunk.value_head, 0, columns).template store<Tile::kCols>(tile, 0, thread, kThreads);
   }
   /// The tiles of 64 columns that lie in the panels of s.v, one behind the other.
   KDA_DEVICE void store_values(int first) {

@@ -6,7 +6,8 @@
 //     U^T = (T V)^T - S^T W^T
 //     O^T = S^T (scale Gamma.Q)^T + U^T A_qk^T          S^T <- S^T Diag(Gamma_C) + U^T K~
 // Where two warps have half of K each, they add up S^T W^T through shared memory, and the first completes the outputs.
-// Helper warps bring the records of the next chunks (record.h) and take the outputs away meanwhile.
+// Helper warps bring the records of the next chunks (record.h) and take the outputs away meanwhile. In the backward W
+// does not lie in the records but in rows of its own (ChunkPart::w).
 //
 // The passes differ in what they keep (ScanPass). The gradients of the states run through the same records from the
 // last to the first (chunk_bwd/scan.h).
@@ -30,6 +31,7 @@ struct ScanShape : ChunkShape<Variant> {
   static constexpr ChunkConfig kConfig = Variant::config;
   static constexpr int kParts = kConfig.key_parts, kPartTile = kConfig.key_tile / kParts;
   static constexpr bool kIsSummary = kPass == ScanPass::kSummary;
+  static constexpr bool kOfBackward = kPass == ScanPass::kStates || kPass == ScanPass::kReverse;
   static constexpr int kConsumers = kConsumerWarps * kParts * 32, kHelpers = kIsSummary ? 32 : 128;
   static constexpr int kThreads = kConsumers + kHelpers;
   /// Summaries: two blocks per SM, each of which waits for its own products most of the time.
@@ -53,6 +55,14 @@ struct ScanResults<Values, kWarps, ScanPass::kSummary> {
   bool remembers[kWarps];  // rows of M: any of the warp's, at the last check
 };
 
+/// Of kStates: 16 bytes from ChunkInverse::has_small_beta on.
+template <ScanPass kPass>
+struct ScanFlags {};
+template <>
+struct ScanFlags<ScanPass::kStates> {
+  alignas(16) uint32_t has_small_beta[4];
+};
+
 /// Sums over half of K, of alternate chunks, lane by lane. A chain of bases: nvcc reaches a second base by a conversion
 /// that hides that this is shared memory.
 template <class Results, int kTokenTiles, int kParts>
@@ -73,8 +83,9 @@ struct ScanStorage : ScanPartials<ScanResults<typename ChunkTransition<Variant>:
   struct Stage {
     Record record;
     typename Record::Values u;  // T V; in reverse: dO
+    ScanFlags<kPass> flags;
   } stage[Shape::kStages];
-  Mbarrier full[Shape::kStages];  // wgmma variants: the record has arrived
+  Mbarrier full[Shape::kStages];  // wgmma variants: what bulk copies bring has arrived
 };
 
 /// Named barriers, all of consumers and helpers; 0 is sync_block.
@@ -120,14 +131,15 @@ struct ScanHelper {
     ChunkRecordAt<Variant> const from(p, slot, value_head);
     if (kPass == ScanPass::kOutputs && p.progress && slot >= seen) wait_for_record(slot, value_head, left);
     auto& to = s.stage[stage];
+    constexpr int kBytes = sizeof(to.record) - (Shape::kOfBackward ? sizeof(to.record.w) : 0);
     bool const has_values = kLoadsValues && (!Shape::kIsSummary || value0 >= 0);
     if constexpr (!Shape::kAsync) {
-      copy(&to.record, &from.record(), sizeof(to.record));
+      copy(first_of(to.record), first_of(from.record()), kBytes);
       if (has_values) copy(&to.u, &from.values(value0 / kValueTile), sizeof(to.u));
       cp_async_commit();
     } else if (thread == 0) {
-      mbarrier_arrive_expect_tx(s.full[stage], uint32_t(sizeof(to.record) + (has_values ? sizeof(to.u) : 0)));
-      bulk_load(&to.record, &from.record(), sizeof(to.record), s.full[stage]);
+      mbarrier_arrive_expect_tx(s.full[stage], uint32_t(kBytes + (has_values ? sizeof(to.u) : 0)));
+      bulk_load(first_of(to.record), first_of(from.record()), kBytes, s.full[stage]);
       if (has_values) bulk_load(&to.u, &from.values(value0 / kValueTile), sizeof(to.u), s.full[stage]);
     }
   }
@@ -142,17 +154,23 @@ struct ScanHelper {
       return !warp_any(remembers);
     }
   }
-  /// dO of the chunk, beside its record. To be called before `load`.
-  KDA_DEVICE void load_stream(ChunkOfHead const& chunk, int stage) {
-    tile_rows<E>(stream, chunk, chunk.value_head, value0, p.value_dim - value0)
-        .template load<kValueTile>(s.stage[stage].u, 0, thread, Shape::kHelpers);
+  /// In the backward, what lies in rows of the chunk's tokens: W, and dO in reverse. To be called before `load`.
+  KDA_DEVICE void load_rows(ChunkOfHead const& chunk, int stage) {
+    static_assert(Shape::kOfBackward);
+    auto& to = s.stage[stage];
+    tile_rows<E>(p.w, chunk, chunk.value_head, 0, p.key_dim)
+        .template load<Shape::kKeyTile>(to.record.w, 0, thread, Shape::kHelpers);
+    if constexpr (kPass == ScanPass::kReverse)
+      tile_rows<E>(stream, chunk, chunk.value_head, value0, p.value_dim - value0)
+          .template load<kValueTile>(to.u, 0, thread, Shape::kHelpers);
     if constexpr (Shape::kAsync) cp_async_commit();
   }
   /// The chunk before the last kPending ones. Bulk copies announce themselves.
   template <int kPending = 0>
   KDA_DEVICE void announce(int stage) {
-    if constexpr (!Shape::kAsync || kPass == ScanPass::kReverse) {
+    if constexpr (!Shape::kAsync || Shape::kOfBackward) {
       cp_async_wait<kPending>();
+      if constexpr (Shape::kAsync) fence_proxy_async();  // wgmma reads W
       Barrier::arrive(Barrier::full(stage));
     }
   }
@@ -169,6 +187,12 @@ struct ScanHelper {
   }
 
  private:
+  /// Where that begins in a record which is copied as one run of bytes.
+  template <class Record>
+  static KDA_DEVICE void* first_of(Record& record) {
+    if constexpr (Shape::kOfBackward) return &record.k_tilde;
+    else return &record;
+  }
   /// Every warp that copies, for itself. Fences would hold up the copies on their way: one for all that is there.
   KDA_DEVICE void wait_for_record(int64_t slot, int value_head, int64_t left) {
     if (Shape::kAsync && thread >= 32) return;
@@ -208,7 +232,7 @@ struct ScanConsumer {
   tile::Accumulator o[kTokenTiles];         // O^T
   tile::LeftFragment<E> left[kChunk / 16];  // U^T, as operand
   Products products;
-  float const* shares = nullptr;  // of kStates: what is U is times this, token by token; null: all are 1
+  float const* shares = nullptr;  // of kStates: what is U is times this, token by token; read where one is not 1
 
   KDA_DEVICE int row() const { return warp % kConsumerWarps * 16; }  // of S^T in the tile: 16 columns of V
   KDA_DEVICE int key() const { return kParts == 1 ? 0 : warp / kConsumerWarps * kPartTile; }
@@ -217,7 +241,7 @@ struct ScanConsumer {
 
   KDA_DEVICE void wait_for_record(int stage, uint32_t parity) {
     if constexpr (Shape::kAsync) mbarrier_wait(s.full[stage], parity);
-    if constexpr (!Shape::kAsync || kPass == ScanPass::kReverse) Barrier::wait(Barrier::full(stage));
+    if constexpr (!Shape::kAsync || Shape::kOfBackward) Barrier::wait(Barrier::full(stage));
   }
 
   /// One chunk, whose output is then in `o`. Nothing is on its way at the end: ptxas runs wgmmas one by one where they
@@ -230,7 +254,7 @@ struct ScanConsumer {
     if constexpr (kParts > 1) join_parts((stage + Shape::kStages * int(parity)) % 2);
     correct_values(in);
     if constexpr (kPass == ScanPass::kStates)
-      if (shares) take_shares();
+      if (in.flags.has_small_beta[0]) take_shares();
     advance(in);
   }
 

@@ -1,11 +1,15 @@
 // What the kernels of the backward hand to each other: a cell for each chunk of each value head of a round.
 //
-//   prepare    writes the record, T V and the inverse
+//   prepare    writes the record but W, T V and the inverse
 //   scan       reads the record; writes U over T V, S_0 and dS_C
-//   values     reads K~, A_qk, the inverse, U and dS_C; writes the gradients of the scores over W and K~, and their
-//              diagonal. A block has a cell for itself, so nobody reads what it writes over
+//   values     reads K~, A_qk, the inverse, L, U and dS_C; writes ChunkResults over the record, but for the sums. A
+//   block
+//              has a cell for itself, so nobody reads what it writes over
 //   keys       reads U, S_0, dS_C and the gradients of the scores; writes what one chunk adds to dA_log and ddt_bias
 //   reduce     sums these
+//
+// W and L (ChunkPart::w and l) are not in cells. They lie where the keys kernel writes dk and dq later, in rows of the
+// same tokens: nobody reads them by then. The place of W in a record, its first bytes, belongs to the cell before.
 #pragma once
 #include "kda/chunk/inverse.h"
 
@@ -26,6 +30,13 @@ struct ChunkSums {
   float dA_log[kSlices];  // of the channels of each slice
 };
 
+/// What lies over the record, from K~ on, once the values kernel has read that.
+template <class Variant>
+struct ChunkResults {
+  ScoreGradients<Variant> scores;
+  ChunkSums<Variant> sums;
+};
+
 template <class Variant>
 struct BackwardCell {
   using E = typename Variant::Element;
@@ -34,10 +45,12 @@ struct BackwardCell {
   using State = tile::MatrixTile<E, kValueTile, Shape::kKeyTile>;  // S^T of 64 columns of V
   using Values = tile::MatrixTile<E, kValueTile, Shape::kChunk>;   // U^T of 64 columns of V
   static_assert(sizeof(Values) <= sizeof(typename Record::Values));
-  static_assert(sizeof(ScoreGradients<Variant>) <= 2 * sizeof(typename Record::Wide));
+  /// The place of W in a record. In front of the first cell it is empty.
+  static constexpr int64_t kFrontBytes = sizeof(typename Record::Wide);
+  static_assert(kFrontBytes + sizeof(ChunkResults<Variant>) <= sizeof(Record));
 
-  char* bytes;
-  int tiles;  // of V
+  char* bytes;  // of the record
+  int tiles;    // of V
 
   KDA_DEVICE BackwardCell(ChunkCall const& p, int64_t slot, int value_head)
       : bytes(ChunkRecordAt<Variant>(p, slot, value_head).bytes), tiles(value_tiles(p.value_dim)) {}
@@ -48,18 +61,14 @@ struct BackwardCell {
   static constexpr KDA_HOST_DEVICE int64_t states_offset(int tiles) {
     return inverse_offset(tiles) + int64_t(sizeof(ChunkInverse<Variant>));
   }
-  static constexpr KDA_HOST_DEVICE int64_t sums_offset(int tiles) {
-    return states_offset(tiles) + 2 * tiles * int64_t(sizeof(State));
-  }
+  /// From one cell to the next.
   static constexpr KDA_HOST_DEVICE int64_t size(int tiles) {
-    constexpr int64_t kAlignment = alignof(Record);
-    return (sums_offset(tiles) + int64_t(sizeof(ChunkSums<Variant>)) + kAlignment - 1) / kAlignment * kAlignment;
+    return states_offset(tiles) + 2 * tiles * int64_t(sizeof(State)) - kFrontBytes;
   }
 
   KDA_DEVICE Record& record() const { return *reinterpret_cast<Record*>(bytes); }
-  KDA_DEVICE ScoreGradients<Variant>& score_gradients() const {
-    return *reinterpret_cast<ScoreGradients<Variant>*>(bytes);
-  }
+  KDA_DEVICE ScoreGradients<Variant>& score_gradients() const { return results().scores; }
+  KDA_DEVICE ChunkSums<Variant>& sums() const { return results().sums; }
   KDA_DEVICE Values& u(int tile) const {
     return *reinterpret_cast<Values*>(bytes + sizeof(Record) + tile * sizeof(typename Record::Values));
   }
@@ -68,8 +77,10 @@ struct BackwardCell {
   }
   KDA_DEVICE State& state(int tile) const { return reinterpret_cast<State*>(bytes + states_offset(tiles))[tile]; }
   KDA_DEVICE State& d_state(int tile) const { return state(tiles + tile); }
-  KDA_DEVICE ChunkSums<Variant>& sums() const {
-    return *reinterpret_cast<ChunkSums<Variant>*>(bytes + sums_offset(tiles));
+
+ private:
+  KDA_DEVICE ChunkResults<Variant>& results() const {
+    return *reinterpret_cast<ChunkResults<Variant>*>(bytes + kFrontBytes);
   }
 };
 

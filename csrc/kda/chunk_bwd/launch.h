@@ -9,7 +9,8 @@
 namespace kda {
 
 /// Bytes of workspace for a token of a value head that a call of several heads may take at most. Rounds of fewer heads
-/// take less; one head of one sequence takes what it takes.
+/// take less; one head of one sequence takes what it takes. In 16 bits K = V = 128 takes 2016 in one round, if
+/// sequences leave few cells empty.
 inline constexpr double kBackwardBytesPerToken = 2048;
 
 /// How a call is launched: explained, and obeyed.
@@ -28,6 +29,7 @@ struct ChunkBwdVariant {
   size_t kernel_shared_bytes;  // the most that one of its own kernels takes
   PrepareVariant prepare;
   int64_t (*cell_bytes)(int value_dim);
+  int64_t front_bytes;  // of the workspace, in front of the first cell
   std::vector<KernelLaunch> (*kernels)();
   void (*launch)(ChunkBwdParams, ChunkBwdSchedule const&, cudaStream_t);
 
@@ -42,7 +44,7 @@ inline ChunkBwdSchedule schedule_rounds(ChunkBwdVariant const& variant, ChunkPla
   auto const walkers = [&](int64_t heads) { return variant.prepare.walk(slots, int(heads), device).walkers; };
   return {int(rounds), int(heads_per_round), walkers(heads_per_round),
           walkers(value_heads - (rounds - 1) * heads_per_round),
-          size_t(heads_per_round * slots * variant.cell_bytes(value_dim)) + kRecordAlignment};
+          size_t(variant.front_bytes + heads_per_round * slots * variant.cell_bytes(value_dim)) + kRecordAlignment};
 }
 
 inline ChunkBwdSchedule schedule_chunk_bwd(ChunkBwdVariant const& variant, ChunkPlan const& plan, int value_heads,

@@ -39,6 +39,14 @@ struct ChunkBwdKernels {
   static std::vector<KernelLaunch> all() { return {clear(), scan(), values(), keys(), reduce(), sum_heads()}; }
 };
 
+/// Rows of so many elements, each in the row of a gradient.
+template <class E>
+Rows rows_in_gradient(Rows const& d, int columns) {
+  int64_t const n = d.is_fp32 ? int64_t(sizeof(float) / sizeof(E)) : 1;
+  bool const in_pieces = d.in_pieces && columns % (16 / int(sizeof(E))) == 0;
+  return {d.data, {n * d.strides.batch, n * d.strides.token, n * d.strides.head}, sizeof(E) == 4, in_pieces};
+}
+
 /// Everything of the value heads [p.first_head, p.first_head + p.part_heads).
 template <class Variant>
 void launch_round(ChunkBwdParams const& p, cudaStream_t stream) {
@@ -61,6 +69,8 @@ void launch_chunk_bwd(ChunkBwdParams p, ChunkBwdSchedule const& schedule, cudaSt
   int const tiles = value_tiles(p.value_dim);
   p.cell_bytes = BackwardCell<Variant>::size(tiles);
   p.inverse_offset = int32_t(BackwardCell<Variant>::inverse_offset(tiles));
+  if (!p.w.data) p.w = rows_in_gradient<typename Variant::Element>(p.dk, p.key_dim);
+  if (!p.l.data) p.l = rows_in_gradient<typename Variant::Element>(p.dq, Variant::config.chunk);
   p.first_slot = 0, p.part = 0, p.part_slots = int32_t(p.plan.slots());
   p.segment_tokens = unsplit_chunks(p.plan) * p.plan.chunk;
   if (p.plan.cu_seqlens && p.dv.data) launch(ChunkBwdKernels<Variant>::clear(), dim3(2, kClearBlocks), stream, p);
@@ -90,6 +100,7 @@ ChunkBwdVariant describe_chunk_bwd() {
           shared,
           describe_prepare<Variant>(),
           [](int value_dim) { return BackwardCell<Variant>::size(value_tiles(value_dim)); },
+          BackwardCell<Variant>::kFrontBytes,
           &Kernels::all,
           &launch_chunk_bwd<Variant>};
 }

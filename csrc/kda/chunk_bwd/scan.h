@@ -50,13 +50,12 @@ KDA_DEVICE void keep_state(tile::Accumulator const (&state)[kKeyTiles], Tile& ti
   for (int d = 0; d < kKeyTiles; ++d) tile::store_accumulator<E>(tile, row, channel + d * 8, state[d]);
 }
 
-/// The helper warps of either scan: at each step they bring one chunk and announce one that is there, the later the more
-/// stages there are.
+/// The helper warps of either scan: at each step they bring one chunk and announce one that is there, the later the
+/// more stages there are.
 template <class Variant, ScanPass kPass>
 KDA_DEVICE void bring_chunks(ScanHelper<Variant, kPass> helper, ScanWork const& work) {
   using Barrier = ScanBarrier<Variant, kPass>;
   constexpr int kStages = ScanShape<Variant, kPass>::kStages, kLag = kStages > 1 ? kStages - 1 : 1;
-  constexpr bool kReverse = kPass == ScanPass::kReverse;
   for (int64_t i = 0; i < work.chunks + kLag; ++i) {
     if (i >= kLag) helper.template announce<kLag - 1>(int((i - kLag) % kStages));
     if (i >= work.chunks) {
@@ -64,15 +63,19 @@ KDA_DEVICE void bring_chunks(ScanHelper<Variant, kPass> helper, ScanWork const& 
       continue;
     }
     int const stage = int(i % kStages);
-    int64_t const index = kReverse ? work.chunks - 1 - i : i;
+    int64_t const index = kPass == ScanPass::kReverse ? work.chunks - 1 - i : i;
     if (i >= kStages) Barrier::wait(Barrier::empty(stage));
-    if constexpr (kReverse)
-      helper.load_stream(chunk_of_head<Variant>(helper.p, work.sequence, index, work.value_head), stage);
+    if constexpr (kPass == ScanPass::kStates)
+      if (helper.thread == 0) {
+        BackwardCell<Variant> const cell(helper.p, work.sequence.first_slot + index, work.value_head);
+        cp_async_16(helper.s.stage[stage].flags.has_small_beta, &cell.inverse().has_small_beta);
+      }
+    helper.load_rows(chunk_of_head<Variant>(helper.p, work.sequence, index, work.value_head), stage);
     helper.load(work.sequence.first_slot + index, work.value_head, stage, 1);
   }
 }
 
-/// The consumer warps of either scan: before(index, cell) and after(cell) around each step.
+/// The consumer warps of either scan: before(cell) and after(cell) around each step.
 template <class Variant, ScanPass kPass, class Consumer, class Before, class After>
 KDA_DEVICE void scan_chunks(ChunkBwdParams const& p, Consumer& consumer, ScanWork const& work, Before before,
                             After after) {
@@ -83,7 +86,7 @@ KDA_DEVICE void scan_chunks(ChunkBwdParams const& p, Consumer& consumer, ScanWor
   for (int64_t i = 0; i < work.chunks; ++i) {
     int64_t const index = kPass == ScanPass::kReverse ? work.chunks - 1 - i : i;
     BackwardCell<Variant> const cell(p, work.sequence.first_slot + index, work.value_head);
-    before(index, cell);
+    before(cell);
     consumer.step(stage, parity);
     if (i + kStages < work.chunks) Barrier::arrive(Barrier::empty(stage));
     after(cell);
@@ -100,14 +103,11 @@ KDA_DEVICE void scan_states(ChunkBwdParams const& p, ScanConsumer<Variant, ScanP
   StatePart const part = consumer.part(tile * kValueTile);
   int64_t const slot = p.initial_state.data ? p.initial_state.slots.of(work.n) : -1;
   load_state(consumer.state, state_in_slot(p.initial_state, p, slot, work.value_head), p, part);
-  auto const cell_of = [&](int64_t index) -> Cell { return {p, work.sequence.first_slot + index, work.value_head}; };
-  uint32_t has_small_beta = work.chunks > 0 ? cell_of(0).inverse().has_small_beta : 0;  // of the chunk that comes next
   scan_chunks<Variant, ScanPass::kStates>(
       p, consumer, work,
-      [&](int64_t index, Cell const& cell) {
+      [&](Cell const& cell) {
         keep_state<E>(consumer.state, cell.state(tile), consumer.row(), consumer.key());
-        consumer.shares = anew(has_small_beta) ? cell.inverse().beta_share : nullptr;
-        if (index + 1 < work.chunks) has_small_beta = cell_of(index + 1).inverse().has_small_beta;
+        consumer.shares = cell.inverse().beta_share;
       },
       [&](Cell const& cell) {
         if (consumer.completes_output()) keep_state<E>(consumer.x, cell.u(tile), consumer.row(), 0);
@@ -125,9 +125,7 @@ KDA_DEVICE void scan_gradients_of_states(ChunkBwdParams const& p, ReverseConsume
   load_state(consumer.state, state_in_slot(p.d_final_state, p, slot, work.value_head), p, part);
   scan_chunks<Variant, ScanPass::kReverse>(
       p, consumer, work,
-      [&](int64_t, Cell const& cell) {
-        keep_state<E>(consumer.state, cell.d_state(tile), consumer.row(), consumer.key());
-      },
+      [&](Cell const& cell) { keep_state<E>(consumer.state, cell.d_state(tile), consumer.row(), consumer.key()); },
       [](Cell const&) {});
   if (p.d_initial_state.data)
     store_state(consumer.state,

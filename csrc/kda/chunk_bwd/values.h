@@ -61,6 +61,7 @@ struct ValueGradients {
 
   KDA_DEVICE void run() {
     for (int i = 0; i < kTiles; ++i) bringer(i).init();
+    tile_rows<E>(p.l, chunk, chunk.value_head, 0, kChunk).template load<kChunk>(s.l, 0, thread, kThreads);
     sync_block();
     for (int first = 0; first < cell.tiles; first += kTiles) {
       if (first) {
@@ -105,7 +106,7 @@ struct ValueGradients {
       } else {
         auto& inverse = cell.inverse();
         bringer(i).bring(to.d_state, d_state, to.u, u, s.k_tilde, cell.record().k_tilde, s.a_qk, cell.record().a_qk,
-                         s.l, inverse.l, s.diagonal, inverse.diagonal);
+                         s.diagonal, inverse.diagonal);
       }
     }
     if (own < count)
@@ -230,7 +231,7 @@ struct ValueGradients {
     else static_cast<E*>(p.dbeta.data)[at] = from_float<E>(sum);
   }
 
-  /// Over W and K~ in the cell, which this block alone still reads.
+  /// Over K~ and what follows it in the cell, which this block alone still reads.
   KDA_DEVICE void store_scores() {
     if (has_scores()) {
 #pragma unroll

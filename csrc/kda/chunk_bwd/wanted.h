@@ -19,19 +19,36 @@ struct Wanted {
   }
 };
 
-/// What the op allocates beside gradients and workspace.
+/// Of a call, what decides what memory it needs.
+struct ChunkBwdSizes {
+  int key_dim, value_dim, chunk, element_bytes;
+  bool grouped;  // heads of q and k have several value heads each
+};
+
+/// What the op allocates beside gradients and workspace: tensors of tokens of value heads.
 struct ChunkBwdScratch {
   bool dx;      // dX, in Element, where dv is not wanted: else it lies there
   bool dq, dk;  // in fp32, for each value head of grouped heads
+  bool w;       // W, in Element, where dk is not wanted: else it lies there
+  bool l;       // L, in Element, where dq is not wanted or its rows are too short: else it lies there
 
-  ChunkBwdScratch(Wanted wanted, bool grouped)
+  ChunkBwdScratch(Wanted wanted, ChunkBwdSizes const& sizes)
       : dx(wanted.any(Wanted::kOfTokens) && !wanted.any(Wanted::kV)),
-        dq(grouped && wanted.any(Wanted::kQ)),
-        dk(grouped && wanted.any(Wanted::kK)) {}
+        dq(sizes.grouped && wanted.any(Wanted::kQ)),
+        dk(sizes.grouped && wanted.any(Wanted::kK)),
+        w(wanted.bits && !wanted.any(Wanted::kK)),
+        l(wanted.any(Wanted::kOfTokens) && !(wanted.any(Wanted::kQ) && has_room(sizes))) {}
 
   /// `rows`: tokens of value heads.
-  int64_t bytes(int64_t rows, int key_dim, int value_dim, int element_bytes) const {
-    return rows * (int64_t(dx) * value_dim * element_bytes + (int64_t(dq) + dk) * key_dim * int64_t(sizeof(float)));
+  int64_t bytes(int64_t rows, ChunkBwdSizes const& x) const {
+    int64_t const elements = int64_t(dx) * x.value_dim + int64_t(w) * x.key_dim + int64_t(l) * x.chunk;
+    return rows * (elements * x.element_bytes + (int64_t(dq) + dk) * x.key_dim * int64_t(sizeof(float)));
+  }
+
+ private:
+  /// A row of dq, for one of L.
+  static bool has_room(ChunkBwdSizes const& x) {
+    return x.chunk * x.element_bytes <= x.key_dim * (x.grouped ? int(sizeof(float)) : x.element_bytes);
   }
 };
 
