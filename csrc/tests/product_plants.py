@@ -62,17 +62,17 @@ PLANTS = (
         "gradient_of_a_state_a_chunk_late",
         SCAN,
         "after(cell);",
-        "after(cell);\nif (kPass == ScanPass::kReverse) before(cell);",
+        "after(cell);\nif (kPass == ScanPass::kReverse) before(index, cell);",
         "plain",
         wrong("dk", "dv"),
     ),
     Plant(
         "state_of_the_chunk_before",
         SCAN,
-        "before(cell);",
-        "if (kPass == ScanPass::kReverse || i == 0) before(cell);\n"
+        "before(index, cell);",
+        "if (kPass == ScanPass::kReverse || i == 0) before(index, cell);\n"
         "if (kPass == ScanPass::kStates && i + 1 < work.chunks)\n"
-        "  before(BackwardCell<Variant>(p, work.sequence.first_slot + index + 1, work.value_head));",
+        "  before(index, BackwardCell<Variant>(p, work.sequence.first_slot + index + 1, work.value_head));",
         "plain",
         wrong("dq", "dg"),
     ),
