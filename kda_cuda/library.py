@@ -31,7 +31,9 @@ from .schemas import (
     Prefill,
 )
 
-__all__ = ["FUNCTIONAL", "NAMESPACE", "NAMESPACE_EMULATED", "NAMESPACE_REFERENCE", "SCHEMAS", "define_namespace"]
+__all__ = [
+    "FUNCTIONAL", "NAMESPACE", "NAMESPACE_EMULATED", "NAMESPACE_REFERENCE", "SCHEMAS", "define_namespace", "runner"
+]  # fmt: skip
 
 REFERENCE = {
     "kda_gate_fwd": reference.kda_gate_fwd,
@@ -189,6 +191,40 @@ def _chunk_backward(namespace: str, ctx, do, dfinal_state, dh):
 
 
 _AUTOGRAD = {"chunk": (_chunk_backward, _CHUNK.save), "kda_gate": (_gate_backward, _GATE.save)}
+
+
+@functools.cache
+def _autograd_function(namespace: str, name: str) -> type[torch.autograd.Function]:
+    """The op with autograd as eager calls run it: the same forward, backward and context as in the registered op.
+
+    What torch.library wraps around the latter reads the schema anew for every argument of every call, which takes the
+    host longer than everything else of a forward (findings/torch_custom_op_autograd_cost.sh).
+    """
+    raw = variants.op_in(namespace, FUNCTIONAL[name])
+    backward, save = _AUTOGRAD[name]
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*args):
+            return raw(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            save(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            return backward(namespace, ctx, *gradients)
+
+    Function.__name__ = Function.__qualname__ = f"{namespace}_{name}"
+    return Function
+
+
+def runner(namespace: str, op: str) -> Callable:
+    """What runs ``op``, here and now."""
+    if op in FUNCTIONAL and not torch.compiler.is_compiling():
+        return _autograd_function(namespace, op).apply
+    return variants.op_in(namespace, op)
 
 
 # ---- registration --------------------------------------------------------------------------------------------------
