@@ -205,12 +205,10 @@ def _autograd_function(namespace: str, name: str) -> type[torch.autograd.Functio
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(*args):
-            return raw(*args)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            save(ctx, inputs, output)
+        def forward(ctx, *args):
+            results = raw(*args)
+            save(ctx, args, results)
+            return results
 
         @staticmethod
         def backward(ctx, *gradients):

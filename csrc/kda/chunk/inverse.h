@@ -5,18 +5,6 @@
 
 namespace kda {
 
-/// What a block of the keys kernel has of a chunk: all channels or, where it has wgmma, a slice of 64. Two blocks of
-/// half the size are seldom at the same phase, so that one computes while the other waits.
-template <class Variant>
-struct KeysSlice : Variant {
-  static constexpr ChunkConfig slice(ChunkConfig config) {
-    if (config.wgmma) config.key_tile = 64;
-    return config;
-  }
-  static constexpr ChunkConfig config = slice(Variant::config);
-  static constexpr int kSlices = Variant::config.key_tile / config.key_tile;
-};
-
 /// What solves with I + Diag(beta) A_kk, together with ChunkPart::l: the backward needs it once more. And what is known
 /// of the chunk by then.
 template <class Variant>
@@ -26,8 +14,6 @@ struct alignas(ChunkRecord<Variant>) ChunkInverse {
   alignas(16) float norm[2 * ChunkShape<Variant>::kChunk];     // 1 / |q|, then 1 / |k|; without l2norm 1
   alignas(16) uint32_t has_small_beta;                         // a share is not 1
   uint32_t steep;                                              // the scores were made by splits
-  /// Sums of q dq and k dk over each slice, published by the keys kernel; zero at first.
-  alignas(16) float dots[KeysSlice<Variant>::kSlices][2 * ChunkShape<Variant>::kChunk];
 };
 
 }  // namespace kda

@@ -198,9 +198,6 @@ struct Prepare : PrepareThread<Variant, kTeams> {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) copy(to.diagonal[i].x, s.diagonal[i].x);
     copy(to.norm, s.norm);
-    if constexpr (KeysSlice<Variant>::kSlices > 1)
-      for (auto& of_slice : to.dots)
-        if (thread < 2 * kChunk) of_slice[thread] = 0.f;
     if (thread) return;
     bool any = false;
     for (bool small : s.has_small_beta) any = any || small;

@@ -2,9 +2,8 @@
 //
 //   prepare    writes the record but W, T V and the inverse
 //   scan       reads the record; writes U over T V, S_0 and dS_C
-//   values     reads K~, A_qk, the inverse, L, U and dS_C; writes ChunkResults over the record, but for the sums. A
-//   block
-//              has a cell for itself, so nobody reads what it writes over
+//   values     reads K~, A_qk, the inverse, L, U and dS_C; writes ChunkResults over the record, but for sums over
+//              tokens. A block has a cell for itself, so nobody reads what it writes over
 //   keys       reads U, S_0, dS_C and the gradients of the scores; writes what one chunk adds to dA_log and ddt_bias
 //   reduce     sums these
 //
@@ -21,13 +20,26 @@ struct ScoreGradients {
   typename ChunkRecord<Variant>::Square qk, kk;
 };
 
-/// What is summed over tokens, and the diagonal of scale dO U^T.
+/// What a block of the keys kernel has of a chunk: all channels or, where it has wgmma, a slice of 64. Two blocks of
+/// half the size are seldom at the same phase, so that one computes while the other waits.
+template <class Variant>
+struct KeysSlice : Variant {
+  static constexpr ChunkConfig slice(ChunkConfig config) {
+    if (config.wgmma) config.key_tile = 64;
+    return config;
+  }
+  static constexpr ChunkConfig config = slice(Variant::config);
+  static constexpr int kSlices = Variant::config.key_tile / config.key_tile;
+};
+
+/// What is summed over tokens or channels, and the diagonal of scale dO U^T.
 template <class Variant>
 struct ChunkSums {
   static constexpr int kSlices = KeysSlice<Variant>::kSlices, kChunk = ChunkShape<Variant>::kChunk;
   float diagonal[kChunk];
   float ddt_bias[ChunkShape<Variant>::kKeyTile];
-  float dA_log[kSlices];  // of the channels of each slice
+  float dA_log[kSlices];            // of the channels of each slice
+  float dots[kSlices][2 * kChunk];  // of q and dq, then k and dk, likewise: published by the keys kernel, zero at first
 };
 
 /// What lies over the record, from K~ on, once the values kernel has read that.

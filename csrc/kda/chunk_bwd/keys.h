@@ -83,7 +83,7 @@ struct KeyGradients : KeysThread<Variant> {
       float const sum = warp_sum_scattered(dots[kind]);
       if (lane >= kTokensPerThread) continue;
       s.dots[kind][warp % kPerGroup][this->row(lane)] = sum;
-      if (kSlices > 1) publish(&cell.inverse().dots[slice()][kind * Base::kChunk + this->row(lane)], sum);
+      if (kSlices > 1) publish(&cell.sums().dots[slice()][kind * Base::kChunk + this->row(lane)], sum);
     }
   }
   /// Those of the other channels, of this warp's tokens, from the same warp of the other blocks.
@@ -92,7 +92,7 @@ struct KeyGradients : KeysThread<Variant> {
     int const kind = lane / kTokensPerThread, row = this->row(lane % kTokensPerThread);
     for (int i = 0; i < kSlices; ++i)
       if (i != slice() && kind < 2)
-        s.dots[kind][0][row] += await_published(&cell.inverse().dots[i][kind * Base::kChunk + row]);
+        s.dots[kind][0][row] += await_published(&cell.sums().dots[i][kind * Base::kChunk + row]);
     sync_warp();
   }
   KDA_DEVICE int slice() const { return this->first_channel / Base::kKeyTile; }

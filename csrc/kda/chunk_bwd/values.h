@@ -239,6 +239,11 @@ struct ValueGradients {
 #pragma unroll
         for (int half = 0; half < 2; ++half) store_scores(j * 16 + half * 8, da[j][half]);
     }
+    if constexpr (KeysSlice<Variant>::kSlices > 1) {
+      static_assert(2 * kChunk <= kThreads);
+      for (auto& of_slice : cell.sums().dots)
+        if (thread < 2 * kChunk) of_slice[thread] = 0.f;
+    }
     sync_block();
     copy(cell.score_gradients().qk, s.a_qk);
     copy(cell.score_gradients().kk, s.l);
