@@ -200,13 +200,12 @@ def _autograd_function(namespace: str, name: str) -> type[torch.autograd.Functio
     What torch.library wraps around the latter reads the schema anew for every argument of every call, which takes the
     host longer than everything else of a forward (findings/torch_custom_op_autograd_cost.sh).
     """
-    raw = variants.op_in(namespace, FUNCTIONAL[name])
     backward, save = _AUTOGRAD[name]
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
-            results = raw(*args)
+            results = variants.op_in(namespace, FUNCTIONAL[name])(*args)
             save(ctx, args, results)
             return results
 
