@@ -62,17 +62,17 @@ PLANTS = (
         "gradient_of_a_state_a_chunk_late",
         SCAN,
         "after(cell);",
-        "after(cell);\nif (kPass == ScanPass::kReverse) before(index, cell);",
+        "after(cell);\nif (kPass == ScanPass::kReverse) before(cell);",
         "plain",
         wrong("dk", "dv"),
     ),
     Plant(
         "state_of_the_chunk_before",
         SCAN,
-        "before(index, cell);",
-        "if (kPass == ScanPass::kReverse || i == 0) before(index, cell);\n"
-        "if (kPass == ScanPass::kStates && i + 1 < work.chunks)\n"
-        "  before(index, BackwardCell<Variant>(p, work.sequence.first_slot + index + 1, work.value_head));",
+        "before(cell);",
+        "if (kPass == ScanPass::kReverse || i == 0) before(cell);\n"
+        "if (kPass == ScanPass::kStates && i + 1 < count)\n"
+        "  before(BackwardCell<Variant>(p, first_slot + i + 1, work.value_head));",
         "plain",
         wrong("dq", "dg"),
     ),
@@ -88,8 +88,8 @@ PLANTS = (
     Plant(
         "sum_of_one_turn",
         REDUCE,
-        "sum += channel < kKeyTile ? chunk.ddt_bias[channel] : chunk.dA_log;",
-        "if (slot < kRows) sum += channel < kKeyTile ? chunk.ddt_bias[channel] : chunk.dA_log;",
+        "sum += channel < kKeyTile ? chunk.ddt_bias[channel] : chunk.dA_log_of_all();",
+        "if (slot < kRows) sum += channel < kKeyTile ? chunk.ddt_bias[channel] : chunk.dA_log_of_all();",
         "plain",
         wrong("ddt_bias", "dA_log"),
     ),
@@ -130,7 +130,7 @@ PLANTS = (
     Plant(
         "keys_before_their_cell",
         KEYS,
-        "bringer(tile).wait(tile / kTiles % 2);",
+        "bringer().wait(tile % 2);",
         "",
         "plain",
         ("chunk_bwd_keys: ", "more than 1 arrivals in one phase"),

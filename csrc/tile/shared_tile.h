@@ -42,14 +42,14 @@ struct alignas(1024) SharedTile {
   }
 };
 
-/// A matrix as 8 x 8 matrices, each of them one run of bytes in rows, in panels of at most 64 columns. Accumulators are
+/// A matrix as 8 x 8 matrices, each of them one run of bytes in rows, in panels of kPanelCols columns. Accumulators are
 /// written to it in whole lines, and ldmatrix reads it without bank conflicts.
-template <class T, int kRowCount, int kColCount>
+template <class T, int kRowCount, int kColCount, int kPanelCols = kColCount>
 struct alignas(128) MatrixTile {
   using Element = T;
   static constexpr int kRows = kRowCount;
   static constexpr int kCols = kColCount;
-  static constexpr int kPanel = kCols < 64 ? kCols : 64;
+  static constexpr int kPanel = kPanelCols;
   static_assert(kRows % 8 == 0 && kCols % kPanel == 0 && kPanel % 8 == 0);
 
   T data[kRows * kCols];
@@ -57,11 +57,9 @@ struct alignas(128) MatrixTile {
   static KDA_DEVICE constexpr uint32_t index(uint32_t row, uint32_t col) {
     return ((col / kPanel * (kRows / 8) + row / 8) * (kPanel / 8) + col % kPanel / 8) * 64 + row % 8 * 8 + col % 8;
   }
-  /// kCount columns from `first` on, as a tile: panels lie one behind the other.
-  template <int kCount>
-  KDA_DEVICE MatrixTile<T, kRows, kCount>& columns(int first) {
-    static_assert(kCount % kPanel == 0);
-    return reinterpret_cast<MatrixTile<T, kRows, kCount>&>(data[first * kRows]);
+  /// The panel that begins with column `first`, as a tile.
+  KDA_DEVICE MatrixTile<T, kRows, kPanel>& panel(int first) {
+    return reinterpret_cast<MatrixTile<T, kRows, kPanel>&>(data[first * kRows]);
   }
   KDA_DEVICE T& at(uint32_t row, uint32_t col) { return data[index(row, col)]; }
   KDA_DEVICE T const& at(uint32_t row, uint32_t col) const { return data[index(row, col)]; }

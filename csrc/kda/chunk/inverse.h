@@ -10,10 +10,8 @@ namespace kda {
 template <class Variant>
 struct alignas(ChunkRecord<Variant>) ChunkInverse {
   tile::DiagonalBlock diagonal[ChunkShape<Variant>::kBlocks];  // the inverses of the diagonal blocks
-  float beta_share[ChunkShape<Variant>::kChunk];               // gate_columns.h
-  alignas(16) float norm[2 * ChunkShape<Variant>::kChunk];     // 1 / |q|, then 1 / |k|; without l2norm 1
-  alignas(16) uint32_t has_small_beta;                         // a share is not 1
-  uint32_t steep;                                              // the scores were made by splits
+  ChunkFlags<ChunkShape<Variant>::kChunk> flags;
+  alignas(16) float norm[2 * ChunkShape<Variant>::kChunk];  // 1 / |q|, then 1 / |k|; without l2norm 1
 };
 
 }  // namespace kda

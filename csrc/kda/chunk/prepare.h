@@ -187,7 +187,7 @@ struct Prepare : PrepareThread<Variant, kTeams> {
   /// For the backward: the beta that counts. The first kChunk threads.
   KDA_DEVICE float keep_share(float beta, bool live) {
     float const share = live ? beta_share<E>(beta) : 1.f;
-    kept_inverse().beta_share[thread] = share;
+    kept_inverse().flags.beta_share[thread] = share;
     s.has_small_beta[thread] = share != 1.f;
     return at_least<E>(beta);
   }
@@ -201,7 +201,7 @@ struct Prepare : PrepareThread<Variant, kTeams> {
     if (thread) return;
     bool any = false;
     for (bool small : s.has_small_beta) any = any || small;
-    to.has_small_beta = any, to.steep = this->any_steep();
+    to.flags.has_small_beta = any, to.flags.steep = this->any_steep();
   }
   /// The rows of the chunk's tokens; those behind its last one are zero, and whoever loads them knows that.
   template <class Tile>

@@ -28,6 +28,14 @@ struct ChunkRecord : ChunkTransition<Variant> {
   typename ChunkTransition<Variant>::Square a_qk;   // scale * A_qk, zero above the diagonal
 };
 
+/// What the backward knows of a chunk's tokens beside its record.
+template <int kChunk>
+struct ChunkFlags {
+  alignas(16) uint32_t has_small_beta;   // a share is not 1
+  uint32_t steep;                        // the scores were made by splits
+  alignas(16) float beta_share[kChunk];  // gate_columns.h
+};
+
 /// How far the records and the carried states have come, where the kernels of all parts run beside each other: counters
 /// (flags.h), zero at first. Every kernel waits only for kernels launched before it.
 struct Progress {

@@ -55,13 +55,7 @@ struct ScanResults<Values, kWarps, ScanPass::kSummary> {
   bool remembers[kWarps];  // rows of M: any of the warp's, at the last check
 };
 
-/// Of kStates: 16 bytes from ChunkInverse::has_small_beta on.
-template <ScanPass kPass>
-struct ScanFlags {};
-template <>
-struct ScanFlags<ScanPass::kStates> {
-  alignas(16) uint32_t has_small_beta[4];
-};
+struct NoFlags {};
 
 /// Sums over half of K, of alternate chunks, lane by lane. A chain of bases: nvcc reaches a second base by a conversion
 /// that hides that this is shared memory.
@@ -80,10 +74,10 @@ struct ScanStorage : ScanPartials<ScanResults<typename ChunkTransition<Variant>:
                                   Shape::kChunk / 8, Shape::kParts> {
   static constexpr bool kWhole = kPass == ScanPass::kOutputs || kPass == ScanPass::kReverse;
   using Record = std::conditional_t<kWhole, ChunkRecord<Variant>, ChunkTransition<Variant>>;
-  struct Stage {
+  /// A base, since members of no size would take an alignment each.
+  struct Stage : std::conditional_t<kPass == ScanPass::kStates, ChunkFlags<Shape::kChunk>, NoFlags> {
     Record record;
     typename Record::Values u;  // T V; in reverse: dO
-    ScanFlags<kPass> flags;
   } stage[Shape::kStages];
   Mbarrier full[Shape::kStages];  // wgmma variants: what bulk copies bring has arrived
 };
@@ -189,9 +183,8 @@ struct ScanHelper {
  private:
   /// Where that begins in a record which is copied as one run of bytes.
   template <class Record>
-  static KDA_DEVICE void* first_of(Record& record) {
-    if constexpr (Shape::kOfBackward) return &record.k_tilde;
-    else return &record;
+  static KDA_DEVICE auto* first_of(Record& record) {
+    return Shape::kOfBackward ? &record.k_tilde : &record.w;
   }
   /// Every warp that copies, for itself. Fences would hold up the copies on their way: one for all that is there.
   KDA_DEVICE void wait_for_record(int64_t slot, int value_head, int64_t left) {
@@ -232,7 +225,6 @@ struct ScanConsumer {
   tile::Accumulator o[kTokenTiles];         // O^T
   tile::LeftFragment<E> left[kChunk / 16];  // U^T, as operand
   Products products;
-  float const* shares = nullptr;  // of kStates: what is U is times this, token by token; read where one is not 1
 
   KDA_DEVICE int row() const { return warp % kConsumerWarps * 16; }  // of S^T in the tile: 16 columns of V
   KDA_DEVICE int key() const { return kParts == 1 ? 0 : warp / kConsumerWarps * kPartTile; }
@@ -254,7 +246,7 @@ struct ScanConsumer {
     if constexpr (kParts > 1) join_parts((stage + Shape::kStages * int(parity)) % 2);
     correct_values(in);
     if constexpr (kPass == ScanPass::kStates)
-      if (in.flags.has_small_beta[0]) take_shares();
+      if (in.has_small_beta) take_shares(in.beta_share);
     advance(in);
   }
 
@@ -336,7 +328,8 @@ struct ScanConsumer {
     products.template wait<0>();
   }
 
-  KDA_DEVICE void take_shares() {
+  /// U as it is, token by token, for the state.
+  KDA_DEVICE void take_shares(float const* shares) {
 #pragma unroll
     for (int c = 0; c < kTokenTiles; c += 2) {
       tile::Accumulator u[2] = {x[c], x[c + 1]};

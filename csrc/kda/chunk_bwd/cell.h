@@ -40,6 +40,12 @@ struct ChunkSums {
   float ddt_bias[ChunkShape<Variant>::kKeyTile];
   float dA_log[kSlices];            // of the channels of each slice
   float dots[kSlices][2 * kChunk];  // of q and dq, then k and dk, likewise: published by the keys kernel, zero at first
+
+  KDA_DEVICE float dA_log_of_all() const {
+    float sum = 0.f;
+    for (float of_slice : dA_log) sum += of_slice;
+    return sum;
+  }
 };
 
 /// What lies over the record, from K~ on, once the values kernel has read that.
@@ -54,8 +60,9 @@ struct BackwardCell {
   using E = typename Variant::Element;
   using Shape = ChunkShape<Variant>;
   using Record = ChunkRecord<Variant>;
-  using State = tile::MatrixTile<E, kValueTile, Shape::kKeyTile>;  // S^T of 64 columns of V
-  using Values = tile::MatrixTile<E, kValueTile, Shape::kChunk>;   // U^T of 64 columns of V
+  /// S^T of 64 columns of V; a slice of it is one run of bytes.
+  using State = tile::MatrixTile<E, kValueTile, Shape::kKeyTile, KeysSlice<Variant>::config.key_tile>;
+  using Values = tile::MatrixTile<E, kValueTile, Shape::kChunk>;  // U^T of 64 columns of V
   static_assert(sizeof(Values) <= sizeof(typename Record::Values));
   /// The place of W in a record. In front of the first cell it is empty.
   static constexpr int64_t kFrontBytes = sizeof(typename Record::Wide);

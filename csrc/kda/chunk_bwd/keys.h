@@ -25,7 +25,7 @@ struct KeyGradients : KeysThread<Variant> {
     this->sync_team();
     this->load_gate_parameters(chunk.value_head);
     this->load_inputs(chunk);
-    bool const wide = this->gate_is_wide(), steep = cell.inverse().steep;
+    bool const wide = this->gate_is_wide(), steep = cell.inverse().flags.steep;
     if (wide) this->load_wide_gate(chunk);
     else this->load_cell();
     if (thread < Base::kChunk) s.diagonal[thread] = cell.sums().diagonal[thread];
@@ -183,8 +183,7 @@ struct KeyGradients : KeysThread<Variant> {
   }
   template <class T, class Tile>
   KDA_DEVICE void store_tile(Rows const& to, Tile const& tile, int head) const {
-    this->template key_rows<T>(to, chunk, head)
-        .template store<Base::kKeyTile>(tile, 0, this->loader(), Base::kLoaders);
+    this->template key_rows<T>(to, chunk, head).template store<Base::kKeyTile>(tile, 0, this->loader(), Base::kLoaders);
   }
   template <class T, class Tile>
   KDA_DEVICE void put(Tile& tile, float2 const (&x)[kTokensPerThread]) const {

@@ -113,8 +113,8 @@ struct KeysThread : ColumnThread<KeysSlice<Variant>, KeysStorage<Variant>, 1> {
   KDA_DEVICE void load_tile(int tile, T&... more) {
     auto& to = s.tile;
     int const first = tile * kValueTile;
-    auto const own = [&](auto& state) -> auto& { return state.template columns<kKeyTile>(this->first_channel); };
-    bringer().bring(to.u, cell.u(tile), to.state, own(cell.state(tile)), to.d_state, own(cell.d_state(tile)), more...);
+    bringer().bring(to.u, cell.u(tile), to.state, cell.state(tile).panel(this->first_channel), to.d_state,
+                    cell.d_state(tile).panel(this->first_channel), more...);
     bool const of_x = warp % 2;  // half of the warps bring dX, the others dO
     tile_rows<E>(of_x ? call.dv : call.d_o, chunk, chunk.value_head, first, call.value_dim - first)
         .template load<kValueTile>(of_x ? to.d_x : to.d_o, 0, warp / 2 * 32 + lane, kThreads / 2);

@@ -22,9 +22,7 @@ KDA_GLOBAL void __launch_bounds__(kReduceThreads) chunk_bwd_reduce_kernel(ChunkB
   if (channel <= kKeyTile)
     for (int64_t slot = row; slot < p.part_slots; slot += kRows) {
       ChunkSums<Variant> const& chunk = BackwardCell<Variant>(p, slot, head).sums();
-      if (channel < kKeyTile) sum += chunk.ddt_bias[channel];
-      else
-        for (float of_slice : chunk.dA_log) sum += of_slice;
+      sum += channel < kKeyTile ? chunk.ddt_bias[channel] : chunk.dA_log_of_all();
     }
   storage->sum[row][column] = sum;
   sync_block();

@@ -65,11 +65,14 @@ KDA_DEVICE void bring_chunks(ScanHelper<Variant, kPass> helper, ScanWork const& 
     int const stage = int(i % kStages);
     int64_t const index = kPass == ScanPass::kReverse ? work.chunks - 1 - i : i;
     if (i >= kStages) Barrier::wait(Barrier::empty(stage));
-    if constexpr (kPass == ScanPass::kStates)
-      if (helper.thread == 0) {
-        BackwardCell<Variant> const cell(helper.p, work.sequence.first_slot + index, work.value_head);
-        cp_async_16(helper.s.stage[stage].flags.has_small_beta, &cell.inverse().has_small_beta);
-      }
+    if constexpr (kPass == ScanPass::kStates) {
+      ChunkFlags<Variant::config.chunk>& to = helper.s.stage[stage];
+      auto const& from =
+          BackwardCell<Variant>(helper.p, work.sequence.first_slot + index, work.value_head).inverse().flags;
+      int const at = helper.thread * 16;
+      if (at < int(sizeof(to)))
+        cp_async_16(reinterpret_cast<char*>(&to) + at, reinterpret_cast<char const*>(&from) + at);
+    }
     helper.load_rows(chunk_of_head<Variant>(helper.p, work.sequence, index, work.value_head), stage);
     helper.load(work.sequence.first_slot + index, work.value_head, stage, 1);
   }
@@ -81,14 +84,17 @@ KDA_DEVICE void scan_chunks(ChunkBwdParams const& p, Consumer& consumer, ScanWor
                             After after) {
   using Barrier = ScanBarrier<Variant, kPass>;
   constexpr int kStages = ScanShape<Variant, kPass>::kStages;
+  /// Slots are counted in 32 bits. With these widths no variant spills in the loop (csrc/tools/check_sass.py).
+  using Index = std::conditional_t<sizeof(typename Variant::Element) == 4, int64_t, int32_t>;
+  Index const count = Index(work.chunks), first_slot = Index(work.sequence.first_slot);
   int stage = 0;
   uint32_t parity = 0;
-  for (int64_t i = 0; i < work.chunks; ++i) {
-    int64_t const index = kPass == ScanPass::kReverse ? work.chunks - 1 - i : i;
-    BackwardCell<Variant> const cell(p, work.sequence.first_slot + index, work.value_head);
+  for (Index i = 0; i < count; ++i) {
+    Index const index = kPass == ScanPass::kReverse ? count - 1 - i : i;
+    BackwardCell<Variant> const cell(p, first_slot + index, work.value_head);
     before(cell);
     consumer.step(stage, parity);
-    if (i + kStages < work.chunks) Barrier::arrive(Barrier::empty(stage));
+    if (i + kStages < count) Barrier::arrive(Barrier::empty(stage));
     after(cell);
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
@@ -105,10 +111,7 @@ KDA_DEVICE void scan_states(ChunkBwdParams const& p, ScanConsumer<Variant, ScanP
   load_state(consumer.state, state_in_slot(p.initial_state, p, slot, work.value_head), p, part);
   scan_chunks<Variant, ScanPass::kStates>(
       p, consumer, work,
-      [&](Cell const& cell) {
-        keep_state<E>(consumer.state, cell.state(tile), consumer.row(), consumer.key());
-        consumer.shares = cell.inverse().beta_share;
-      },
+      [&](Cell const& cell) { keep_state<E>(consumer.state, cell.state(tile), consumer.row(), consumer.key()); },
       [&](Cell const& cell) {
         if (consumer.completes_output()) keep_state<E>(consumer.x, cell.u(tile), consumer.row(), 0);
       });
