@@ -267,6 +267,13 @@ TEST_F(Overlap, ProgramOfFlags) {
   }
 }
 
+TEST_F(Overlap, ProgramOfPublishedNumbers) {
+  auto const out = published_numbers();
+  auto const own = [](uint32_t i) { return i % 64 % 7 ? float(i) / 3.f : 0.f; };
+  for (uint32_t i = 0; i < 256; ++i)
+    ASSERT_EQ(out[i], float_to_bits(2.f * own((i / 64 ^ 1) * 64 + (i % 64 ^ 5)) + own(i))) << i;
+}
+
 // ---- misuse that shows late ------------------------------------------------------------------------------------
 
 TEST_F(OverlapMisuse, MisuseIsToldOfItsOwnKernel) {

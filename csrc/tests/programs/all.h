@@ -59,6 +59,7 @@ inline std::vector<Program> programs() {
       {"named_barriers", bytes_of<named_barrier_pipeline>, 0, 0},
       {"overlapping_kernels", bytes_of<overlapping_kernels>, 0, 0},
       {"flags", bytes_of<flags>, 0, 0},
+      {"published_numbers", bytes_of<published_numbers>, 0, 0},
       {"sync_warp", bytes_of<sync_warp_halves>, 0, 0},
       {"shuffles", bytes_of<shuffles>, 0, 0},
       {"sums", bytes_of<sums>, 0, 0},

@@ -175,6 +175,21 @@ inline std::vector<uint32_t> flags() {
   return out.download();
 }
 
+/// Neighbouring blocks tell each other numbers, zeros among them.
+KDA_GLOBAL void publishing_kernel(uint32_t* out, float* numbers) {
+  int const t = thread_index(), block = int(blockIdx.x);
+  float const own = t % 7 ? float(block * 64 + t) / 3.f : 0.f;
+  publish(&numbers[block * 64 + t], own);
+  float const other = await_published(&numbers[(block ^ 1) * 64 + (t ^ 5)]);
+  out[block * 64 + t] = float_to_bits(2.f * other + own);
+}
+inline std::vector<uint32_t> published_numbers() {
+  Buffer<float> const numbers(std::vector<float>(256, 0.f));
+  Buffer<uint32_t> const out(std::vector<uint32_t>(256, 0));
+  launch("program", publishing_kernel, dim3(4), dim3(64), 0, nullptr, out.data(), numbers.data());
+  return out.download();
+}
+
 /// The halves of a warp proceed apart.
 KDA_GLOBAL void sync_warp_kernel(uint32_t* out) {
   KDA_SHARED(SharedWords, s);
