@@ -32,8 +32,14 @@ from .schemas import (
 )
 
 __all__ = [
-    "FUNCTIONAL", "NAMESPACE", "NAMESPACE_EMULATED", "NAMESPACE_REFERENCE", "SCHEMAS", "define_namespace", "runner"
-]  # fmt: skip
+    "FUNCTIONAL",
+    "NAMESPACE",
+    "NAMESPACE_EMULATED",
+    "NAMESPACE_REFERENCE",
+    "SCHEMAS",
+    "define_namespace",
+    "runner",
+]
 
 REFERENCE = {
     "kda_gate_fwd": reference.kda_gate_fwd,

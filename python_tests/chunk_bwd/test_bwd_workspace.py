@@ -19,8 +19,16 @@ MODEL = {"gate": "long", "beta_sigmoid": True}
 
 
 def plan(device, wanted=GRADIENTS, **shape) -> dict[str, str]:
-    sizes = {"dtype": BF16, "batch": 1, "tokens": 8192, "sequences": None, "heads": 16, "value_heads": 16,
-             "key_dim": 128, "value_dim": 128} | shape  # fmt: skip
+    sizes = {
+        "dtype": BF16,
+        "batch": 1,
+        "tokens": 8192,
+        "sequences": None,
+        "heads": 16,
+        "value_heads": 16,
+        "key_dim": 128,
+        "value_dim": 128,
+    } | shape
     return ChunkShape(**sizes, device=torch.device(str(device))).backward_plan(NAMESPACES[device.name], mask(wanted))
 
 
@@ -65,15 +73,42 @@ def test_scratch(wanted, shape, expected, device):
 
 # Rows of dq too short for L; of fp32 long enough, with W in pieces of 16 bytes or not; rows that are no pieces at all.
 PLACES = [
-    Case(f"places {dtype} {key_dim} {value_heads}".replace("torch.", ""), 150, heads=1, value_heads=value_heads,
-         key_dim=key_dim, value_dim=72, initial_state=True, dtype=dtype, **MODEL)
-    for dtype, key_dim, value_heads in (
-        (BF16, 24, 1), (BF16, 24, 2), (BF16, 36, 2), (BF16, 40, 2), (BF16, 33, 2), (BF16, 71, 1), (FP16, 100, 1),
-        (FP32, 24, 1), (FP32, 24, 2), (FP32, 35, 1), (FP32, 130, 2),
+    Case(
+        f"places {dtype} {key_dim} {value_heads}".replace("torch.", ""),
+        150,
+        heads=1,
+        value_heads=value_heads,
+        key_dim=key_dim,
+        value_dim=72,
+        initial_state=True,
+        dtype=dtype,
+        **MODEL,
     )
-]  # fmt: skip
-PACKED = Case("places packed", 149, lengths=(0, 70, 0, 65, 1, 13, 0), heads=2, key_dim=24, value_dim=40,
-              initial_state=True, dtype=BF16, **MODEL)  # fmt: skip
+    for dtype, key_dim, value_heads in (
+        (BF16, 24, 1),
+        (BF16, 24, 2),
+        (BF16, 36, 2),
+        (BF16, 40, 2),
+        (BF16, 33, 2),
+        (BF16, 71, 1),
+        (FP16, 100, 1),
+        (FP32, 24, 1),
+        (FP32, 24, 2),
+        (FP32, 35, 1),
+        (FP32, 130, 2),
+    )
+]
+PACKED = Case(
+    "places packed",
+    149,
+    lengths=(0, 70, 0, 65, 1, 13, 0),
+    heads=2,
+    key_dim=24,
+    value_dim=40,
+    initial_state=True,
+    dtype=BF16,
+    **MODEL,
+)
 PARTS = [("dv",), ("dbeta",), ("dinitial_state",), ("dq", "dv"), ("dk", "dbeta"), ("dg",), ("dA_log",), ("dq", "dk")]
 
 
