@@ -46,6 +46,7 @@ class Call(NamedTuple):
     arguments: tuple  # of the op, by name
     owner: Tensor  # whose device and dtype decide who serves the op
     returned: Callable[[Any], Any]  # from the op's results to the function's
+    runner: Callable[[str, str], Callable] = library.runner  # from namespace and op to what runs it
 
 
 def public(bind: Callable[P, Call]) -> Callable[P, Any]:
@@ -65,7 +66,7 @@ def run(call: Call) -> Any:
     namespace, reason = variants.choose(raw, x)
     if namespace == NAMESPACE_REFERENCE and x.device.type == "cuda":
         variants.warn_no_kernel(raw, reason)
-    return call.returned(library.runner(namespace, call.op)(*call.arguments))
+    return call.returned(call.runner(namespace, call.op)(*call.arguments))
 
 
 def as_it_is(results: Any) -> Any:

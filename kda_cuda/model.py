@@ -143,6 +143,7 @@ class HybridLM(nn.Module):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cp_context: object | None = None,
     ) -> Tensor:
         """Logits ``[batch, tokens, vocab_size]`` for ``tokens`` ``[batch, tokens]``.
 
@@ -157,6 +158,7 @@ class HybridLM(nn.Module):
                 padding: they change nothing, may be any number, and their logits mean nothing. Not with a cache.
             position_ids: int32 or int64 ``[batch, tokens]``, instead of ``cu_seqlens``: a document begins with every
                 row and wherever a position does not follow the one before. The model has no other use for positions.
+            cp_context: as in :func:`kda_cuda.chunk_kda`: tokens is ``[1, tokens of this rank]``. Not with the others.
 
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it.
@@ -170,12 +172,12 @@ class HybridLM(nn.Module):
             )
         shape = tokens.shape
         if position_ids is not None:
-            if cache is not None or cu_seqlens is not None or attention_mask is not None:
-                others = "cache, attention_mask or cu_seqlens"
+            if any(x is not None for x in (cache, cu_seqlens, attention_mask, cp_context)):
+                others = "cache, attention_mask, cu_seqlens or cp_context"
                 raise c.value_error(f"position_ids is given with {others}, expected one of them")
             cu_seqlens = documents_of_positions(c.op, tokens, position_ids)
             tokens = tokens.reshape(1, -1)
-        layout = layout_of(c.op, tokens, cache is not None, attention_mask, cu_seqlens)
+        layout = layout_of(c.op, tokens, cache is not None, attention_mask, cu_seqlens, cp_context)
         logits = layout.leave(self.lm_head(self.model(layout.enter(tokens), cache, layout)))
         return logits.view(*shape, logits.shape[-1]) if position_ids is not None else logits
 
