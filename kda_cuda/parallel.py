@@ -16,9 +16,15 @@ from .nn.kda import GATE_PARAMETERS, KimiDeltaAttention
 from .nn.mla import NoPEMultiLatentAttention
 
 __all__ = [
-    "CPContext", "build_cp_context", "exchange_conv_tails", "gather_tokens", "head_slice", "local_cp_contexts",
-    "run_local", "shard",
-]  # fmt: skip
+    "CPContext",
+    "build_cp_context",
+    "exchange_conv_tails",
+    "gather_tokens",
+    "head_slice",
+    "local_cp_contexts",
+    "run_local",
+    "shard",
+]
 
 LAYERS = (KimiDeltaAttention, NoPEMultiLatentAttention)
 BY_HEADS = {  # parameters with a dimension of heads, and which one that is; ranks have the others in common

@@ -203,8 +203,9 @@ class _ContextParallelChunk(torch.autograd.Function):
         saved = [t for x, (_, _, *kept) in zip(ranks, results, strict=True) for t in (*_saved(x), *kept)]
         ctx.save_for_backward(*saved)
         ctx.options = [x._replace(**dict.fromkeys((*GRADIENTS, "cu_seqlens"))) for x in ranks]
-        ctx.needed = [[getattr(needs, name) for name in GRADIENTS]
-                      for needs in _by_rank(ctx.needs_input_grad[2:], meeting)]  # fmt: skip
+        ctx.needed = [
+            [getattr(needs, name) for name in GRADIENTS] for needs in _by_rank(ctx.needs_input_grad[2:], meeting)
+        ]
         ctx.set_materialize_grads(False)
         return tuple(t for o, final, *_ in results for t in (o, final))
 

@@ -234,9 +234,15 @@ def _starts(c: Checker, bounds: list[int], ranks: int, layout: str, lengths: Seq
 
 
 def _context(
-    group: Any, rank: int, ranks: int, bounds: list[int], starts: list[int], taps: int | None, layout: str,
+    group: Any,
+    rank: int,
+    ranks: int,
+    bounds: list[int],
+    starts: list[int],
+    taps: int | None,
+    layout: str,
     device: torch.device,
-) -> CPContext:  # fmt: skip
+) -> CPContext:
     pieces = [piece_of(bounds, starts, slot) for slot in slots_of(rank, ranks, layout)]
     local = [*pieces[0].bounds]
     for piece in pieces[1:]:
@@ -281,8 +287,18 @@ def _zigzag_fields(front: Piece, back: Piece) -> dict[str, object]:
     }
 
 
-FIELDS = ("group", "cu_seqlens", "layout", "pre_num_ranks", "post_num_ranks", "pre_num_conv_tokens", "front_num_seqs",
-          "pre_num_ranks_by_part", "post_num_ranks_by_part", "pre_num_conv_tokens_by_part")  # fmt: skip
+FIELDS = (
+    "group",
+    "cu_seqlens",
+    "layout",
+    "pre_num_ranks",
+    "post_num_ranks",
+    "pre_num_conv_tokens",
+    "front_num_seqs",
+    "pre_num_ranks_by_part",
+    "post_num_ranks_by_part",
+    "pre_num_conv_tokens_by_part",
+)
 
 
 def route_of(c: Checker, context: Any) -> Route:

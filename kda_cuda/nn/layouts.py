@@ -130,9 +130,13 @@ def _along_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 def layout_of(
-    op: str, x: Tensor, cached: bool, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    op: str,
+    x: Tensor,
+    cached: bool,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     cp_context: object | None = None,
-) -> Layout:  # fmt: skip
+) -> Layout:
     """The layout of ``x`` ``[batch, tokens, ...]``, after the checks of what describes it.
 
     ``cached``: whether there is a cache. An ``attention_mask`` may then begin with the columns of past tokens.

@@ -61,7 +61,7 @@ DIVISIONS = {
         Division((0, 31, 32, 101), layout="zigzag"),
         Division((0, 3), layout="zigzag"),
     ],
-}  # fmt: skip
+}
 
 
 def whole_inputs(division: Division, gate: str, dtype: torch.dtype, v_first: bool = False, sizes=(1, 2, 8, 6)) -> dict:
@@ -71,10 +71,13 @@ def whole_inputs(division: Division, gate: str, dtype: torch.dtype, v_first: boo
     g, A_log, dt_bias, lower_bound = GATES[gate](d, 1, total, value_heads, key_dim)
     states = (len(division.cu_seqlens) - 1, value_heads, *((value_dim, key_dim) if v_first else (key_dim, value_dim)))
     tensors = {
-        "q": d.normal(1, total, heads, key_dim), "k": d.normal(1, total, heads, key_dim),
-        "v": d.normal(1, total, value_heads, value_dim), "g": g, "beta": d.uniform(1, total, value_heads),
+        "q": d.normal(1, total, heads, key_dim),
+        "k": d.normal(1, total, heads, key_dim),
+        "v": d.normal(1, total, value_heads, value_dim),
+        "g": g,
+        "beta": d.uniform(1, total, value_heads),
         "do": d.normal(1, total, value_heads, value_dim),
-    }  # fmt: skip
+    }
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     tensors = {name: x.to(dtype) for name, x in tensors.items()}
     tensors |= {"initial_state": d.normal(*states).to(wide), "dfinal": d.normal(*states).to(wide)}
@@ -135,7 +138,7 @@ def results_of(context: parallel.CPContext, x: dict, call: Any = kda_cuda.chunk_
 def check_rank(
     context: parallel.CPContext, got: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype
 ) -> None:
-    """Every tensor of tokens, and the states of the sequences that begin or end here. Not what is summed over tokens."""
+    """What belongs to tokens, and the states of the sequences that begin or end here. Not sums over tokens."""
     begins, ends = (torch.tensor(flags) for flags in zip(*begins_and_ends(context), strict=True))
     own = torch.tensor(context.sequences) >= 0
     for name, x in got.items():
@@ -167,11 +170,26 @@ def check_near(name: str, x: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
 
 # The fields of fla.ops.cp.FLACPContext in fla-core 0.6.0
 FLA_FIELDS = (
-    "group", "cu_seqlens", "cu_seqlens_cpu", "is_last_rank", "pre_num_ranks", "is_first_rank", "post_num_ranks",
-    "conv1d_kernel_size", "pre_num_conv_tokens", "pre_num_ranks_dev", "post_num_ranks_dev", "layout", "part_len",
-    "front_num_seqs", "pre_num_ranks_by_part", "post_num_ranks_by_part", "is_first_by_part", "is_last_by_part",
+    "group",
+    "cu_seqlens",
+    "cu_seqlens_cpu",
+    "is_last_rank",
+    "pre_num_ranks",
+    "is_first_rank",
+    "post_num_ranks",
+    "conv1d_kernel_size",
+    "pre_num_conv_tokens",
+    "pre_num_ranks_dev",
+    "post_num_ranks_dev",
+    "layout",
+    "part_len",
+    "front_num_seqs",
+    "pre_num_ranks_by_part",
+    "post_num_ranks_by_part",
+    "is_first_by_part",
+    "is_last_by_part",
     "pre_num_conv_tokens_by_part",
-)  # fmt: skip
+)
 
 
 def as_fla(context: parallel.CPContext) -> SimpleNamespace:

@@ -29,9 +29,18 @@ RANKS = 4
 DIES_AFTER = 20  # seconds: the timeout of a group in which a rank dies
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 CONFIG = HybridConfig(
-    vocab_size=20, hidden_size=16, num_layers=2, full_attention_every=2, num_heads=2, head_dim=8, kv_lora_rank=8,
-    qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, intermediate_size=24,
-)  # fmt: skip
+    vocab_size=20,
+    hidden_size=16,
+    num_layers=2,
+    full_attention_every=2,
+    num_heads=2,
+    head_dim=8,
+    kv_lora_rank=8,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    intermediate_size=24,
+)
 CHECKS: dict[str, tuple[int, Callable]] = {}  # name -> how many ranks it takes, and what they do with their group
 Group = dist.ProcessGroup
 
@@ -120,8 +129,11 @@ def calls_without_gradients(group: Group) -> None:
 @check(2)
 def the_emulated_kernels(group: Group) -> None:
     with testing.emulated():
-        for division, gate, dtype in ((DIVISIONS[2][0], "slow", BF16), (DIVISIONS[2][3], "released", F32),
-                                      (Division((0, 70), layout="zigzag"), "violent", BF16)):  # fmt: skip
+        for division, gate, dtype in (
+            (DIVISIONS[2][0], "slow", BF16),
+            (DIVISIONS[2][3], "released", F32),
+            (Division((0, 70), layout="zigzag"), "violent", BF16),
+        ):
             x = whole_inputs(division, gate, dtype, sizes=(1, 1, 16, 16))
             context = context_of(division, group)
             testing.take_record()
@@ -225,33 +237,60 @@ def expect(kind: type[Exception], message: str, call: Callable[[], object]) -> N
 def mismatches_are_named_on_every_rank(group: Group) -> None:
     rank, both = dist.get_rank(group), torch.tensor([0, 10])
     c = "kda_cuda::build_cp_context"
-    expect(ValueError, f"{c}: the number of tokens is 12 on rank 1, expected 10 as on rank 0",
-           lambda: build_cp_context(torch.tensor([0, 10 + 2 * rank]), group))  # fmt: skip
-    expect(ValueError, f"{c}: the number of sequences is 2 on rank 1, expected 1 as on rank 0",
-           lambda: build_cp_context(torch.tensor([0, 3, 10] if rank else [0, 10]), group))  # fmt: skip
-    expect(ValueError, f"{c}: layout (0 contiguous, 1 zigzag) is 1 on rank 1, expected 0 as on rank 0",
-           lambda: build_cp_context(both, group, layout="zigzag" if rank else "contiguous"))  # fmt: skip
-    expect(ValueError, f"{c}: conv1d_kernel_size is -1 on rank 1, expected 4 as on rank 0",
-           lambda: build_cp_context(both, group, None if rank else 4))  # fmt: skip
-    expect(ValueError, f"{c}: tokens is [5, 6] on the ranks, together 11, expected cu_seqlens[-1]=10",
-           lambda: build_cp_context(both, group, tokens=5 + rank))  # fmt: skip
-    expect(ValueError, f"{c}: tokens is None on rank 1, expected a number as on other ranks",
-           lambda: build_cp_context(both, group, tokens=None if rank else 5))  # fmt: skip
+    expect(
+        ValueError,
+        f"{c}: the number of tokens is 12 on rank 1, expected 10 as on rank 0",
+        lambda: build_cp_context(torch.tensor([0, 10 + 2 * rank]), group),
+    )
+    expect(
+        ValueError,
+        f"{c}: the number of sequences is 2 on rank 1, expected 1 as on rank 0",
+        lambda: build_cp_context(torch.tensor([0, 3, 10] if rank else [0, 10]), group),
+    )
+    expect(
+        ValueError,
+        f"{c}: layout (0 contiguous, 1 zigzag) is 1 on rank 1, expected 0 as on rank 0",
+        lambda: build_cp_context(both, group, layout="zigzag" if rank else "contiguous"),
+    )
+    expect(
+        ValueError,
+        f"{c}: conv1d_kernel_size is -1 on rank 1, expected 4 as on rank 0",
+        lambda: build_cp_context(both, group, None if rank else 4),
+    )
+    expect(
+        ValueError,
+        f"{c}: tokens is [5, 6] on the ranks, together 11, expected cu_seqlens[-1]=10",
+        lambda: build_cp_context(both, group, tokens=5 + rank),
+    )
+    expect(
+        ValueError,
+        f"{c}: tokens is None on rank 1, expected a number as on other ranks",
+        lambda: build_cp_context(both, group, tokens=None if rank else 5),
+    )
     message = "rank 1 refused its arguments, expected the same valid ones on every rank"
-    expect(ValueError, f"{c}: {'cu_seqlens[1] is -3 after 0, expected no decrease' if rank else message}",
-           lambda: build_cp_context(torch.tensor([0, -3, 10] if rank else [0, 3, 10]), group))  # fmt: skip
+    expect(
+        ValueError,
+        f"{c}: {'cu_seqlens[1] is -3 after 0, expected no decrease' if rank else message}",
+        lambda: build_cp_context(torch.tensor([0, -3, 10] if rank else [0, 3, 10]), group),
+    )
     x = {name: torch.zeros(1, 5, 2, 4) for name in ("q", "k", "v", "g")} | {"beta": torch.zeros(1, 5, 2)}
     wide = x | {"v": torch.zeros(1, 5, 2, 6)}
     context = build_cp_context(both, group)
-    expect(ValueError, "kda_cuda::chunk_kda: V of v is 6 on rank 1, expected 4 as on rank 0",
-           lambda: kda_cuda.chunk_kda(**(wide if rank else x), cp_context=context))  # fmt: skip
+    expect(
+        ValueError,
+        "kda_cuda::chunk_kda: V of v is 6 on rank 1, expected 4 as on rank 0",
+        lambda: kda_cuda.chunk_kda(**(wide if rank else x), cp_context=context),
+    )
 
 
 @check(2)
 def misuse_is_named(group: Group) -> None:
     both, c = torch.tensor([0, 10]), "kda_cuda::build_cp_context"
-    expect(TypeError, f"{c}: group is a NoneType, expected a torch.distributed.ProcessGroup",
-           lambda: build_cp_context(both, None))  # fmt: skip
+    expect(
+        TypeError,
+        f"{c}: group is a NoneType, expected a torch.distributed.ProcessGroup",
+        lambda: build_cp_context(both, None),
+    )
     for kind, message, arguments in (
         (TypeError, "cu_seqlens is a list, expected a Tensor", {"cu_seqlens": [0, 10]}),
         (TypeError, "cu_seqlens has dtype float32, expected int32 or int64", {"cu_seqlens": both.float()}),
@@ -260,26 +299,44 @@ def misuse_is_named(group: Group) -> None:
         (ValueError, "tokens is 5 in the zigzag layout, expected None", {"layout": "zigzag", "tokens": 5}),
         (ValueError, "tokens is -1, expected >= 0", {"tokens": -1}),
         (ValueError, "conv1d_kernel_size is 0, expected >= 1", {"conv1d_kernel_size": 0}),
-        (ValueError, "use_tf32x3_affine_chain is False, expected True: the chain is always exact",
-         {"use_tf32x3_affine_chain": False}),
-    ):  # fmt: skip
+        (
+            ValueError,
+            "use_tf32x3_affine_chain is False, expected True: the chain is always exact",
+            {"use_tf32x3_affine_chain": False},
+        ),
+    ):
         expect(
             kind, f"{c}: {message}", lambda a=arguments: build_cp_context(**({"cu_seqlens": both, "group": group} | a))
         )
     x = {name: torch.zeros(1, 5, 2, 4) for name in ("q", "k", "v", "g")} | {"beta": torch.zeros(1, 5, 2)}
     context, c = build_cp_context(both, group), "kda_cuda::chunk_kda"
-    expect(ValueError, f"{c}: q has T=4 tokens, expected the T=5 of this rank of cp_context",
-           lambda: kda_cuda.chunk_kda(**{n: y[:, :4] for n, y in x.items()}, cp_context=context))  # fmt: skip
-    expect(ValueError, f"{c}: cu_seqlens differs from cp_context.cu_seqlens, expected None or the context's",
-           lambda: kda_cuda.chunk_kda(**x, cu_seqlens=both, cp_context=context))  # fmt: skip
+    expect(
+        ValueError,
+        f"{c}: q has T=10 tokens, expected the T=5 of this rank of cp_context",
+        lambda: kda_cuda.chunk_kda(**{n: y.repeat_interleave(2, 1) for n, y in x.items()}, cp_context=context),
+    )
+    expect(
+        ValueError,
+        f"{c}: cu_seqlens differs from cp_context.cu_seqlens, expected None or the context's",
+        lambda: kda_cuda.chunk_kda(**x, cu_seqlens=both, cp_context=context),
+    )
     layer, row = KimiDeltaAttention(4, 1, 4), torch.zeros(1, 5, 4)
-    expect(ValueError, "kda_cuda::KimiDeltaAttention: cp_context and cache are given, expected one of them",
-           lambda: layer(row, layer.new_cache(1), cp_context=context))  # fmt: skip
-    expect(ValueError, "kda_cuda::KimiDeltaAttention: the input has shape [1, 4, 4], expected [1, T=5, ...] with this "
-           "cp_context", lambda: layer(row[:, :4], cp_context=context))  # fmt: skip
+    expect(
+        ValueError,
+        "kda_cuda::KimiDeltaAttention: cp_context and cache are given, expected one of them",
+        lambda: layer(row, layer.new_cache(1), cp_context=context),
+    )
+    expect(
+        ValueError,
+        "kda_cuda::KimiDeltaAttention: the input has shape [1, 4, 4], expected [1, T=5, ...] with this cp_context",
+        lambda: layer(row[:, :4], cp_context=context),
+    )
     taps = build_cp_context(both, group, 3)
-    expect(ValueError, "kda_cuda::exchange_conv_tails: kernel_size is 4, expected cp_context.conv1d_kernel_size=3",
-           lambda: layer(row, cp_context=taps))  # fmt: skip
+    expect(
+        ValueError,
+        "kda_cuda::exchange_conv_tails: kernel_size is 4, expected cp_context.conv1d_kernel_size=3",
+        lambda: layer(row, cp_context=taps),
+    )
 
 
 # ---- the ranks -------------------------------------------------------------------------------------------------------
