@@ -325,7 +325,7 @@ def sequences_of_context(c: Checker, context: Any, cu_seqlens: Tensor | None) ->
     own = context.cu_seqlens
     if cu_seqlens is not None and cu_seqlens is not own:
         c.tensor("cu_seqlens", cu_seqlens)
-        if cu_seqlens.shape != own.shape or (check_contents(cu_seqlens) and not torch.equal(cu_seqlens, own)):
+        if cu_seqlens.shape != own.shape or (check_contents(cu_seqlens) and not torch.equal(cu_seqlens.to(own), own)):
             raise c.value_error("cu_seqlens differs from cp_context.cu_seqlens, expected None or the context's")
     return own, getattr(context, "cu_seqlens_cpu", None)
 

@@ -308,11 +308,16 @@ def misuse_is_named(group: Group) -> None:
         expect(
             kind, f"{c}: {message}", lambda a=arguments: build_cp_context(**({"cu_seqlens": both, "group": group} | a))
         )
+
+
+@check(2)
+def misuse_of_a_context_is_named(group: Group) -> None:
+    both, c = torch.tensor([0, 10]), "kda_cuda::chunk_kda"
     x = {name: torch.zeros(1, 5, 2, 4) for name in ("q", "k", "v", "g")} | {"beta": torch.zeros(1, 5, 2)}
-    context, c = build_cp_context(both, group), "kda_cuda::chunk_kda"
+    context = build_cp_context(both, group)
     expect(
         ValueError,
-        f"{c}: q has T=10 tokens, expected the T=5 of this rank of cp_context",
+        f"{c}: q has T=10 tokens, expected the T=5 that cp_context gives this rank",
         lambda: kda_cuda.chunk_kda(**{n: y.repeat_interleave(2, 1) for n, y in x.items()}, cp_context=context),
     )
     expect(
