@@ -12,6 +12,7 @@ the chain, in the order of tokens and in float64: results are equal from run to 
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -274,12 +275,19 @@ class Rank(NamedTuple):
             raise Checker("chunk_kda").value_error(
                 "cp_context is one of local_cp_contexts, expected the calls of all ranks in kda_cuda.parallel.run_local"
             )
-        return torch.compiler.disable(lambda *arguments: self._run(namespace, op, Chunk(*arguments)))
+        return functools.partial(_outside_of_graphs(), self, namespace, op)
 
-    def _run(self, namespace: str, op: str, x: Chunk) -> tuple:
+    def run(self, namespace: str, op: str, *arguments: Any) -> tuple:
+        x = Chunk(*arguments)
         _agree_on_call(self.group, x, op)
         ((o, final),) = _run(Meeting((self.route,), self.group), namespace, op, [x])
         return o, final, None
+
+
+@functools.cache
+def _outside_of_graphs() -> Callable:
+    """torch.compile leaves exchanges out of its graphs. What asks for that is slow to import."""
+    return torch.compiler.disable(Rank.run)
 
 
 def _run(meeting: Meeting, namespace: str, op: str, ranks: list[Chunk]) -> list[tuple[Tensor, Tensor | None]]:

@@ -29,7 +29,7 @@ def test_two_ranks(tmp_path):
     own = row["kda_cuda"]
     assert own["errors"].pop("equal_bits") is True
     assert set(own["errors"]) == {"o", "dq", "dk", "dv", "dg", "dbeta", "dA_log", "ddt_bias"}
-    assert all(0 < error < 3e-2 for error in own["errors"].values())
+    assert all(0 <= error < 3e-2 for error in own["errors"].values())
     assert own["sent_bytes"] == 2 * 16 * 32 * 4
     for what in ("forward", "step"):
         assert {"us", "exchange_us", "exchange_share", "shard_us", "one_gpu_us", "efficiency"} == set(own[what])
