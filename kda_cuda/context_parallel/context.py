@@ -304,7 +304,8 @@ FIELDS = (
 def route_of(c: Checker, context: Any) -> Route:
     """The route of a context of this package or of flash-linear-attention, known by its fields."""
     if missing := [name for name in FIELDS if not hasattr(context, name)]:
-        raise c.type_error(f"cp_context is a {type(context).__name__} without {missing}, expected a CPContext")
+        kind = type(context).__name__
+        raise c.type_error(f"cp_context is a {kind} without the field {missing[0]!r}, expected a CPContext")
     c.tensor("cp_context.cu_seqlens", context.cu_seqlens)
     c.choice("cp_context.layout", context.layout, LAYOUTS)
     if getattr(context, "pre_num_ranks_dev", None) is not None:
