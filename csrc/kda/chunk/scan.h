@@ -125,10 +125,12 @@ struct ScanHelper {
     ChunkRecordAt<Variant> const from(p, slot, value_head);
     if (kPass == ScanPass::kOutputs && p.progress && slot >= seen) wait_for_record(slot, value_head, left);
     auto& to = s.stage[stage];
-    constexpr int kBytes = sizeof(to.record) - (Shape::kOfBackward ? sizeof(to.record.w) : 0);
+    constexpr int kSkipped = Shape::kOfBackward ? sizeof(to.record.w) : 0, kBytes = sizeof(to.record) - kSkipped;
     bool const has_values = kLoadsValues && (!Shape::kIsSummary || value0 >= 0);
-    if constexpr (!Shape::kAsync) {
-      copy(first_of(to.record), first_of(from.record()), kBytes);
+    if constexpr (!Shape::kAsync) {  // without what nobody has written, between the tiles
+      copy(first_of(to.record), first_of(from.record()), ChunkTransition<Variant>::kBytes - kSkipped);
+      if constexpr (ScanStorage<Variant, kPass>::kWhole)
+        copy(&to.record.gamma_q, &from.record().gamma_q, ChunkRecord<Variant>::kOutputBytes);
       if (has_values) copy(&to.u, &from.values(value0 / kValueTile), sizeof(to.u));
       cp_async_commit();
     } else if (thread == 0) {
