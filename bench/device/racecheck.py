@@ -2,8 +2,8 @@
 
 python -m bench.device.racecheck LOG
 
-racecheck follows bar.sync, mbarriers and copies, but not bar.arrive: it reports hazards in bench/device/handover.cu,
-which has none. The scans of portable variants hand their records and outputs over in that way, and so they are known.
+racecheck does not follow bar.arrive everywhere: it reports hazards in kernels of bench/device/handover.cu, which have
+none. The scans of portable variants hand their records and outputs over in that way, and so they are known.
 What the tool cannot see there, ThreadSanitizer judges on the emulator. Exits with 1 where another kernel is named.
 """
 

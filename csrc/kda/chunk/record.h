@@ -39,6 +39,7 @@ template <int kChunk>
 struct ChunkFlags {
   alignas(16) uint32_t has_small_beta;   // a share is not 1
   uint32_t steep;                        // the scores were made by splits
+  uint32_t nothing[2];                   // zero, since all of it is copied
   alignas(16) float beta_share[kChunk];  // gate_columns.h
 };
 
