@@ -141,9 +141,12 @@ class Recipes:
     def get(self, key: bytes) -> Recipe | None:
         return self._known.get(key)
 
+    def forget(self) -> None:
+        self._known.clear()
+
     def keep(self, key: bytes, recipe: Recipe | None) -> None:
         if len(self._known) >= MOST:
-            self._known.clear()
+            self.forget()
         self._known[key] = recipe
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(recipes.signature is None, reason="no kda_cuda._
 @pytest.fixture(autouse=True)
 def nothing_known() -> None:
     for name in FUNCTIONS:
-        getattr(kda_cuda, name).recipes._known.clear()
+        getattr(kda_cuda, name).recipes.forget()
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_repetition_checks_nothing_and_is_the_same(name, device, checked):
         assert bool(kernels) == device.runs_kernels
         assert_same(results, expected)
         assert all(torch.equal(first[pool], again[pool]) for pool in WRITTEN if pool in first)
-        function.recipes._known.clear()
+        function.recipes.forget()
         other = {x: copied(arguments)[x] if x in WRITTEN else y for x, y in other.items()}
         assert_same(others, function(**other))
         assert checked
