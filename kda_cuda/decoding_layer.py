@@ -135,7 +135,8 @@ def check_convolution(c: Checker, q: Tensor, conv_state, conv_weights, slots: in
         c.dtype(name, weight, (conv_weights[0].dtype,) if weights else wide)
         if weight.numel() != width * CONV_TAPS or weight.shape[-1] != CONV_TAPS:
             c.shape(name, weight, **{"H*D": width, "taps": CONV_TAPS})
-        weights.append(weight.reshape(width, CONV_TAPS).contiguous())
+        shape = (width, CONV_TAPS)
+        weights.append((weight if weight.shape == shape else weight.reshape(shape)).contiguous())
     return weights
 
 

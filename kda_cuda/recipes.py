@@ -1,7 +1,8 @@
 """What a checked call leaves behind, so that the next one like it checks nothing again but contents.
 
 The checks of a call depend on its *signature*: dtypes, devices, shapes and strides of tensors, which of them require a
-gradient, all other values, and what torch is asked for around it (gradients, inference mode, autocast, emulation).
+gradient, all other values, what torch is asked for around it (gradients, inference mode, autocast, emulation), and the
+environment variable KDA_CUDA_CHECK.
 Where a call has passed them, its :class:`Recipe` says where each argument of the op comes from: from an argument of the
 function, from a constant, or it is made anew. A recipe holds no tensor.
 
@@ -11,7 +12,6 @@ call is checked: under torch.compile, torch.func and forward-mode derivatives, a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import variants
-from .checks import Checker
+from .checks import Checker, check_contents
 
 try:
     from ._C import signature, use_tensors
@@ -63,7 +63,7 @@ class Recipe(NamedTuple):
     pick: itemgetter  # the arguments, from values, constants and makers' tensors in this order
     constants: tuple
     makers: tuple[Callable[[tuple], Tensor], ...]
-    looks: tuple[tuple[bool, Callable, itemgetter], ...]  # on the CPU, check, its arguments
+    looks: tuple[tuple[Callable, itemgetter], ...]  # a check of contents, and its arguments
     checker: Checker
     returned: Callable[[Any, Any], Any]
 
@@ -72,11 +72,8 @@ class Recipe(NamedTuple):
         there = values + constants
         if makers:
             there += tuple([make(values) for make in makers])
-        if looks:
-            asked = os.environ.get("KDA_CUDA_CHECK") == "1"
-            for on_cpu, check, of in looks:
-                if on_cpu or asked:
-                    check(checker, *of(there))
+        for check, of in looks:
+            check(checker, *of(there))
         arguments = tuple.__new__(kind, pick(there))
         return returned(arguments, op(*arguments))
 
@@ -157,7 +154,7 @@ def recipe_of(checker: Checker | None, op: Callable, arguments: tuple, values: t
     writer = Writer(values, checker)
     try:
         picked = writer.sources(arguments)
-        looks = [(x.device.type == "cpu", check, writer.sources(given)) for x, check, given in checker.looks]
+        looks = [(check, writer.sources(given)) for x, check, given in checker.looks if check_contents(x)]
     except Unrepeatable:
         return None
     return Recipe(
@@ -166,7 +163,7 @@ def recipe_of(checker: Checker | None, op: Callable, arguments: tuple, values: t
         pick=writer.itemgetter(picked),
         constants=tuple(writer.constants),
         makers=tuple(writer.makers),
-        looks=tuple((on_cpu, check, writer.itemgetter(given)) for on_cpu, check, given in looks),
+        looks=tuple((check, writer.itemgetter(given)) for check, given in looks),
         checker=Checker(checker.op),
         returned=returned,
     )

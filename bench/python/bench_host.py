@@ -118,24 +118,20 @@ def training_step(function: Callable, inputs: Inputs) -> dict[str, Callable[[], 
 
 
 @contextlib.contextmanager
-def contents_unread(call: Callable[[], object], recipes: object | None) -> Iterator[None]:
-    """Contents of CPU tensors are looked at like those on a GPU: not at all. ``recipes``: of the function, if any."""
+def contents_unread(function: Callable) -> Iterator[None]:
+    """Contents of CPU tensors are looked at like those on a GPU: not at all."""
     modules = [m for name, m in sys.modules.items() if name.startswith("kda_cuda") and hasattr(m, "check_contents")]
     before = [(module, module.check_contents) for module in modules]
     for module in modules:
         module.check_contents = lambda x: False
-    if recipes is not None:
-        call()
-        known = recipes._known
-        for key, recipe in known.items():
-            known[key] = recipe._replace(looks=tuple((False, *look[1:]) for look in recipe.looks))
+    forget = function.recipes.forget if hasattr(function, "recipes") else lambda: None
+    forget()
     try:
         yield
     finally:
-        for module, function in before:
-            module.check_contents = function
-        if recipes is not None:
-            recipes.forget()
+        forget()
+        for module, check in before:
+            module.check_contents = check
 
 
 @contextlib.contextmanager
@@ -163,8 +159,7 @@ def measure(device: str, calls: int, inputs: Inputs, folder: Path) -> Times:
         for name, raw in RAW.items():
             function = getattr(kda_cuda, name)
             call = functools.partial(function, **getattr(inputs, name)())
-            unread = contents_unread(call, getattr(function, "recipes", None))
-            with unread if device == "cpu" else contextlib.nullcontext():
+            with contents_unread(function) if device == "cpu" else contextlib.nullcontext():
                 rows[name] = {"public": timed(call, calls, device)}
                 if hasattr(function, "bind"):
                     rows[name] |= beside(raw, function.bind(**call.keywords).arguments, calls, device, folder)
