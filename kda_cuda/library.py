@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from .schemas import (
     Gate,
     GateBwd,
     Prefill,
+    picker,
 )
 
 __all__ = [
@@ -153,8 +153,8 @@ class _Saved:
         options = [name for name in shared if name not in tensors]
         given = [name for name in backward._fields if name not in shared]
 
-        def pick(of: Sequence[str], names: Sequence[str]) -> itemgetter:
-            return itemgetter(*(of.index(name) for name in names))
+        def pick(of: Sequence[str], names: Sequence[str]) -> Callable[[tuple], tuple]:
+            return picker(of.index(name) for name in names)
 
         self._forward, self._backward = forward, backward
         self._tensors, self._options = pick(forward._fields, tensors), pick(forward._fields, options)

@@ -13,7 +13,6 @@ call is checked: under torch.compile, torch.func and forward-mode derivatives, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from torch.autograd import forward_ad
 
 from . import variants
 from .checks import Checker, check_contents
+from .schemas import picker
 
 try:
     from ._C import signature, use_tensors
@@ -60,10 +60,10 @@ class Recipe(NamedTuple):
 
     kind: type[tuple]  # the NamedTuple of the op's arguments
     op: Callable
-    pick: itemgetter  # the arguments, from values, constants and makers' tensors in this order
+    pick: Callable[[tuple], tuple]  # the arguments, from values, constants and makers' tensors in this order
     constants: tuple
     makers: tuple[Callable[[tuple], Tensor], ...]
-    looks: tuple[tuple[Callable, itemgetter], ...]  # a check of contents, and its arguments
+    looks: tuple[tuple[Callable, Callable[[tuple], tuple]], ...]  # a check of contents, and its arguments
     checker: Checker
     returned: Callable[[Any, Any], Any]
 
@@ -83,34 +83,34 @@ class Writer:
 
     def __init__(self, values: tuple, checker: Checker):
         self._values, self._made = values, checker.made
-        self._at = {id(x): i for i, x in reversed(list(enumerate(values))) if isinstance(x, Tensor)}
+        inputs = [(i, x) for i, x in enumerate(values) if isinstance(x, Tensor)]
+        self._at = {id(x): ("value", i) for i, x in reversed(inputs)}  # of one that is given twice, the first
         self.constants: list[object] = []
         self.makers: list[Callable[[tuple], Tensor]] = []
 
     def sources(self, arguments: tuple) -> list[tuple[str, int]]:
         return [self._source(x) for x in arguments]
 
-    def itemgetter(self, sources: list[tuple[str, int]]) -> Callable[[tuple], tuple]:
+    def picker(self, sources: list[tuple[str, int]]) -> Callable[[tuple], tuple]:
         """Once all are known: the tuple of them, from values, constants and makers' tensors."""
         begin = {"value": 0, "constant": len(self._values), "made": len(self._values) + len(self.constants)}
-        first, *others = (begin[kind] + i for kind, i in sources)
-        return itemgetter(first, *others) if others else lambda there: (there[first],)
+        return picker(begin[kind] + i for kind, i in sources)
 
     def _source(self, x: object) -> tuple[str, int]:
         if not isinstance(x, Tensor):
             self.constants.append(x)
             return "constant", len(self.constants) - 1
-        if id(x) in self._at:
-            return "value", self._at[id(x)]
-        self.makers.append(self._maker(x))
-        return "made", len(self.makers) - 1
+        if id(x) not in self._at:
+            self.makers.append(self._maker(x))
+            self._at[id(x)] = "made", len(self.makers) - 1
+        return self._at[id(x)]
 
     def _maker(self, x: Tensor) -> Callable[[tuple], Tensor]:
         for made, make, owner in self._made:
             if made is x:
-                if id(owner) not in self._at:
+                kind, i = self._at.get(id(owner), ("made", 0))
+                if kind != "value":
                     raise Unrepeatable
-                i = self._at[id(owner)]
                 return lambda values: make(values[i])
         same = [i for i, y in enumerate(self._values) if isinstance(y, Tensor) and is_reshaped(x, y)]
         if len(same) != 1:
@@ -160,10 +160,10 @@ def recipe_of(checker: Checker | None, op: Callable, arguments: tuple, values: t
     return Recipe(
         kind=type(arguments),
         op=op,
-        pick=writer.itemgetter(picked),
+        pick=writer.picker(picked),
         constants=tuple(writer.constants),
         makers=tuple(writer.makers),
-        looks=tuple((check, writer.itemgetter(given)) for check, given in looks),
+        looks=tuple((check, writer.picker(given)) for check, given in looks),
         checker=Checker(checker.op),
         returned=returned,
     )
