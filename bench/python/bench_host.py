@@ -106,8 +106,9 @@ def timed(call: Callable[[], object], calls: int, device: str) -> list[float]:
 
 def training_step(function: Callable, inputs: Inputs) -> dict[str, Callable[[], object]]:
     """Forward and backward of every input, and the two halves."""
-    x = inputs.chunk_kda()
-    wanted = [t.requires_grad_() for t in x.values() if isinstance(t, torch.Tensor)]
+    given = inputs.chunk_kda()
+    leaves = {name: x.detach().requires_grad_() for name, x in given.items() if isinstance(x, torch.Tensor)}
+    x, wanted = given | leaves, list(leaves.values())
     o, _ = function(**x)
     do = torch.randn_like(o)
     return {
