@@ -72,13 +72,16 @@ class KimiDeltaAttention(KeepsFp32, nn.Module):
         super().__init__()
         self.num_heads, self.head_dim, self.conv_size = num_heads, head_dim, conv_size
         self.num_v_heads = num_heads if num_v_heads is None else num_v_heads
-        self.v_head_dim = round(head_dim * expand_v)
+        self.v_head_dim = round(head_dim * Checker("KimiDeltaAttention").number("expand_v", expand_v))
         self.lower_bound, self.allow_neg_eigval = lower_bound, allow_neg_eigval
         self.options = {  # what a layer with other heads has in common with this one
-            "expand_v": expand_v, "lower_bound": lower_bound, "full_rank_gate": full_rank_gate,
-            "full_rank_output_gate": full_rank_output_gate, "allow_neg_eigval": allow_neg_eigval,
+            "expand_v": expand_v,
+            "lower_bound": lower_bound,
+            "full_rank_gate": full_rank_gate,
+            "full_rank_output_gate": full_rank_output_gate,
+            "allow_neg_eigval": allow_neg_eigval,
             "conv_bias": conv_bias,
-        }  # fmt: skip
+        }
         self._check_options()
         self.key_width, self.value_width = num_heads * head_dim, self.num_v_heads * self.v_head_dim
         gate_width = self.num_v_heads * head_dim
@@ -102,8 +105,10 @@ class KimiDeltaAttention(KeepsFp32, nn.Module):
             raise c.value_error(
                 f"num_v_heads is {self.num_v_heads}, expected a multiple of the {self.num_heads} heads of q and k"
             )
-        if self.v_head_dim < 1 or self.v_head_dim != self.head_dim * c.number("expand_v", expand_v):
-            raise c.value_error(f"expand_v is {expand_v}, expected a whole number > 0 times head_dim={self.head_dim}")
+        if self.v_head_dim < 1 or not math.isclose(self.v_head_dim, self.head_dim * expand_v):
+            raise c.value_error(
+                f"expand_v is {expand_v}, expected a whole number > 0 for head_dim={self.head_dim} times it"
+            )
         if self.lower_bound is not None and not -math.inf < c.number("lower_bound", self.lower_bound) < 0:
             raise c.value_error(f"lower_bound is {self.lower_bound}, expected a finite negative number")
 

@@ -32,10 +32,25 @@ ONE_VALUE = {  # what the model computes, and nothing else
     "num_nextn_predict_layers": 0,
 }
 WITHOUT_EFFECT = {  # of tokens, of other programs, or of rotations, which a model without positions does not have
-    "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "head_dim", "model_max_length",
-    "output_router_logits", "pad_token_id", "pretraining_tp", "qk_head_dim", "rope_scaling", "rope_theta",
-    "rope_parameters", "torch_dtype", "transformers_version", "use_cache", "_name_or_path",
-}  # fmt: skip
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "head_dim",
+    "model_max_length",
+    "output_router_logits",
+    "pad_token_id",
+    "pretraining_tp",
+    "qk_head_dim",
+    "rope_scaling",
+    "rope_theta",
+    "rope_parameters",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "_name_or_path",
+}
 LINEAR_ATTENTION = {  # keys of ``linear_attn_config`` and the fields that they fill
     "head_dim": "linear_head_dim",
     "num_heads": "linear_num_heads",
@@ -166,8 +181,11 @@ class KimiLinearConfig:
         first, every = values.get("first_k_dense_replace", 1), values.get("moe_layer_freq", 1)
         for name, count in (("num_hidden_layers", layers), ("first_k_dense_replace", first), ("moe_layer_freq", every)):
             c.integer(name, count)
-        problems = [f"{name} is {values[name]!r}, expected {only!r}" for name, only in ONE_VALUE.items()
-                    if name in values and values[name] != only]  # fmt: skip
+        problems = [
+            f"{name} is {values[name]!r}, expected {only!r}"
+            for name, only in ONE_VALUE.items()
+            if name in values and values[name] != only
+        ]
         heads = chosen.get("num_attention_heads", cls.num_attention_heads)
         if values.get("num_key_value_heads") not in (None, heads):
             problems.append(

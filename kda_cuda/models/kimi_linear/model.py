@@ -105,20 +105,37 @@ class KimiLinearForCausalLM(CausalLM):
 def _block(c: KimiLinearConfig, layer: int) -> DecoderBlock:
     if c.layer_types[layer] == FULL:
         attention = NoPEMultiLatentAttention(
-            c.hidden_size, c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim,
-            q_lora_rank=c.q_lora_rank, output_gate=c.mla_use_output_gate,
-        )  # fmt: skip
+            c.hidden_size,
+            c.num_attention_heads,
+            c.kv_lora_rank,
+            c.qk_nope_head_dim,
+            c.qk_rope_head_dim,
+            c.v_head_dim,
+            q_lora_rank=c.q_lora_rank,
+            output_gate=c.mla_use_output_gate,
+        )
     else:
         attention = KimiDeltaAttention(
-            c.hidden_size, c.linear_num_heads, c.linear_head_dim, c.linear_conv_kernel_dim, c.rms_norm_eps,
-            lower_bound=c.gate_lower_bound, full_rank_output_gate=c.use_full_rank_gate,
-        )  # fmt: skip
+            c.hidden_size,
+            c.linear_num_heads,
+            c.linear_head_dim,
+            c.linear_conv_kernel_dim,
+            c.rms_norm_eps,
+            lower_bound=c.gate_lower_bound,
+            full_rank_output_gate=c.use_full_rank_gate,
+        )
     if c.mlp_layer_types[layer] == SPARSE:
         mlp = MixtureOfExperts(
-            c.hidden_size, c.moe_intermediate_size, c.num_experts, c.num_experts_per_token, c.num_shared_experts,
-            renormalize=c.moe_renormalize, scaling=c.routed_scaling_factor, num_groups=c.num_expert_group,
+            c.hidden_size,
+            c.moe_intermediate_size,
+            c.num_experts,
+            c.num_experts_per_token,
+            c.num_shared_experts,
+            renormalize=c.moe_renormalize,
+            scaling=c.routed_scaling_factor,
+            num_groups=c.num_expert_group,
             topk_group=c.topk_group,
-        )  # fmt: skip
+        )
     else:
         mlp = SwiGLU(c.hidden_size, c.intermediate_size)
     return DecoderBlock(attention, mlp, c.hidden_size, c.rms_norm_eps)
