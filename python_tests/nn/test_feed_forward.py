@@ -68,6 +68,7 @@ def test_the_correction_bias_chooses_and_weighs_nothing():
     torch.testing.assert_close(weights.sum(1), torch.ones(7, dtype=torch.float64))
 
 
+@pytest.mark.devices("cpu", "cuda")
 def test_torchs_product_equals_the_loop(device, monkeypatch):
     """Where torch has a grouped product it is used: for bf16, and on the CPU for fp32; some groups are empty."""
     calls = []

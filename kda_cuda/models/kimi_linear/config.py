@@ -11,7 +11,7 @@ from ...checks import Checker
 __all__ = ["KimiLinearConfig"]
 
 LINEAR, FULL, DENSE, SPARSE = "linear_attention", "full_attention", "dense", "sparse"
-OPTIONAL = {"q_lora_rank", "num_shared_experts"}  # integers that may be None or 0
+MAY_BE_ZERO = {"num_shared_experts"}
 
 OTHER_NAMES = {  # names of transformers and of other models of this kind
     "norm_topk_prob": "moe_renormalize",
@@ -131,7 +131,7 @@ class KimiLinearConfig:
             return
         if kind.startswith("int"):
             c.integer(name, value)
-            if value < (name not in OPTIONAL):
+            if value < (0 if name in MAY_BE_ZERO else 1):
                 raise c.value_error(f"{name} is {value}, expected a positive number")
         elif kind.startswith("float"):
             number = c.number(name, value)
