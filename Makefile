@@ -11,7 +11,8 @@ export PATH := $(BIN):$(PATH)
 
 venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(VENV)/.demo
-	$(BIN)/python -m pip install -q setuptools wheel pybind11 ninja "cmake>=3.24" pytest hypothesis ruff==0.17.6 clang-format==23.1.5
+	$(BIN)/python -m pip install -q setuptools wheel pybind11 ninja "cmake>=3.24" pytest hypothesis ruff==0.17.6 clang-format==23.1.5 \
+	    transformers==5.17.0 safetensors==0.8.0 tokenizers==0.23.3
 	@command -v nvcc >/dev/null || [ -n "$$CUDA_HOME" ] || $(BIN)/python -m pip install -q $$($(BIN)/python csrc/tools/nvcc_packages.py)
 	touch $@
 

@@ -41,7 +41,7 @@ def build_info() -> dict:
     info: dict = {"ops": str(ops_library()) if ops_library() else None, "c_extension": False}
     try:
         from . import _C
-    except ImportError as e:  # missing, or built for another Python: nothing else depends on it
+    except ImportError as e:  # missing, or built for another Python: every call is then checked (recipes.py)
         info["c_extension_error"] = str(e)
         return info
     info.update(_C.build_info(), c_extension=True)

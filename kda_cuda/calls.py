@@ -1,7 +1,8 @@
 """What the public functions share: how they are checked and run, and the arguments that they have in common.
 
 A public function is written as its checks: it returns a :class:`Call`, and runs nothing. :func:`public` makes of it the
-function that users see, which runs the call; the checks alone stay reachable as ``function.bind``.
+function that users see, which runs the call; the checks alone stay reachable as ``function.bind``. A call with the
+signature of an earlier one is not checked again: :mod:`kda_cuda.recipes`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .checks import (
     cu_seqlens_list,
     rows_contiguous,
 )
+from .recipes import Recipe, Recipes, recipe_of, signed
 from .schemas import NAMESPACE_REFERENCE, Chunk, Inputs, raw_op
 
 CHUNK_KWARGS = ("A_log", "dt_bias", "chunk_size", "transpose_state_layout", "use_graph", "max_num_seqs",
@@ -45,19 +47,39 @@ class Call(NamedTuple):
     op: str  # with autograd where an input requires a gradient
     arguments: tuple  # of the op, by name
     owner: Tensor  # whose device and dtype decide who serves the op
-    returned: Callable[[Any], Any]  # from the op's results to the function's
+    returned: Callable[[Any, Any], Any]  # from the op's arguments and results to the function's; refers to no tensor
+    checker: Checker | None = None  # knows what a repetition must check; None: everything
     runner: Callable[[str, str], Callable] = library.runner  # from namespace and op to what runs it
 
 
 def public(bind: Callable[P, Call]) -> Callable[P, Any]:
     """The function that checks its arguments by ``bind`` and runs the call that this returns."""
+    recipes = Recipes()
 
     @functools.wraps(bind)
     def function(*args, **kwargs):
-        return run(bind(*args, **kwargs))
+        if torch.compiler.is_compiling() or not (known := signed(args, kwargs)):
+            return run(bind(*args, **kwargs))
+        key, values = known
+        recipe = recipes.get(key)
+        if recipe:
+            return recipe.run(values)
+        call = bind(*args, **kwargs)
+        results = run(call)
+        if key not in recipes:
+            recipes.keep(key, recipe_for(call, values))
+        return results
 
-    function.bind = bind
+    function.bind, function.recipes = bind, recipes
     return function
+
+
+def recipe_for(call: Call, values: tuple) -> Recipe | None:
+    """How the next call is run that has the signature of this one; None: like this one."""
+    namespace, _ = variants.choose(raw_op(call.op), call.owner)
+    if namespace == NAMESPACE_REFERENCE:
+        return None  # says each time why no kernel runs
+    return recipe_of(call.checker, library.runner(namespace, call.op), call.arguments, values, call.returned)
 
 
 def run(call: Call) -> Any:
@@ -66,11 +88,16 @@ def run(call: Call) -> Any:
     namespace, reason = variants.choose(raw, x)
     if namespace == NAMESPACE_REFERENCE and x.device.type == "cuda":
         variants.warn_no_kernel(raw, reason)
-    return call.returned(call.runner(namespace, call.op)(*call.arguments))
+    return call.returned(call.arguments, call.runner(namespace, call.op)(*call.arguments))
 
 
-def as_it_is(results: Any) -> Any:
+def as_it_is(_: Any, results: Any) -> Any:
     return results
+
+
+def out(arguments: Any, _: Any) -> Any:
+    """Of an op that writes into an argument of this name."""
+    return arguments.out
 
 
 def take_kwargs(c: Checker, kwargs: dict, known: tuple[str, ...]) -> None:
@@ -89,6 +116,7 @@ def state_layout(c: Checker, state_v_first: bool, kwargs: dict) -> bool:
         raise c.value_error("got both state_v_first and transpose_state_layout, expected only state_v_first")
     old = kwargs["transpose_state_layout"]
     c.boolean("transpose_state_layout", old)
+    c.depends_on_more = True  # on who has been warned
     if not torch.compiler.is_compiling():
         warnings.warn("transpose_state_layout is deprecated: use state_v_first", DeprecationWarning, stacklevel=4)
     return old
@@ -228,6 +256,7 @@ def chunk_state_rows(c: Checker, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tens
     """
     if cu_seqlens is None or torch.compiler.is_compiling():
         return None
+    c.depends_on_more = True  # on contents
     if cu_seqlens_cpu is None and cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
         raise c.value_error("cu_seqlens_cpu is None during graph capture, expected it with return_intermediate_states")
     bounds = cu_seqlens_list(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu)
@@ -249,9 +278,9 @@ def chunk_call(
         batch_invariant=batch_invariant,
     )
 
-    def returned(results: tuple[Tensor, Tensor, Tensor]) -> tuple:
+    def returned(_: Chunk, results: tuple[Tensor, Tensor, Tensor]) -> tuple:
         o, final_state, h = results
         final_state = final_state if output_final_state else None
         return (o, final_state, h) if keep_states else (o, final_state)
 
-    return Call("chunk" if needs_grad(c, *arguments) else "chunk_fwd", arguments, x.q, returned)
+    return Call("chunk" if needs_grad(c, *arguments) else "chunk_fwd", arguments, x.q, returned, c)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,10 +23,28 @@ def name_of(dtypes) -> str:
 
 
 class Checker:
-    """Checks on behalf of one op: ``Checker("chunk_kda").shape("k", k, B=2, T=8)``."""
+    """Checks on behalf of one op: ``Checker("chunk_kda").shape("k", k, B=2, T=8)``.
+
+    It also notes what the next call of the same signature must do again (:mod:`kda_cuda.recipes`).
+    """
 
     def __init__(self, op: str):
         self.op = op
+        self.looks: list[tuple[Tensor, Callable, tuple]] = []
+        self.made: list[tuple[Tensor, Callable[[Tensor], Tensor], Tensor]] = []
+        self.depends_on_more = False  # than the signature of the call and what is noted here
+
+    def look(self, x: Tensor, check: Callable, *given: object) -> None:
+        """``check(self, *given)``, which reads contents, where those on the device of ``x`` may be read."""
+        self.looks.append((x, check, given))
+        if check_contents(x):
+            check(self, *given)
+
+    def make(self, owner: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """``make(owner)``, a tensor that every call makes anew. ``make`` refers to no tensor."""
+        x = make(owner)
+        self.made.append((x, make, owner))
+        return x
 
     def value_error(self, text: str) -> ValueError:
         return ValueError(f"kda_cuda::{self.op}: {text}")
@@ -103,15 +122,12 @@ def check_cu_seqlens(c: Checker, q: Tensor, cu_seqlens: Tensor, cu_seqlens_cpu: 
         c.rank("cu_seqlens_cpu", cu_seqlens_cpu, "N+1")
         c.dtype("cu_seqlens_cpu", cu_seqlens_cpu, INDEX_DTYPES)
         c.shape("cu_seqlens_cpu", cu_seqlens_cpu, **{"N+1": cu_seqlens.shape[0]})
-        check_boundaries(c, "cu_seqlens_cpu", cu_seqlens_cpu, q.shape[1])
-    if check_contents(cu_seqlens):
-        check_boundaries(c, "cu_seqlens", cu_seqlens, q.shape[1])
+        c.look(cu_seqlens_cpu, check_boundaries, "cu_seqlens_cpu", cu_seqlens_cpu, q.shape[1])
+    c.look(cu_seqlens, check_boundaries, "cu_seqlens", cu_seqlens, q.shape[1])
 
 
 def check_boundaries(c: Checker, name: str, cu_seqlens: Tensor, tokens: int) -> None:
     """From 0 to T or less, never backwards. One vectorised look, a second one to say what is wrong."""
-    if torch.compiler.is_compiling():
-        return
     bounds = cu_seqlens_list(cu_seqlens)
     if bounds[0] == 0 and bounds[-1] <= tokens and bounds == sorted(bounds):
         return
@@ -192,6 +208,11 @@ def check_gate_parameters(
     A_log = as_shape("A_log", A_log, value_heads, HV=value_heads)
     dt_bias = as_shape("dt_bias", dt_bias, value_heads, key_dim, HV=value_heads, K=key_dim)
     return A_log, dt_bias, lower_bound
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Without gaps, whatever the strides of ``x``."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from . import calls, variants
 from .calls import Call
-from .checks import Checker, check_contents, check_cu_seqlens
+from .checks import Checker, check_cu_seqlens, empty_like
 from .reference.gates import compute_dtype
 from .schemas import Commit, Decode, Inputs
-from .state_pools import StatePools, check_accepted, check_like, check_records
+from .state_pools import StatePools, check_like, check_records, check_slots, check_slots_and_accepted
 
 FEW_TOKENS = 16  # a sequence; up to here the recurrence is faster than a chunk
 __all__ = ["DraftRecords", "commit", "decode"]
@@ -172,19 +172,18 @@ def decode_call(
     if records is not None:
         check_records(c, records, q, v)
     if out is None:
-        out = v.new_empty(v.shape)
+        out = c.make(v, empty_like)
     else:
         check_like(c, "out", out, q, q.dtype, {"B": v.shape[0], "T": v.shape[1], "HV": v.shape[2], "V": v.shape[3]})
-    if not torch.compiler.is_compiling() and check_contents(q):
-        pools.check_contents(state, slot_of, num_accepted_tokens, written, (names[1], slots_name), slots,
-                             state_per_token, zero_is_null)  # fmt: skip
+    c.look(q, check_slots, pools.sequences, state, slot_of, num_accepted_tokens, written, (names[1], slots_name), slots,
+           state_per_token, zero_is_null)  # fmt: skip
     record_k, record_u, record_g = records or (None, None, None)
     arguments = Decode(
         **x._asdict(), out=out, state=state, slot_of=slot_of, new_state=new_state, new_slot_of=new_slot_of,
         num_accepted_tokens=num_accepted_tokens, record_k=record_k, record_u=record_u, record_g=record_g,
         in_place=in_place, state_per_token=state_per_token, zero_is_null=zero_is_null,
     )  # fmt: skip
-    return Call("decode", arguments, q, lambda _: out)
+    return Call("decode", arguments, q, calls.out, c)
 
 
 @calls.public
@@ -242,16 +241,14 @@ def commit(
     pools.check_indices("num_accepted_tokens", num_accepted_tokens, ranks=(1,))
     written, slots_name, slots = (state, "slot_of", slot_of) if new_state is None else (
         new_state, "new_slot_of", new_slot_of)  # fmt: skip
-    if not torch.compiler.is_compiling() and check_contents(k):
-        names = ("slot_of", slots_name)
-        commits = pools.check_contents(state, slot_of, None, written, names, slots, False, zero_is_null)
-        check_accepted(c, num_accepted_tokens, k.shape[1], cu_seqlens, commits)
+    c.look(k, check_slots_and_accepted, pools.sequences, state, slot_of, written, ("slot_of", slots_name), slots,
+           zero_is_null, num_accepted_tokens, k.shape[1], cu_seqlens)  # fmt: skip
     arguments = Commit(
         state=state, slot_of=slot_of, new_state=new_state, new_slot_of=new_slot_of, record_k=k, record_u=v,
         record_g=records.g, num_accepted_tokens=num_accepted_tokens, cu_seqlens=cu_seqlens,
         state_v_first=state_v_first, zero_is_null=zero_is_null,
     )  # fmt: skip
-    return Call("decode_commit", arguments, state, calls.as_it_is)
+    return Call("decode_commit", arguments, state, calls.as_it_is, c)
 
 
 # ---- fused_recurrent_kda ---------------------------------------------------------------------------------------------
@@ -278,14 +275,14 @@ def in_pool_call(c: Checker, x: Inputs, initial_state, output_final_state: bool,
         raise c.value_error("inplace_final_state is True and initial_state is None, expected a state to write to")
     final_state = None
     if output_final_state and not in_place:
-        final_state = new_states(x, torch.float32 if initial_state is None else initial_state.dtype)
+        final_state = new_states(c, x, torch.float32 if initial_state is None else initial_state.dtype)
     with_columns = isinstance(slots, Tensor) and slots.dim() == 2
     call = decode_call(
         c, x, state=initial_state, slot_of=slots, num_accepted_tokens=accepted, new_state=final_state,
         in_place=in_place, state_per_token=in_place and with_columns, out=out,
         names=("initial_state", "ssm_state_indices"),
     )  # fmt: skip
-    return with_state(call, initial_state if in_place else final_state)
+    return with_state(call, "state" if in_place else "new_state")
 
 
 def recurrent_call(c: Checker, x: Inputs, initial_state: Tensor | None, output_final_state: bool) -> Call:
@@ -294,18 +291,18 @@ def recurrent_call(c: Checker, x: Inputs, initial_state: Tensor | None, output_f
     tokens = q.shape[1] if x.cu_seqlens is None else -(-q.shape[1] // calls.sequences_of(q, x.cu_seqlens))
     if calls.needs_grad(c, *x, initial_state) or tokens > FEW_TOKENS or variants.prefers_chunks(q):
         return calls.chunk_call(c, x, initial_state, output_final_state)
-    final_state = new_states(x, compute_dtype(q.dtype)) if output_final_state else None
+    final_state = new_states(c, x, compute_dtype(q.dtype)) if output_final_state else None
     state = None if initial_state is None else initial_state.contiguous()
-    return with_state(decode_call(c, x, state=state, new_state=final_state), final_state)
+    return with_state(decode_call(c, x, state=state, new_state=final_state), "new_state")
 
 
-def with_state(call: Call, state: Tensor | None) -> Call:
-    """The call of ``decode``, which then returns its output and ``state``."""
-    out = call.arguments.out
-    return Call(call.op, call.arguments, call.owner, lambda _: (out, state))
+def with_state(call: Call, name: str) -> Call:
+    """The call of ``decode``, which then returns its output and the argument ``name``."""
+    return call._replace(returned=lambda arguments, _: (arguments.out, getattr(arguments, name)))
 
 
-def new_states(x: Inputs, dtype: torch.dtype) -> Tensor:
+def new_states(c: Checker, x: Inputs, dtype: torch.dtype) -> Tensor:
     """One state per sequence, in the layout of the call. Zero: null slots leave theirs as it is."""
     sizes = calls.state_sizes(x.q, x.v, x.state_v_first).values()
-    return x.q.new_zeros((calls.sequences_of(x.q, x.cu_seqlens), *sizes), dtype=dtype)
+    shape = (calls.sequences_of(x.q, x.cu_seqlens), *sizes)
+    return c.make(x.q, lambda q: q.new_zeros(shape, dtype=dtype))

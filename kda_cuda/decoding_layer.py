@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from . import calls, variants
-from .checks import Checker, check_contents, check_gate_parameters, check_qkvgb, rows_contiguous
+from .checks import Checker, check_gate_parameters, check_qkvgb, empty_like, rows_contiguous
 from .schemas import DecodeLayer
-from .state_pools import StatePools, check_like
+from .state_pools import StatePools, check_like, check_slots
 
 CONV_TAPS = 4
 
@@ -98,11 +98,10 @@ def decode_layer(
     if calls.needs_grad(c, q, k, v, g, beta, output_gate, A_log, dt_bias, norm_weight, state, *weights):
         raise c.value_error("an argument requires a gradient, expected none: decode_layer has no gradients")
     if out is None:
-        out = v.new_empty(v.shape)
+        out = c.make(v, empty_like)
     else:
         check_like(c, "out", out, q, q.dtype, {"B": batch, "T": 1, "H": heads, "D": dim})
-    if check_contents(q):
-        pools.check_contents(state, slot_of, None, state, ("slot_of", "slot_of"), slot_of, False, zero_is_null)
+    c.look(q, check_slots, batch, state, slot_of, None, state, ("slot_of", "slot_of"), slot_of, False, zero_is_null)
     scale = dim**-0.5 if scale is None else c.number("scale", scale)
     q, k, v, g = (rows_contiguous(x) for x in (q, k, v, g))
     q_weight, k_weight, v_weight = weights
@@ -113,7 +112,7 @@ def decode_layer(
         allow_neg_eigval=allow_neg_eigval, lower_bound=lower_bound, norm_eps=c.number("norm_eps", norm_eps),
         zero_is_null=zero_is_null,
     )  # fmt: skip
-    return calls.Call("decode_layer", arguments, q, lambda _: out)
+    return calls.Call("decode_layer", arguments, q, calls.out, c)
 
 
 def check_convolution(c: Checker, q: Tensor, conv_state, conv_weights, slots: int | None) -> list[Tensor]:
@@ -136,7 +135,8 @@ def check_convolution(c: Checker, q: Tensor, conv_state, conv_weights, slots: in
         c.dtype(name, weight, (conv_weights[0].dtype,) if weights else wide)
         if weight.numel() != width * CONV_TAPS or weight.shape[-1] != CONV_TAPS:
             c.shape(name, weight, **{"H*D": width, "taps": CONV_TAPS})
-        weights.append(weight.reshape(width, CONV_TAPS).contiguous())
+        shape = (width, CONV_TAPS)
+        weights.append((weight if weight.shape == shape else weight.reshape(shape)).contiguous())
     return weights
 
 

@@ -10,7 +10,7 @@ Raw ops (``*_fwd``, ``*_bwd``) carry no autograd; ``chunk`` and ``kda_gate`` do 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from .schemas import (
     Gate,
     GateBwd,
     Prefill,
+    picker,
 )
 
 __all__ = [
@@ -153,29 +154,37 @@ class _Saved:
 
     def __init__(self, forward: type[tuple], backward: type[tuple], differentiable: tuple[str, ...]):
         shared = [name for name in forward._fields if name in backward._fields]
-        self._forward, self._differentiable = forward, differentiable
-        self._tensors = [name for name in shared if name in (*differentiable, "cu_seqlens")]
-        self._options = [name for name in shared if name not in self._tensors]
+        tensors = [name for name in shared if name in (*differentiable, "cu_seqlens")]
+        options = [name for name in shared if name not in tensors]
+        given = [name for name in backward._fields if name not in shared]
+
+        def pick(of: Sequence[str], names: Sequence[str]) -> Callable[[tuple], tuple]:
+            return picker(of.index(name) for name in names)
+
+        self._forward, self._backward = forward, backward
+        self._tensors, self._options = pick(forward._fields, tensors), pick(forward._fields, options)
+        self._arguments = pick((*given, *tensors, *options), backward._fields)
+        self._needed = pick(forward._fields, differentiable)
+        self._gradients = pick((*differentiable, *forward._fields), forward._fields)
+        self._absent = (None,) * len(forward._fields)
 
     def save(self, ctx, inputs, output) -> None:
-        x = self._forward(*inputs)
-        ctx.save_for_backward(*(getattr(x, name) for name in self._tensors))
-        ctx.options = {name: getattr(x, name) for name in self._options}
+        ctx.save_for_backward(*self._tensors(inputs))
+        ctx.options = self._options(inputs)
         ctx.set_materialize_grads(False)
 
-    def of(self, ctx) -> dict[str, object]:
-        return dict(zip(self._tensors, ctx.saved_tensors, strict=True)) | ctx.options
+    def arguments(self, ctx, *given) -> tuple:
+        """Those of the backward. ``given``: what the forward did not have, in the order of the backward."""
+        return self._backward._make(self._arguments((*given, *ctx.saved_tensors, *ctx.options)))
 
-    def needed(self, ctx) -> list[bool]:
+    def needed(self, ctx) -> tuple[bool, ...]:
         """Whether each differentiable argument needs a gradient."""
-        needs = self._forward(*ctx.needs_input_grad)
-        return [getattr(needs, name) for name in self._differentiable]
+        return self._needed(ctx.needs_input_grad)
 
     def gradients(self, ctx, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         """One for each argument of the forward; None where none is needed."""
-        triples = zip(self._differentiable, self.needed(ctx), gradients, strict=True)
-        by_name = {name: d for name, needs, d in triples if needs}
-        return tuple(by_name.get(name) for name in self._forward._fields)
+        wanted = tuple([d if needs else None for needs, d in zip(self.needed(ctx), gradients, strict=True)])
+        return self._gradients(wanted + self._absent)
 
 
 _GATE, _CHUNK = _Saved(Gate, GateBwd, ("g", "A_log", "dt_bias")), _Saved(Chunk, ChunkBwd, GRADIENTS)
@@ -184,7 +193,7 @@ _GATE, _CHUNK = _Saved(Gate, GateBwd, ("g", "A_log", "dt_bias")), _Saved(Chunk, 
 def _gate_backward(namespace: str, ctx, dy):
     if dy is None:
         return (None,) * len(Gate._fields)
-    arguments = GateBwd(dy=dy, **_GATE.of(ctx))
+    arguments = _GATE.arguments(ctx, dy)
     return _GATE.gradients(ctx, _backward(namespace, "kda_gate_bwd", arguments.g, arguments))
 
 
@@ -192,12 +201,12 @@ def _chunk_backward(namespace: str, ctx, do, dfinal_state, dh):
     wanted = mask_of(_CHUNK.needed(ctx))
     if not wanted or (do is None and dfinal_state is None):
         return (None,) * len(Chunk._fields)
-    saved = _CHUNK.of(ctx)
-    v = saved["v"]
-    do = v.new_zeros(v.shape) if do is None else do
     if dfinal_state is not None and dfinal_state.numel() == 0:
         dfinal_state = None
-    arguments = ChunkBwd(do=do, dfinal_state=dfinal_state, wanted=wanted, **saved)
+    arguments = _CHUNK.arguments(ctx, do, dfinal_state, wanted)
+    v = arguments.v
+    if do is None:
+        arguments = arguments._replace(do=v.new_zeros(v.shape))
     return _CHUNK.gradients(ctx, _backward(namespace, "chunk_bwd", v, arguments, arguments.q.shape[3]))
 
 

@@ -234,4 +234,4 @@ def kda_gate(
     c.choice("dtype", dtype, dtypes)
     arguments = Gate(g=g, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound, dtype=dtype)
     op = "kda_gate" if calls.needs_grad(c, g, A_log, dt_bias) else "kda_gate_fwd"
-    return calls.Call(op, arguments, g, calls.as_it_is)
+    return calls.Call(op, arguments, g, calls.as_it_is, c)

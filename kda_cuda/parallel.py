@@ -28,8 +28,8 @@ __all__ = [
 
 LAYERS = (KimiDeltaAttention, NoPEMultiLatentAttention)
 BY_HEADS = {  # parameters with a dimension of heads, and which one that is; ranks have the others in common
-    **{f"{name}_proj.weight": 0 for name in ("q", "k", "v", "f_b", "b", "g_b", "kv_b")},
-    **{f"{name}_conv1d.weight": 0 for name in ("q", "k", "v")},
+    **{f"{name}_proj.weight": 0 for name in ("q", "k", "v", "f", "f_b", "b", "g", "g_b", "q_b", "kv_b")},
+    **{f"{name}_conv1d.{kind}": 0 for name in ("q", "k", "v") for kind in ("weight", "bias")},
     "A_log": 0, "dt_bias": 0, "o_proj.weight": 1,
 }  # fmt: skip
 
@@ -118,6 +118,8 @@ def _slice(value: Tensor, dim: int | None, rank: int, ranks: int) -> Tensor:
 def _with_heads(layer: nn.Module, heads: int) -> nn.Module:
     hidden = layer.o_proj.out_features
     if isinstance(layer, KimiDeltaAttention):
-        return KimiDeltaAttention(hidden, heads, layer.head_dim, layer.conv_size, layer.o_norm.eps)
+        value_heads = heads * layer.num_v_heads // layer.num_heads
+        sizes = (hidden, heads, layer.head_dim, layer.conv_size, layer.o_norm.eps)
+        return KimiDeltaAttention(*sizes, num_v_heads=value_heads, **layer.options)
     widths = (layer.kv_lora_rank, layer.nope_dim, layer.rope_dim, layer.v_head_dim)
-    return NoPEMultiLatentAttention(hidden, heads, *widths)
+    return NoPEMultiLatentAttention(hidden, heads, *widths, **layer.options)

@@ -117,7 +117,8 @@ def workspace_size(
     value head, and, where heads are few, room for the states of segments: at most a quarter of the first and 32 MB, or
     16 MB. ``explain`` tells the last as ``segment_bytes``.
 
-    With ``backward``: the bytes that the backward of :func:`chunk_kda` allocates for itself, beside the gradients.
+    With ``backward``: the bytes that the backward of :func:`chunk_kda` allocates for itself, beside the gradients. That
+    is at most a quarter of the device's memory, unless one value head needs more.
 
     Args:
         tokens: T, per batch row.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import calls
-from .checks import Checker, check_contents, cu_seqlens_list
+from .checks import Checker, cu_seqlens_list
 from .schemas import Prefill
 from .state_pools import StatePools, check_like
 
@@ -133,9 +133,8 @@ def prefill(
         workspace=workspace, zero_is_null=zero_is_null, checkpoint_interval=checkpoint_interval,
         batch_invariant=invariant,
     )  # fmt: skip
-    if check_contents(q):
-        SlotContents(c, arguments).check()
-    return calls.Call("prefill", arguments, q, calls.as_it_is)
+    c.look(q, check_slot_contents, *arguments)
+    return calls.Call("prefill", arguments, q, calls.as_it_is, c)
 
 
 def check_slots(
@@ -170,6 +169,10 @@ def check_workspace(c: Checker, workspace: Tensor, q: Tensor) -> None:
     c.dtype("workspace", workspace, (torch.uint8,))
     if not workspace.is_contiguous():
         raise c.value_error(f"workspace has strides {list(workspace.stride())}, expected it contiguous")
+
+
+def check_slot_contents(c: Checker, *arguments: object) -> None:
+    SlotContents(c, Prefill(*arguments)).check()
 
 
 class SlotContents:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Callable, Iterable
+from operator import itemgetter
 
 import torch
 
@@ -71,6 +73,12 @@ FUNCTIONAL = {"chunk": "chunk_fwd", "kda_gate": "kda_gate_fwd"}  # op with autog
 def raw_op(op: str) -> str:
     """The op without autograd that ``op`` runs."""
     return FUNCTIONAL.get(op, op)
+
+
+def picker(positions: Iterable[int]) -> Callable[[tuple], tuple]:
+    """What makes of a tuple the tuple of the items at ``positions``."""
+    first, *others = positions
+    return itemgetter(first, *others) if others else lambda of: (of[first],)
 
 
 def _arguments(name: str, schema: str) -> type[tuple]:

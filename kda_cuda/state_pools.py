@@ -64,11 +64,19 @@ class StatePools:
                 "expected at least one column, and columns side by side"
             )
 
-    def check_contents(
+
+@dataclass(frozen=True)
+class PoolContents:
+    """Reads indices into pools that :class:`StatePools` has checked."""
+
+    c: Checker
+    sequences: int
+
+    def check(
         self, state, slot_of, accepted, written, names: tuple[str, str], written_indices, per_token: bool,
         zero_is_null: bool,
     ) -> list[bool]:  # fmt: skip
-        """Reads the indices: in range, and no state written by one sequence and touched by another.
+        """The indices are in range, and no state is written by one sequence and touched by another.
 
         ``names``: of the indices of ``state`` and of ``written``. A sequence that starts from a null slot is padding:
         nothing else of it is looked at. Returns which sequences write a state.
@@ -117,6 +125,19 @@ class StatePools:
         if max(row) >= pool.shape[0]:
             expected = f"less than slots={pool.shape[0]}"
             raise self.c.value_error(f"{name} has {max(row)} for sequence {n}, expected {expected}")
+
+
+def check_slots(c: Checker, sequences: int, *given) -> list[bool]:
+    """:meth:`PoolContents.check`, for :meth:`Checker.look`."""
+    return PoolContents(c, sequences).check(*given)
+
+
+def check_slots_and_accepted(
+    c: Checker, sequences: int, state, slot_of, written, names, indices, zero_is_null: bool, accepted: Tensor,
+    tokens: int, cu_seqlens: Tensor | None,
+) -> None:  # fmt: skip
+    commits = check_slots(c, sequences, state, slot_of, None, written, names, indices, False, zero_is_null)
+    check_accepted(c, accepted, tokens, cu_seqlens, commits)
 
 
 def check_accepted(

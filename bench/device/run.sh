@@ -94,6 +94,12 @@ step_sanitize() {
   [ $# = 0 ] || names=(--names "$@")
   compute-sanitizer --help 2>&1 | grep -q -- "--kernel-regex" && ours=(--kernel-regex kns=kda)
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # so that every tensor is an allocation of its own
+  if nvcc -O3 -arch=sm_90 -lineinfo bench/device/handover.cu -o "$CACHE/handover" 2>"$OUT/handover.log"; then
+    compute-sanitizer --tool racecheck "$CACHE/handover" >"$OUT/handover.log" 2>&1
+    echo "control    racecheck of a hand-over without a hazard: $(grep SUMMARY "$OUT/handover.log" | cut -c11-)"
+  else
+    echo "control    no nvcc: whether racecheck follows bar.arrive was not tried"
+  fi
   for tool in "${tools[@]}"; do
     filter=("${ours[@]}")
     [ "$tool" = initcheck ] && filter=()  # it must see who else wrote what ours read
@@ -104,6 +110,7 @@ step_sanitize() {
   for i in "${!tools[@]}"; do
     local status=0
     wait "${ids[$i]}" || status=$?
+    [ "${tools[$i]} $status" = "racecheck 9" ] && "$PYTHON" -m bench.device.racecheck "$OUT/racecheck.log" && status=0
     [ "$status" = 0 ] || failures=$((failures + 1))
     printf '%-10s status %3d, %2d cases ok, %s\n' "${tools[$i]}" "$status" \
       "$(grep -cE '^[a-z_0-9]+ +ok$' "$OUT/${tools[$i]}.log")" "$(grep -E 'SUMMARY' "$OUT/${tools[$i]}.log" | tail -n 1 | cut -c11-)"

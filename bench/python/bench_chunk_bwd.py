@@ -12,7 +12,8 @@ gpu_us: a call inside a CUDA graph; eager_us: a call until the GPU is done; host
 has the median of rounds in which all providers take turns, and the width of the middle half over the median as spread.
 peak_mib: a warmed-up step, gradients included, above what is there before the leaves; do is there before.
 bytes: inputs, do and o or the gradients asked for, each once; of_copy: at what share of the copy bandwidth they move.
-Results of more than a million tokens times heads are verified on heads spread over all of them.
+Results of more than a million tokens times heads are verified on heads spread over all of them. A row whose inputs
+take more than 32 GiB has one set of them and no graph: gpu_us is then between two events around an eager call.
 Compile the peers' kernels first (bench/python/peers.py).
 """
 
@@ -41,6 +42,7 @@ GRADIENT_LIMIT = 3e-2
 REFERENCE_LIMIT = 1e-4  # of the fp32 reference itself
 SMALL = (Shape(130, 2, (130,)), Shape(130, 2, (37, 93)))  # for the recurrence, token by token
 L2_BYTES = 150 << 20  # the sets of inputs are larger together
+LARGE_BYTES = 32 << 30  # of one set
 VERIFIED = 1 << 20  # tokens times heads for which the reference fits
 GRADIENTS = {"all": LEAVES, "no_gate": ("q", "k", "v", "beta"), "v": ("v",)}
 WHAT = ("forward", "backward", "step", "core")
@@ -114,7 +116,7 @@ def peak_mib(bind: Callable[[dict], Call], a: dict, do: Tensor, wanted: tuple[st
         return None
     gc.collect()
     before = torch.cuda.memory_allocated()
-    a = a | {name: x.detach() for name, x in leaves_of(a, copies=True).items()}
+    given = sum(x.numel() * x.element_size() for x in leaves_of(a).values())
     leaves = leaves_of(a, wanted)
     forward = bind(a | leaves)
     for _ in range(2):
@@ -122,7 +124,7 @@ def peak_mib(bind: Callable[[dict], Call], a: dict, do: Tensor, wanted: tuple[st
         torch.cuda.reset_peak_memory_stats()
         step(forward, leaves, do)
     torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / (1 << 20), 1)
+    return round((torch.cuda.max_memory_allocated() - before + given) / (1 << 20), 1)
 
 
 def timed(trainers: dict[str, Trainer], what: str, rounds: int, device: str) -> dict[str, dict]:
@@ -133,7 +135,8 @@ def timed(trainers: dict[str, Trainer], what: str, rounds: int, device: str) -> 
             calls[name] = trainer.calls("backward" if what == "core" else what)
             for call in calls[name]:
                 call()
-            graphs[name] = timing.graph_of(calls[name], device)
+            one = len(calls[name]) == 1  # and too large for the memory that a graph keeps
+            graphs[name] = calls[name][0] if one else timing.graph_of(calls[name], device)
             graphs[name]()
         except Exception as e:
             results[name] = failure(name, what, e)
@@ -187,7 +190,8 @@ def bench(
     """One row of :func:`work`."""
     form, what, shape, regime = row
     wanted = GRADIENTS[gradients]
-    count = max(2, min(8, L2_BYTES // traffic_bytes(shape, 128, 2)))
+    need = traffic_bytes(shape, 128, 2)
+    count = 1 if need > LARGE_BYTES else max(2, min(8, L2_BYTES // need))
     sets, do = training_inputs(form, shape, regime, device, count)
     moved = {x: moved_bytes(x, sets[0], do, wanted) for x in what}
     with timing.side_stream(device):

@@ -28,16 +28,16 @@ BATCHES, HEADS, TOKENS = (1, 8, 32, 128, 512), (8, 32, 64), (1, 4, 8)
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def inputs(batch: int, heads: int, tokens: int, state_dtype: torch.dtype, seed: int) -> dict:
-    make = torch.Generator("cuda").manual_seed(seed)
+def inputs(batch: int, heads: int, tokens: int, state_dtype: torch.dtype, seed: int, device: str = "cuda") -> dict:
+    make = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=make, device="cuda")
+        return torch.randn(*size, generator=make, device=device)
 
     streams = {name: normal(batch, tokens, heads, DIM).bfloat16() for name in ("q", "k", "v", "g")}
     return streams | {
         "beta": normal(batch, tokens, heads).bfloat16(),
-        "A_log": (1 + 15 * torch.rand(heads, generator=make, device="cuda")).log(),
+        "A_log": (1 + 15 * torch.rand(heads, generator=make, device=device)).log(),
         "dt_bias": normal(heads * DIM) - 4,
         "initial_state": normal(batch, heads, DIM, DIM).to(state_dtype),
         "use_qk_l2norm_in_kernel": True,

@@ -19,10 +19,10 @@ LEAVES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias")
 STREAMS = LEAVES[:5]
 
 
-def leaves_of(arguments: dict, wanted: tuple[str, ...] = LEAVES, copies: bool = False) -> dict[str, Tensor]:
-    """The tensors that get gradients, as leaves of their own; they share memory with the arguments unless copied."""
+def leaves_of(arguments: dict, wanted: tuple[str, ...] = LEAVES) -> dict[str, Tensor]:
+    """The tensors that get gradients, as leaves of their own, in the memory of the arguments."""
     given = {name: arguments[name].detach() for name in wanted if arguments.get(name) is not None}
-    return {name: (x.clone() if copies else x).requires_grad_() for name, x in given.items()}
+    return {name: x.requires_grad_() for name, x in given.items()}
 
 
 def step(forward: Callable[[], Tensor], leaves: dict[str, Tensor], do: Tensor, keep: bool = False) -> dict[str, Tensor]:

@@ -52,6 +52,7 @@ struct Options {
   int multiprocessors = 1;
   int64_t small_workspace = 512 * 1024;  // so that small tests, too, work in parts
   int wanted_segments = 4;               // and with sequences split
+  int64_t device_memory = int64_t(128) << 30;
   bool skip_launches = false;  // a launch does nothing: what is left is the host's work (bench_host_overhead.py)
 };
 inline Options& options() {

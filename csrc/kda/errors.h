@@ -2,6 +2,7 @@
 #pragma once
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace kda {
 
@@ -10,8 +11,12 @@ namespace kda {
   throw std::invalid_argument("kda_cuda::" + op + ": " + what);
 }
 
-inline void require(bool holds, char const* op, std::string const& what) {
-  if (!holds) bad_argument(op, what);
+/// `what`: a text, or a function that makes one where it is needed.
+template <class Text>
+inline void require(bool holds, char const* op, Text const& what) {
+  if (holds) return;
+  if constexpr (std::is_invocable_v<Text const&>) bad_argument(op, what());
+  else bad_argument(op, what);
 }
 
 }  // namespace kda

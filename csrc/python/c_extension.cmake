@@ -11,8 +11,8 @@ add_custom_command(
           ${KDA_RESOURCE_REPORTS}
   DEPENDS ${KDA_RESOURCE_REPORTS} ${PROJECT_SOURCE_DIR}/csrc/tools/resource_table.py
   VERBATIM)
-add_library(kda_c MODULE ${PROJECT_SOURCE_DIR}/csrc/python/module.cpp ${header})
+add_library(kda_c MODULE ${PROJECT_SOURCE_DIR}/csrc/python/module.cpp ${PROJECT_SOURCE_DIR}/csrc/python/signature.cpp ${header})
 set_target_properties(kda_c PROPERTIES PREFIX "" OUTPUT_NAME _C SUFFIX ${PYTHON_SUFFIX} LIBRARY_OUTPUT_DIRECTORY ${KDA_OUTPUT})
-target_include_directories(kda_c PRIVATE ${CMAKE_BINARY_DIR}/generated)
+target_include_directories(kda_c PRIVATE ${CMAKE_BINARY_DIR}/generated ${PROJECT_SOURCE_DIR}/csrc)
 target_include_directories(kda_c SYSTEM PRIVATE ${PYTHON_INCLUDE} ${PYBIND11_INCLUDE})
 target_link_options(kda_c PRIVATE -Wl,-s)

@@ -11,7 +11,7 @@ namespace kda::tests {
 namespace {
 
 int run_planted(CaseFile const& c) {
-  std::vector<ChunkBwdVariant> const backwards = {describe_chunk_bwd<Bf16K64Sm90>()};
+  std::vector<ChunkBwdVariant> const backwards = {describe_chunk_bwd<Bf16K128Sm90>()};
   std::vector<CaseRun> runs;
   add_chunk_bwd(runs, c, backwards);
   if (runs.empty()) return std::printf("WRONG nothing serves %s\n", c.name().c_str());

@@ -45,8 +45,8 @@ def race(header: str) -> tuple[str, ...]:
     return "data race", header
 
 
-KERNEL, KEYS, REDUCE, SCAN, VALUES = (
-    f"kda/chunk_bwd/{name}.h" for name in ("kernel", "keys_thread", "reduce", "scan", "values")
+KERNEL, KEYS, REDUCE, SCAN, SLICES, VALUES = (
+    f"kda/chunk_bwd/{name}.h" for name in ("kernel", "keys_thread", "reduce", "scan", "keys", "values")
 )
 PLANTS = (
     # ---- scans that are a chunk or a round behind --------------------------------------------------------------------
@@ -108,6 +108,22 @@ PLANTS = (
         "for (int n = 0; n < group - 1; ++n) sum += from[int64_t(n) * p.key_dim];",
         "plain",
         wrong("dq", "dk"),
+    ),
+    Plant(
+        "dots_of_one_slice",
+        SLICES,
+        "if (p.l2norm && kSlices > 1) add_dots_of_other_slices();",
+        "",
+        "plain",
+        wrong("dq", "dk"),
+    ),
+    Plant(
+        "dots_that_are_not_there",
+        SLICES,
+        "s.dots[kind][0][row] += await_published(&cell.sums().dots[i][kind * Base::kChunk + row]);",
+        "s.dots[kind][0][row] += cell.sums().dots[i][kind * Base::kChunk + row];",
+        "tsan",
+        race(SLICES),
     ),
     Plant("sum_of_rows_that_are_not_there", REDUCE, "sync_block();", "", "tsan", race(REDUCE)),
     # ---- what is read before it is brought or computed ---------------------------------------------------------------

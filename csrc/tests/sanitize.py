@@ -51,10 +51,10 @@ SLICE = [CASES[name] for name in ("one_token", "varlen_ones", "tail_of_one")] + 
     Case("gated", 20, heads=1, gate="long", beta_sigmoid=True, dtype=torch.bfloat16),
 ]
 # Where each bug of product_plants.py shows: two heads of one group in rounds of their own, two tiles of V, chunks for
-# more than one turn of the sums, and in the first sequence more chunks than the scan has stages.
+# more than one turn of the sums, in the first sequence more chunks than the scan has stages, two slices of channels.
 PLANTED = Case(
-    "bugs", 241, heads=1, value_heads=2, value_dim=136, dtype=torch.bfloat16, gate="long", beta_sigmoid=True,
-    lengths=(200, 1, 1, 1, 1, 37), initial_state=True,
+    "bugs", 241, key_dim=128, value_dim=136, heads=1, value_heads=2, dtype=torch.bfloat16, gate="long",
+    beta_sigmoid=True, lengths=(200, 1, 1, 1, 1, 37), initial_state=True,
 )  # fmt: skip
 
 

@@ -21,15 +21,15 @@ struct Allocation {
   bool all_zero;      // nothing depends on anything
   bool without_gate;  // nothing depends on its parameters
 
-  Tensor none(ScalarType dtype) const { return torch::stable::new_empty(owner, {0}, dtype); }
+  Tensor none(ScalarType dtype) const { return empty(owner, {0}, dtype); }
   Tensor tokens(Wanted::Gradient of, Tensor const& x) const {
     if (!wanted.any(of)) return none(x.scalar_type());
-    return all_zero ? torch::stable::new_zeros(x, x.sizes()) : torch::stable::new_empty(x, x.sizes());
+    return all_zero ? torch::stable::new_zeros(x, x.sizes()) : empty(x, x.sizes());
   }
   Tensor optional(Wanted::Gradient of, OptionalTensor const& x) const {
     if (!x || !wanted.any(of)) return none(ScalarType::Float);
     bool const zero = all_zero || (without_gate && of != Wanted::kInitialState);
-    return zero ? torch::stable::new_zeros(*x, x->sizes()) : torch::stable::new_empty(*x, x->sizes());
+    return zero ? torch::stable::new_zeros(*x, x->sizes()) : empty(*x, x->sizes());
   }
   Gradients gradients(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& g, Tensor const& beta,
                       OptionalTensor const& A_log, OptionalTensor const& dt_bias,
@@ -72,7 +72,7 @@ struct Destinations {
  private:
   static Tensor scratch(Tensor const& like, ChunkBwdParams const& p, int64_t columns, std::optional<ScalarType> dtype) {
     int64_t const batch = p.plan.cu_seqlens ? 1 : p.plan.sequences;
-    return torch::stable::new_empty(like, {batch, p.plan.tokens, p.value_heads, columns}, dtype);
+    return empty(like, {batch, p.plan.tokens, p.value_heads, columns}, dtype);
   }
 };
 
@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
   p.d_o = rows_of(kOp, "do", d_output);
 
   require(2 * int64_t(value_tiles(p.value_dim)) <= 65535, kOp,
-          "v has shape " + shape_text(v) + ", expected V <= 2097088, which grids of blocks have");
+          [&] { return "v has shape " + shape_text(v) + ", expected V <= 2097088, which grids of blocks have"; });
   bool const nothing = p.plan.sequences == 0 || p.value_dim == 0;
   Allocation const allocation{q, wanted, nothing, !use_gate};
   Gradients const d = allocation.gradients(q, k, v, g, beta, A_log, dt_bias, initial_state);
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
   if (d.initial_state.numel()) p.d_initial_state = states_in(kOp, "initial_state", d.initial_state, p, state_v_first);
 
   ChunkBwdSchedule const schedule = schedule_chunk_bwd(*variant, p.plan, p.value_heads, p.value_dim, traits);
-  Tensor const workspace = torch::stable::new_empty(q, {int64_t(schedule.workspace_bytes)}, ScalarType::Byte);
+  Tensor const workspace = empty(q, {int64_t(schedule.workspace_bytes)}, ScalarType::Byte);
   p.workspace = workspace.data_ptr();
   if (wanted.bits && !nothing) variant->launch(p, schedule, device.stream());
   return {d.q, d.k, d.v, d.g, d.beta, d.A_log, d.dt_bias, d.initial_state};

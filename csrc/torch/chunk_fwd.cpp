@@ -24,11 +24,12 @@ ChunkFwdVariant const& plan_call(ChunkFwdParams& p, Streams const& streams, Tran
 /// The caller's workspace, or one of our own.
 Tensor workspace_for(char const* op, ChunkFwdSchedule const& schedule, Tensor const& q, OptionalTensor const& given) {
   int64_t const bytes = int64_t(schedule.workspace.bytes());
-  if (!given) return torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+  if (!given) return empty(q, {bytes}, ScalarType::Byte);
   require(given->scalar_type() == ScalarType::Byte && given->dim() == 1 && given->is_contiguous(), op,
-          "workspace has shape " + shape_text(*given) + ", expected uint8, 1 dimension, contiguous");
-  require(given->size(0) >= bytes, op,
-          "workspace has " + std::to_string(given->size(0)) + " bytes, expected at least " + std::to_string(bytes));
+          [&] { return "workspace has shape " + shape_text(*given) + ", expected uint8, 1 dimension, contiguous"; });
+  require(given->size(0) >= bytes, op, [&] {
+    return "workspace has " + std::to_string(given->size(0)) + " bytes, expected at least " + std::to_string(bytes);
+  });
   require(reinterpret_cast<uintptr_t>(given->data_ptr()) % 16 == 0, op, "workspace is not aligned to 16 bytes");
   return *given;
 }
@@ -56,9 +57,10 @@ void set_pool(char const* op, ChunkFwdParams& p, Tensor const& pool, OptionalTen
     p.final_state.slots.index = indices(op, "slot_of", *slot_of, sequences, IndexForm::kRows);
     p.final_state.slots.zero_is_null = zero_is_null;
   } else {
-    require(pool.size(0) >= sequences, op,
-            "state_pool has shape " + shape_text(pool) + ", expected a slot for each of " + std::to_string(sequences) +
-                " sequences without slot_of");
+    require(pool.size(0) >= sequences, op, [&] {
+      return "state_pool has shape " + shape_text(pool) + ", expected a slot for each of " + std::to_string(sequences) +
+             " sequences without slot_of";
+    });
   }
   p.initial_state = p.final_state;
   if (initial_slot_of) {
@@ -77,9 +79,10 @@ void set_pool(char const* op, ChunkFwdParams& p, Tensor const& pool, OptionalTen
 
 void set_checkpoints(char const* op, ChunkFwdParams& p, Tensor const& pool, Tensor const& slots, int64_t interval,
                      bool value_first, bool zero_is_null) {
-  require(interval > 0 && interval % kCheckpointTokens == 0 && interval <= INT32_MAX, op,
-          "checkpoint_interval is " + std::to_string(interval) + ", expected a positive multiple of " +
-              std::to_string(kCheckpointTokens));
+  require(interval > 0 && interval % kCheckpointTokens == 0 && interval <= INT32_MAX, op, [&] {
+    return "checkpoint_interval is " + std::to_string(interval) + ", expected a positive multiple of " +
+           std::to_string(kCheckpointTokens);
+  });
   p.checkpoints = states_in(op, "checkpoint_pool", pool, p, value_first);
   p.checkpoints.slots.index = indices(op, "checkpoint_slots", slots, p.plan.sequences, IndexForm::kColumns);
   p.checkpoints.slots.zero_is_null = zero_is_null;
@@ -106,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> chunk_fwd(Tensor q, Tensor k, Tensor v, Tenso
   OnDeviceOf device(q);
   DeviceTraits const traits = device_traits();
   ChunkFwdParams p{};
-  Tensor o = torch::stable::new_empty(v, v.sizes());
+  Tensor o = empty(v, v.sizes());
   Transforms const transforms{scale,       use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval,
                               lower_bound, A_log,         dt_bias};
   ChunkFwdVariant const& variant = plan_call(p, streams, transforms, cu_seqlens, o, chunk_size, traits);
@@ -120,17 +123,18 @@ std::tuple<Tensor, Tensor, Tensor> chunk_fwd(Tensor q, Tensor k, Tensor v, Tenso
     initial = torch::stable::contiguous(*initial_state);
     p.initial_state = states_in(kOp, "initial_state", initial, p, state_v_first);
   }
-  Tensor final_state = torch::stable::new_empty(q, {0}, ScalarType::Float);
-  if (output_final_state) {
-    final_state = torch::stable::new_empty(q, {p.plan.sequences, p.value_heads, rows, cols}, ScalarType::Float);
-    p.final_state = states_in(kOp, "final_state", final_state, p, state_v_first);
-  }
-  Tensor h = torch::stable::new_empty(k, {0});
-  if (output_chunk_states) {
+  Tensor const final_state = output_final_state
+                                 ? empty(q, {p.plan.sequences, p.value_heads, rows, cols}, ScalarType::Float)
+                                 : empty(q, {0}, ScalarType::Float);
+  if (output_final_state) p.final_state = states_in(kOp, "final_state", final_state, p, state_v_first);
+  Tensor h;
+  if (!output_chunk_states) {
+    h = empty(k, {0});
+  } else {
     int64_t const kept =
         cu_seqlens && known_state_rows ? *known_state_rows : chunk_state_rows(p.plan, cu_seqlens, chunk_size);
     require(kept >= 0, kOp, "chunk_state_rows is negative");
-    h = torch::stable::new_empty(k, {q.size(0), kept, p.value_heads, rows, cols});
+    h = empty(k, {q.size(0), kept, p.value_heads, rows, cols});
     p.chunk_states = states_in(kOp, "h", torch::stable::flatten(h, 0, 1), p, state_v_first);
     p.chunk_state_tokens = int32_t(chunk_size);
   }
@@ -164,7 +168,7 @@ Tensor prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, OptionalTens
   OnDeviceOf device(q);
   DeviceTraits const traits = device_traits();
   ChunkFwdParams p{};
-  Tensor o = torch::stable::new_empty(v, v.sizes());
+  Tensor o = empty(v, v.sizes());
   Transforms const transforms{scale,       use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval,
                               lower_bound, A_log,         dt_bias};
   ChunkFwdVariant const& variant = plan_call(p, streams, transforms, cu_seqlens, o, kCheckpointTokens, traits);

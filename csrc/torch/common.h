@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <utility>
@@ -50,6 +51,25 @@ class OnDeviceOf {
   cudaStream_t stream_ = nullptr;
 #endif
 };
+
+/// A new tensor without gaps on the device of `like`, and of its dtype unless one is given. torch::stable::new_empty
+/// passes the dispatcher twice, this once: in some calls allocation is half of what the host does.
+inline Tensor empty(Tensor const& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  constexpr size_t kMostDimensions = 8;
+  if (sizes.size() > kMostDimensions) return torch::stable::new_empty(like, sizes, dtype);
+  std::array<int64_t, kMostDimensions> strides;
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d] > 1 ? sizes[d] : 1) strides[d] = stride;
+  int32_t code = 0, device_type = 0;
+  if (dtype) code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  else STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &code));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), code,
+                                                         device_type, like.get_device_index(), &made));
+  return Tensor(made);
+}
 
 inline std::string shape_text(Tensor const& x) {
   std::string text = "[";
@@ -102,8 +122,8 @@ inline bool is_int64(char const* op, char const* name, Tensor const& x) {
 /// Null where the argument is absent.
 inline float const* optional_floats(char const* op, char const* name, OptionalTensor const& x) {
   if (!x) return nullptr;
-  require(x->scalar_type() == ScalarType::Float && x->is_contiguous(), op,
-          std::string(name) + " is not a contiguous float32 tensor");
+  if (x->scalar_type() != ScalarType::Float || !x->is_contiguous())
+    bad_argument(op, std::string(name) + " is not a contiguous float32 tensor");
   return static_cast<float const*>(x->data_ptr());
 }
 

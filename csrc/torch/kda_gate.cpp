@@ -46,9 +46,9 @@ void with_element(Dtype dtype, F f) {
 Tensor kda_gate_fwd(Tensor g, OptionalTensor A_log, OptionalTensor dt_bias, std::optional<double> lower_bound,
                     ScalarType dtype) {
   char const* op = "kda_gate_fwd";
-  require(g.dim() >= 2, op, "g has shape " + shape_text(g) + ", expected [..., HV, K]");
+  require(g.dim() >= 2, op, [&] { return "g has shape " + shape_text(g) + ", expected [..., HV, K]"; });
   OnDeviceOf device(g);
-  Tensor y = torch::stable::new_empty(g, g.sizes(), dtype);
+  Tensor y = empty(g, g.sizes(), dtype);
   if (g.numel() == 0) return y;
   Tensor const g4 = four_dimensions(g), y4 = four_dimensions(y);
   KdaGateParams p = gate_params(op, g4, A_log, dt_bias, lower_bound);
@@ -60,13 +60,14 @@ Tensor kda_gate_fwd(Tensor g, OptionalTensor A_log, OptionalTensor dt_bias, std:
 std::tuple<Tensor, Tensor, Tensor> kda_gate_bwd(Tensor dy, Tensor g, OptionalTensor A_log, OptionalTensor dt_bias,
                                                 std::optional<double> lower_bound) {
   char const* op = "kda_gate_bwd";
-  require(g.dim() >= 2, op, "g has shape " + shape_text(g) + ", expected [..., HV, K]");
-  require(shape_text(dy) == shape_text(g), op, "dy has shape " + shape_text(dy) + ", expected " + shape_text(g));
+  require(g.dim() >= 2, op, [&] { return "g has shape " + shape_text(g) + ", expected [..., HV, K]"; });
+  require(shape_text(dy) == shape_text(g), op,
+          [&] { return "dy has shape " + shape_text(dy) + ", expected " + shape_text(g); });
   OnDeviceOf device(g);
   auto const zeros_like_or_none = [&](OptionalTensor const& x) {
-    return x ? torch::stable::new_zeros(*x, x->sizes()) : torch::stable::new_empty(g, {0}, ScalarType::Float);
+    return x ? torch::stable::new_zeros(*x, x->sizes()) : empty(g, {0}, ScalarType::Float);
   };
-  Tensor dg = torch::stable::new_empty(g, g.sizes());
+  Tensor dg = empty(g, g.sizes());
   Tensor dA_log = zeros_like_or_none(A_log), ddt_bias = zeros_like_or_none(dt_bias);
   if (g.numel() == 0) return {dg, dA_log, ddt_bias};
   Tensor const g4 = four_dimensions(g), dy4 = four_dimensions(dy), dg4 = four_dimensions(dg);
@@ -74,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> kda_gate_bwd(Tensor dy, Tensor g, OptionalTen
   p.y = gate_tensor(op, "dy", dy4);
   p.dg = gate_tensor(op, "dg", dg4);
   p.row_blocks = gate_row_blocks(p.rows0 * p.rows1);
-  Tensor const partial = torch::stable::new_empty(g, {2, p.row_blocks, p.value_heads, p.key_dim}, ScalarType::Float);
+  Tensor const partial = empty(g, {2, p.row_blocks, p.value_heads, p.key_dim}, ScalarType::Float);
   p.partial = static_cast<float*>(partial.data_ptr());
   if (A_log) p.dA_log = static_cast<float*>(dA_log.data_ptr());
   if (dt_bias) p.ddt_bias = static_cast<float*>(ddt_bias.data_ptr());

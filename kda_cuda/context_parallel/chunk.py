@@ -334,7 +334,7 @@ def chunk_call(
             f"q has T={tokens} tokens, expected the T={route.bounds[-1]} that cp_context gives this rank"
         )
     call = calls.chunk_call(c, x, initial_state, output_final_state, **options)
-    return call._replace(runner=Rank(route, group))
+    return call._replace(runner=Rank(route, group), checker=None)
 
 
 def run_local(ranks: Sequence[calls.Call]) -> list[Any]:
@@ -378,4 +378,4 @@ def run_local(ranks: Sequence[calls.Call]) -> list[Any]:
     namespace, _ = variants.choose("chunk_fwd", ranks[0].owner)
     op = "chunk" if any(call.op == "chunk" for call in ranks) else "chunk_fwd"
     results = _run(meeting, namespace, op, [call.arguments for call in ranks])
-    return [call.returned((*own, None)) for call, own in zip(ranks, results, strict=True)]
+    return [call.returned(call.arguments, (*own, None)) for call, own in zip(ranks, results, strict=True)]

@@ -13,7 +13,7 @@ from ..context_parallel.streams import exchange_conv_tails
 from ..ops import chunk_kda, fused_recurrent_kda
 from .cache import KDACache, check_rows
 from .layouts import Documents, Layout, PaddedRows, layout_of
-from .modules import GatedRMSNorm, ShortConvolution, device_and_dtype, fit_on_load, is_plain
+from .modules import GatedRMSNorm, KeepsFp32, ShortConvolution, device_and_dtype, fit_on_load, is_plain
 
 __all__ = ["KimiDeltaAttention"]
 
@@ -21,7 +21,7 @@ GATE_PARAMETERS = ("A_log", "dt_bias")
 NEVER = -1e4  # the logit of a write or of a decay that does not happen: exactly 0 in every dtype
 
 
-class KimiDeltaAttention(nn.Module):
+class KimiDeltaAttention(KeepsFp32, nn.Module):
     """Kimi Delta Attention over ``[batch, tokens, hidden_size]``, in parallel or a few tokens on top of a cache.
 
     Projections, a causal convolution with SiLU on each of q, k and v, the gate
@@ -30,9 +30,19 @@ class KimiDeltaAttention(nn.Module):
 
     Args:
         hidden_size: width of the input and of the output.
-        num_heads, head_dim: of q, k and v alike.
+        num_heads, head_dim: of q and k, and of v too unless the next two say otherwise.
         conv_size: taps of the short convolutions.
         norm_eps: of the output norm.
+        num_v_heads: heads of v, of the gates and of the state: a multiple of ``num_heads``, which is the default.
+        expand_v: a value head is ``expand_v * head_dim`` wide, a whole number.
+        lower_bound: None, or a negative number: the gate is then ``lower_bound sigmoid(exp(A_log)(... + dt_bias))``.
+        full_rank_gate: the gate comes from one ``f_proj`` instead of ``f_b_proj`` after ``f_a_proj``.
+        full_rank_output_gate: the output gate comes from one ``g_proj`` instead of ``g_b_proj`` after ``g_a_proj``.
+        allow_neg_eigval: beta is ``2 sigmoid(b x)``.
+        conv_bias: whether the convolutions have a bias.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
 
     Example:
         >>> import torch
@@ -42,23 +52,73 @@ class KimiDeltaAttention(nn.Module):
         torch.Size([1, 10, 64])
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, conv_size: int = 4, norm_eps: float = 1e-5):
+    FP32 = GATE_PARAMETERS  # they scale every decay of a whole context
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        conv_size: int = 4,
+        norm_eps: float = 1e-5,
+        *,
+        num_v_heads: int | None = None,
+        expand_v: float = 1,
+        lower_bound: float | None = None,
+        full_rank_gate: bool = False,
+        full_rank_output_gate: bool = False,
+        allow_neg_eigval: bool = False,
+        conv_bias: bool = False,
+    ):
         super().__init__()
         self.num_heads, self.head_dim, self.conv_size = num_heads, head_dim, conv_size
-        width = num_heads * head_dim
-        for name in ("q", "k", "v"):
+        self.num_v_heads = num_heads if num_v_heads is None else num_v_heads
+        self.v_head_dim = round(head_dim * Checker("KimiDeltaAttention").number("expand_v", expand_v))
+        self.lower_bound, self.allow_neg_eigval = lower_bound, allow_neg_eigval
+        self.options = {  # what a layer with other heads has in common with this one
+            "expand_v": expand_v,
+            "lower_bound": lower_bound,
+            "full_rank_gate": full_rank_gate,
+            "full_rank_output_gate": full_rank_output_gate,
+            "allow_neg_eigval": allow_neg_eigval,
+            "conv_bias": conv_bias,
+        }
+        self._check_options()
+        self.key_width, self.value_width = num_heads * head_dim, self.num_v_heads * self.v_head_dim
+        gate_width = self.num_v_heads * head_dim
+        for name, width in (("q", self.key_width), ("k", self.key_width), ("v", self.value_width)):
             self.add_module(f"{name}_proj", nn.Linear(hidden_size, width, bias=False))
-            self.add_module(f"{name}_conv1d", ShortConvolution(width, conv_size))
-        self.f_a_proj = nn.Linear(hidden_size, head_dim, bias=False)
-        self.f_b_proj = nn.Linear(head_dim, width, bias=False)
-        self.b_proj = nn.Linear(hidden_size, num_heads, bias=False)
-        self.g_a_proj = nn.Linear(hidden_size, head_dim, bias=False)
-        self.g_b_proj = nn.Linear(head_dim, width, bias=False)
-        self.A_log = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
-        self.o_norm = GatedRMSNorm(head_dim, norm_eps)
-        self.o_proj = nn.Linear(width, hidden_size, bias=False)
+            self.add_module(f"{name}_conv1d", ShortConvolution(width, conv_size, conv_bias))
+        self._add_gate("f", hidden_size, gate_width, full_rank_gate)
+        self.b_proj = nn.Linear(hidden_size, self.num_v_heads, bias=False)
+        self._add_gate("g", hidden_size, self.value_width, full_rank_output_gate)
+        self.A_log = nn.Parameter(torch.empty(self.num_v_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(gate_width, dtype=torch.float32))
+        self.o_norm = GatedRMSNorm(self.v_head_dim, norm_eps)
+        self.o_proj = nn.Linear(self.value_width, hidden_size, bias=False)
         self.reset_gate_parameters()
+
+    def _check_options(self) -> None:
+        c, expand_v = Checker("KimiDeltaAttention"), self.options["expand_v"]
+        for name in ("full_rank_gate", "full_rank_output_gate", "allow_neg_eigval", "conv_bias"):
+            c.boolean(name, self.options[name])
+        if self.num_v_heads < 1 or self.num_v_heads % self.num_heads:
+            raise c.value_error(
+                f"num_v_heads is {self.num_v_heads}, expected a multiple of the {self.num_heads} heads of q and k"
+            )
+        if self.v_head_dim < 1 or not math.isclose(self.v_head_dim, self.head_dim * expand_v):
+            raise c.value_error(
+                f"expand_v is {expand_v}, expected a whole number > 0 for head_dim={self.head_dim} times it"
+            )
+        if self.lower_bound is not None and not -math.inf < c.number("lower_bound", self.lower_bound) < 0:
+            raise c.value_error(f"lower_bound is {self.lower_bound}, expected a finite negative number")
+
+    def _add_gate(self, name: str, hidden_size: int, width: int, full_rank: bool) -> None:
+        if full_rank:
+            self.add_module(f"{name}_proj", nn.Linear(hidden_size, width, bias=False))
+        else:
+            self.add_module(f"{name}_a_proj", nn.Linear(hidden_size, self.v_head_dim, bias=False))
+            self.add_module(f"{name}_b_proj", nn.Linear(self.v_head_dim, width, bias=False))
 
     @torch.no_grad()
     def reset_gate_parameters(self) -> None:
@@ -70,18 +130,6 @@ class KimiDeltaAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Sets the parameters that belong to the layer itself; its modules have a ``reset_parameters`` of their own."""
         self.reset_gate_parameters()
-
-    def _apply(self, fn, recurse=True):
-        """Casting a model to 16 bits leaves A_log and dt_bias in fp32: they scale every decay of a whole context."""
-        own = [p for name in GATE_PARAMETERS if (p := self._parameters.get(name)) is not None]
-        kept = [t for p in own for t in (p, p.grad) if t is not None]
-
-        def keep_fp32(t: Tensor) -> Tensor:
-            moved = fn(t)
-            is_kept = moved.dtype != t.dtype and any(t is x for x in kept)
-            return t.to(moved.device) if is_kept else moved
-
-        return super()._apply(keep_fp32, recurse)
 
     @property
     def _is_fsdp_managed_module(self) -> bool:
@@ -105,7 +153,7 @@ class KimiDeltaAttention(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A_log may be ``[1, 1, heads, 1]``, as released checkpoints have it, and dt_bias ``[heads, head_dim]``."""
         fit_on_load(state_dict, prefix, self, "A_log")
-        fit_on_load(state_dict, prefix, self, "dt_bias", (self.num_heads, self.head_dim))
+        fit_on_load(state_dict, prefix, self, "dt_bias", (self.num_v_heads, self.head_dim))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def new_cache(
@@ -114,18 +162,21 @@ class KimiDeltaAttention(nn.Module):
         """For ``batch_size`` sequences that have not begun. Default: device and dtype of the layer's weights."""
         like = device_and_dtype(self, leave_out=GATE_PARAMETERS)
         device, dtype = like[0] if device is None else device, like[1] if dtype is None else dtype
-        width = self.num_heads * self.head_dim
-        state = (batch_size, self.num_heads, self.head_dim, self.head_dim)
+        state = (batch_size, self.num_v_heads, self.v_head_dim, self.head_dim)
         return KDACache(
-            torch.zeros(batch_size, 3 * width, self.conv_size - 1, device=device, dtype=dtype),
+            torch.zeros(batch_size, sum(self._stream_widths()), self.conv_size - 1, device=device, dtype=dtype),
             torch.zeros(state, device=device, dtype=torch.promote_types(dtype, torch.float32)),
         )
 
     def cache_bytes(self, tokens: int, dtype: torch.dtype) -> int:
         """Of one sequence; ``tokens`` does not matter."""
-        width = self.num_heads * self.head_dim
         state = torch.promote_types(dtype, torch.float32)
-        return 3 * width * (self.conv_size - 1) * dtype.itemsize + width * self.head_dim * state.itemsize
+        inputs = sum(self._stream_widths()) * (self.conv_size - 1)
+        return inputs * dtype.itemsize + self.value_width * self.head_dim * state.itemsize
+
+    def _stream_widths(self) -> tuple[int, int, int]:
+        """Channels of q, k and v."""
+        return self.key_width, self.key_width, self.value_width
 
     def forward(
         self,
@@ -160,10 +211,10 @@ class KimiDeltaAttention(nn.Module):
         return self._forward(x, cache, layout)
 
     def _forward(self, x: Tensor, cache: KDACache | None, layout: Layout) -> Tensor:
-        heads, counts = (-1, self.head_dim), layout.counts
-        gate = self.f_b_proj(self.f_a_proj(x)).unflatten(-1, heads)
+        counts = layout.counts
+        gate = self._gate("f", x).unflatten(-1, (-1, self.head_dim))
         beta = self.b_proj(x)
-        output_gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, heads)
+        output_gate = self._gate("g", x).unflatten(-1, (-1, self.v_head_dim))
         single_step = cache is not None and x.shape[1] == 1
         if cache is not None:
             cache.own()
@@ -182,6 +233,8 @@ class KimiDeltaAttention(nn.Module):
             use_qk_l2norm_in_kernel=True,
             use_gate_in_kernel=True,
             use_beta_sigmoid_in_kernel=True,
+            allow_neg_eigval=self.allow_neg_eigval,
+            lower_bound=self.lower_bound,
             state_v_first=True,
             cu_seqlens=layout.cu_seqlens,
             **({} if layout.cp_context is None else {"cp_context": layout.cp_context}),
@@ -191,20 +244,28 @@ class KimiDeltaAttention(nn.Module):
             cache.advance(x.shape[1], counts)
         return self.o_proj(self.o_norm(o, output_gate).flatten(-2))
 
+    def _gate(self, name: str, x: Tensor) -> Tensor:
+        """The pre-activation of a gate, ``[batch, tokens, heads * dim]``."""
+        whole = self._modules.get(f"{name}_proj")
+        if whole is not None:
+            return whole(x)
+        return self._modules[f"{name}_b_proj"](self._modules[f"{name}_a_proj"](x))
+
     def _convolved(self, x: Tensor, cache: KDACache | None, layout: Layout) -> list[Tensor]:
-        """q, k, v ``[batch, tokens, heads, head_dim]``; the cache then holds the last inputs."""
+        """q, k, v ``[batch, tokens, heads, dim]``; the cache then holds the last inputs."""
         inputs = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
-        pasts = [None] * 3 if cache is None else cache.conv.chunk(3, dim=1)
+        pasts = [None] * 3 if cache is None else cache.conv.split(self._stream_widths(), dim=1)
         if layout.cp_context is not None:
             tails = exchange_conv_tails(torch.cat(inputs, dim=-1), layout.cp_context, self.conv_size)
-            pasts = tails.chunk(3, dim=-1)
+            pasts = tails.split(self._stream_widths(), dim=-1)
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         convolve = self._convolved_alone if isinstance(layout, Documents) else lambda conv, y, past, _: conv(y, past)
         streams = [convolve(*arguments, layout) for arguments in zip(convolutions, inputs, pasts, strict=True)]
         if cache is not None:
             seen = torch.cat((cache.conv, torch.cat(inputs, dim=-1).transpose(1, 2).to(cache.conv.dtype)), dim=2)
             cache.conv = _last_inputs(seen, self.conv_size - 1, layout.counts)
-        return [y.unflatten(-1, (-1, self.head_dim)) for y in streams]
+        dims = (self.head_dim, self.head_dim, self.v_head_dim)
+        return [y.unflatten(-1, (-1, dim)) for y, dim in zip(streams, dims, strict=True)]
 
     def _convolved_alone(self, conv: nn.Module, y: Tensor, past: Tensor | None, layout: Documents) -> Tensor:
         """Documents with zeros between them, so that no convolution reaches from one into the next.
@@ -222,7 +283,8 @@ class KimiDeltaAttention(nn.Module):
         """Whether one kernel may stand for convolutions, recurrence and norm: none of them is wrapped or replaced."""
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         return (
-            decoding_layer.serves(gate, self.head_dim, self.conv_size)
+            (self.num_v_heads, self.v_head_dim) == (self.num_heads, self.head_dim)
+            and decoding_layer.serves(gate, self.head_dim, self.conv_size)
             and all(is_plain(conv, ShortConvolution) for conv in convolutions)
             and is_plain(self.o_norm, GatedRMSNorm)
         )
@@ -243,6 +305,8 @@ class KimiDeltaAttention(nn.Module):
             state=cache.state,
             A_log=self.A_log,
             dt_bias=self.dt_bias,
+            allow_neg_eigval=self.allow_neg_eigval,
+            lower_bound=self.lower_bound,
             slot_of=rows,
             norm_eps=self.o_norm.eps,
         )  # fmt: skip

@@ -28,18 +28,37 @@ class NoPEMultiLatentAttention(nn.Module):
         kv_lora_rank: width of the latent.
         nope_dim, rope_dim: a key is ``nope_dim`` from the latent and ``rope_dim`` shared.
         v_head_dim: of a value.
+        q_lora_rank: None, or the width of a latent of the queries, which ``q_b_proj`` expands after a norm.
+        output_gate: whether the output of each head is multiplied by ``sigmoid(g_proj(x))``, as in Kimi K3.
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, kv_lora_rank: int, nope_dim: int, rope_dim: int, v_head_dim: int
+        self,
+        hidden_size: int,
+        num_heads: int,
+        kv_lora_rank: int,
+        nope_dim: int,
+        rope_dim: int,
+        v_head_dim: int,
+        *,
+        q_lora_rank: int | None = None,
+        output_gate: bool = False,
     ):
         super().__init__()
+        self.options = {"q_lora_rank": q_lora_rank, "output_gate": output_gate}
         self.num_heads, self.kv_lora_rank = num_heads, kv_lora_rank
         self.nope_dim, self.rope_dim, self.v_head_dim = nope_dim, rope_dim, v_head_dim
-        self.q_proj = nn.Linear(hidden_size, num_heads * (nope_dim + rope_dim), bias=False)
+        q_width = num_heads * (nope_dim + rope_dim)
+        if q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden_size, q_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=False)
+            self.q_a_layernorm = LatentRMSNorm(q_lora_rank, eps=1e-6)
+            self.q_b_proj = nn.Linear(q_lora_rank, q_width, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden_size, kv_lora_rank + rope_dim, bias=False)
         self.kv_a_layernorm = LatentRMSNorm(kv_lora_rank, eps=1e-6)
         self.kv_b_proj = nn.Linear(kv_lora_rank, num_heads * (nope_dim + v_head_dim), bias=False)
+        self.g_proj = nn.Linear(hidden_size, num_heads * v_head_dim, bias=False) if output_gate else None
         self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
 
     def new_cache(
@@ -81,19 +100,26 @@ class NoPEMultiLatentAttention(nn.Module):
         return self._forward(x, cache, layout)
 
     def _forward(self, x: Tensor, cache: MLACache | None, layout: Layout) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.nope_dim + self.rope_dim)).transpose(1, 2)
+        o = self._attended(x, cache, layout)
+        return self.o_proj(o if self.g_proj is None else o * torch.sigmoid(self.g_proj(x)))
+
+    def _attended(self, x: Tensor, cache: MLACache | None, layout: Layout) -> Tensor:
+        """The output of all heads ``[batch, tokens, num_heads * v_head_dim]``."""
+        low_rank = self.options["q_lora_rank"] is not None
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if low_rank else self.q_proj(x)
+        q = q.unflatten(-1, (-1, self.nope_dim + self.rope_dim)).transpose(1, 2)
         latent, shared_key = self.kv_a_proj_with_mqa(x).split((self.kv_lora_rank, self.rope_dim), dim=-1)
         latents = torch.cat((self.kv_a_layernorm(latent), shared_key), dim=-1)
         if layout.cp_context is not None:
-            return self.o_proj(self._attend_elsewhere(q, latents, layout))
+            return self._attend_elsewhere(q, latents, layout)
         if isinstance(layout, Documents):
-            return self.o_proj(self._attend_alone(q, latents, layout))
+            return self._attend_alone(q, latents, layout)
         starts = None if cache is None else cache.lengths
         if cache is not None:
             latents = cache.append(latents, layout.counts)
         absorb = cache is not None and x.shape[1] == 1 and is_plain(self.kv_b_proj, nn.Linear)
         mask = _visible(x.shape[1], latents, starts)
-        return self.o_proj((self._attend_in_latent_space if absorb else self._attend)(q, latents, mask))
+        return (self._attend_in_latent_space if absorb else self._attend)(q, latents, mask)
 
     def _attend_alone(self, q: Tensor, latents: Tensor, layout: Documents) -> Tensor:
         """Every document by itself; tokens after the last one get zeros."""

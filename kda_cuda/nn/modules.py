@@ -9,27 +9,62 @@ from torch import Tensor, nn
 __all__ = ["GatedRMSNorm", "LatentRMSNorm", "ShortConvolution"]
 
 
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None) -> Tensor:
+    """The causal depthwise convolution and SiLU of :class:`ShortConvolution`.
+
+    Args:
+        x: ``[batch, tokens, channels]``.
+        weight: ``[channels, 1, taps]``; bias: ``[channels]``.
+        past: ``[batch, channels, taps - 1]``, the inputs before x; None: zeros, the start of a sequence.
+    """
+    if 0 in x.shape[:2]:  # conv1d refuses an empty input
+        return x
+    x, taps = x.transpose(1, 2), weight.shape[-1]
+    x = F.pad(x, (taps - 1, 0)) if past is None else torch.cat((past.to(x.dtype), x), dim=2)
+    return F.silu(F.conv1d(x, weight, bias, groups=weight.shape[0])).transpose(1, 2)
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm and gate of :class:`GatedRMSNorm`: x and gate ``[..., dim]``, weight ``[dim]``; the dtype of x."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normed = F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps)
+    return (normed * torch.sigmoid(gate.to(wide))).to(x.dtype)
+
+
+class KeepsFp32:
+    """A module whose parameters and buffers named in ``FP32`` stay in fp32 when a model is cast to 16 bits."""
+
+    FP32: tuple[str, ...] = ()
+
+    def _apply(self, fn, recurse=True):
+        own = [t for name in self.FP32 if (t := {**self._parameters, **self._buffers}.get(name)) is not None]
+        kept = [t for x in own for t in (x, x.grad) if t is not None]
+
+        def keep_fp32(t: Tensor) -> Tensor:
+            moved = fn(t)
+            is_kept = moved.dtype != t.dtype and any(t is x for x in kept)
+            return t.to(moved.device) if is_kept else moved
+
+        return super()._apply(keep_fp32, recurse)
+
+
 class ShortConvolution(nn.Conv1d):
-    r"""Causal depthwise convolution, then SiLU: :math:`y_{t,c} = SiLU(\sum_j w_{c,j} x_{t-taps+1+j,c})`.
+    r"""Causal depthwise convolution, then SiLU: :math:`y_{t,c} = SiLU(b_c + \sum_j w_{c,j} x_{t-taps+1+j,c})`.
 
     Args:
         channels: of the input ``[batch, tokens, channels]``.
         taps: how many tokens an output sees, its own included.
+        bias: whether there is a b; released models have none.
 
     Source: Kimi Linear report, section 4.
     """
 
-    def __init__(self, channels: int, taps: int = 4):
-        super().__init__(channels, channels, taps, groups=channels, bias=False)
+    def __init__(self, channels: int, taps: int = 4, bias: bool = False):
+        super().__init__(channels, channels, taps, groups=channels, bias=bias)
 
     def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
         """``past`` [batch, channels, taps - 1]: the inputs before x; None: zeros, the start of a sequence."""
-        if 0 in x.shape[:2]:  # conv1d refuses an empty input
-            return x
-        x = x.transpose(1, 2)
-        taps = self.kernel_size[0]
-        x = F.pad(x, (taps - 1, 0)) if past is None else torch.cat((past.to(x.dtype), x), dim=2)
-        return F.silu(F.conv1d(x, self.weight, groups=self.groups)).transpose(1, 2)
+        return convolve(x, self.weight, self.bias, past)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Weights without the middle dimension, ``[channels, taps]``, load too."""
@@ -54,9 +89,7 @@ class GatedRMSNorm(nn.Module):
         self.weight.fill_(1)
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        normed = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
-        return (normed * torch.sigmoid(gate.to(wide))).to(x.dtype)
+        return gated_rms_norm(x, gate, self.weight, self.eps)
 
 
 class LatentRMSNorm(nn.RMSNorm):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.device import backward, profile_table
+from bench.device import backward, profile_table, racecheck
 
 ROOT = Path(__file__).parents[2]
 HEADER = '"ID","Kernel Name","gpu__time_duration.sum","gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed"'
@@ -61,7 +61,12 @@ def device_run(tmp_path):
     """Runs a step; gives the finished process and $OUT."""
     tools, out = tmp_path / "tools", tmp_path / "out"
     tools.mkdir()
-    for name, text in {"python_stand_in": PYTHON, "ncu": TOOL, "compute-sanitizer": TOOL}.items():
+    for name, text in {
+        "python_stand_in": PYTHON,
+        "ncu": TOOL,
+        "compute-sanitizer": TOOL,
+        "nvcc": "#!/bin/sh\n",
+    }.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     (tmp_path / "profile.csv").write_text(PROFILE)
@@ -110,13 +115,31 @@ def test_tests_are_those_of_the_gpu(device_run, tmp_path):
 def test_sanitize(device_run, tmp_path):
     done, out = device_run("sanitize", "one_token", PRETEND="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    calls = [line for line in (tmp_path / "tools_saw").read_text().splitlines() if "--tool" in line]
-    assert (
-        len(calls) == 4
-        and done.stdout.count("1 cases ok, ERROR SUMMARY: 0 errors") == 4
-        and len(list(out.iterdir())) == 4
-    )
+    control, *calls = [line for line in (tmp_path / "tools_saw").read_text().splitlines() if "--tool" in line]
+    assert "handover" in control and "control    racecheck of a hand-over" in done.stdout
+    assert len(calls) == 4 and done.stdout.count("1 cases ok, ERROR SUMMARY: 0 errors") == 4
+    assert len(list(out.iterdir())) == 5
     assert {"initcheck" in call for call in calls if "kns=kda" not in call} == {True}
+
+
+def report(kernel: str) -> str:
+    return f"========= Error: Race reported between Read access at void kda::{kernel}(kda::Params)+0x4df0\n"
+
+
+@pytest.mark.parametrize(
+    ("kernels", "status"),
+    [
+        (["chunk_fwd_scan_kernel<kda::Fp32K64>", "chunk_bwd_scan_kernel<kda::Bf16K256>"], 0),
+        (["chunk_fwd_scan_kernel<kda::Fp32K64>", "chunk_bwd_keys_kernel<kda::Fp32K64>"], 1),
+        (["chunk_fwd_scan_kernel<kda::Bf16K64Sm90>"], 1),
+        (["chunk_bwd_clear_kernel"], 1),
+    ],
+)
+def test_hazards_of_a_known_limit_are_told_from_others(kernels, status, tmp_path, capsys):
+    log = tmp_path / "racecheck.log"
+    log.write_text("".join(report(kernel) for kernel in kernels))
+    assert racecheck.main(str(log)) == status
+    assert ("HAZARD" in capsys.readouterr().out) == bool(status)
 
 
 def test_profile(device_run, tmp_path):

@@ -44,6 +44,18 @@ def test_sixteen_heads_take_one_round(sequences, device):
     assert size <= 2048 * 8192 * 16
 
 
+@pytest.mark.parametrize(("tokens", "rounds"), [(1 << 18, 1), (1 << 20, 2), (1 << 22, 8)])
+def test_a_long_sequence_leaves_room(tokens, rounds, device):
+    """A device of 128 GiB: 2 KiB for every token of 32 heads is 64 GiB at a million tokens."""
+    shape = {"tokens": tokens, "value_heads": 32, "heads": 32}
+    told, memory = plan(device, **shape), 128 << 30
+    if device.name == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
+    assert int(told["workspace_bytes"]) <= memory / 4
+    if device.name == "emulator":
+        assert int(told["rounds"]) == rounds
+
+
 ROWS = 8192 * 16
 SCRATCH = (
     # wanted, what differs from K = 128 in ungrouped heads, bytes for a token of a value head

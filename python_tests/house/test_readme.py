@@ -32,10 +32,11 @@ def test_readme_example_runs(number):
 
 
 def test_readme_has_its_examples():
-    op, serving, drafts, layer, decoding = readme_examples()
+    op, serving, drafts, layer, decoding, kimi_linear = readme_examples()
     assert ".backward()" in op and len(op.splitlines()) <= 20
     assert "checkpoint_slots" in serving and "kda_cuda.commit(" in drafts
     assert "KimiDeltaAttention" in layer and "generate(" in decoding
+    assert "from_pretrained(" in kimi_linear
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -184,7 +184,7 @@ def test_a_mask_without_padding_costs_nothing(model, monkeypatch):
     forward = HybridLM.forward
     monkeypatch.setattr(HybridLM, "forward", lambda *a, **options: seen.append(options) or forward(*a, **options))
     model.generate(tokens, 2, attention_mask=torch.ones(2, 9, dtype=torch.bool))
-    assert seen == [{}, {}]
+    assert seen == [{"last_only": True}] * 2
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -25,6 +25,8 @@ def not_warned(monkeypatch):
 def without_kernel(monkeypatch, device, *ops: str) -> None:
     """As if the loaded library did not implement ``ops``."""
     namespace = library.NAMESPACE_EMULATED if device.name == "emulator" else library.NAMESPACE
+    for function in (kda_cuda.chunk_kda, kda_cuda.kda_gate):
+        function.recipes.forget()  # who serves an earlier call
     left = {**variants._kernels, namespace: variants.kernels(namespace) - set(ops)}
     monkeypatch.setattr(variants, "_kernels", left)
 

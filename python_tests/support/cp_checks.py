@@ -180,7 +180,10 @@ def check_layer(group: Group, layer: torch.nn.Module, division: Division) -> Non
 @check(2, 3, 4)
 def the_layers(group: Group) -> None:
     torch.manual_seed(0)
-    layers = [KimiDeltaAttention(16, 2, 8), NoPEMultiLatentAttention(16, 2, 8, 8, 8, 8)]
+    layers = [
+        KimiDeltaAttention(16, 2, 8, num_v_heads=4, conv_bias=True),
+        NoPEMultiLatentAttention(16, 2, 8, 8, 8, 8, output_gate=True),
+    ]
     for layer, division in itertools.product(layers, DIVISIONS[dist.get_world_size(group)]):
         check_layer(group, layer.double(), division)
 

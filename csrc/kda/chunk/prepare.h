@@ -202,6 +202,7 @@ struct Prepare : PrepareThread<Variant, kTeams> {
     bool any = false;
     for (bool small : s.has_small_beta) any = any || small;
     to.flags.has_small_beta = any, to.flags.steep = this->any_steep();
+    to.flags.nothing[0] = to.flags.nothing[1] = 0;
   }
   /// The rows of the chunk's tokens; those behind its last one are zero, and whoever loads them knows that.
   template <class Tile>

@@ -18,6 +18,9 @@ struct ChunkTransition {
   Wide w;                          // T (Gamma.K)
   Wide k_tilde;                    // exp(G_C - G).K
   float gamma_c[Shape::kKeyTile];  // decay over the chunk
+
+  /// Up to here there is something in it; the next tile begins at a multiple of 1024 bytes.
+  static constexpr int kBytes = int(2 * sizeof(Wide) + sizeof(gamma_c));
 };
 
 /// And what its outputs need. The same in global and in shared memory, swizzles included, so that a record, or its
@@ -26,6 +29,9 @@ template <class Variant>
 struct ChunkRecord : ChunkTransition<Variant> {
   typename ChunkTransition<Variant>::Wide gamma_q;  // scale * Gamma.Q
   typename ChunkTransition<Variant>::Square a_qk;   // scale * A_qk, zero above the diagonal
+
+  /// From gamma_q on.
+  static constexpr int kOutputBytes = int(sizeof(gamma_q) + sizeof(a_qk.data));
 };
 
 /// What the backward knows of a chunk's tokens beside its record.
@@ -33,6 +39,7 @@ template <int kChunk>
 struct ChunkFlags {
   alignas(16) uint32_t has_small_beta;   // a share is not 1
   uint32_t steep;                        // the scores were made by splits
+  uint32_t nothing[2];                   // zero, since all of it is copied
   alignas(16) float beta_share[kChunk];  // gate_columns.h
 };
 

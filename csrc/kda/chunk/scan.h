@@ -125,10 +125,13 @@ struct ScanHelper {
     ChunkRecordAt<Variant> const from(p, slot, value_head);
     if (kPass == ScanPass::kOutputs && p.progress && slot >= seen) wait_for_record(slot, value_head, left);
     auto& to = s.stage[stage];
-    constexpr int kBytes = sizeof(to.record) - (Shape::kOfBackward ? sizeof(to.record.w) : 0);
+    constexpr int kSkipped = Shape::kOfBackward ? sizeof(to.record.w) : 0, kBytes = sizeof(to.record) - kSkipped;
     bool const has_values = kLoadsValues && (!Shape::kIsSummary || value0 >= 0);
-    if constexpr (!Shape::kAsync) {
-      copy(first_of(to.record), first_of(from.record()), kBytes);
+    if constexpr (!Shape::kAsync) {  // without what nobody has written, between the tiles
+      using Transition = ChunkTransition<Variant>;
+      constexpr int kOutputBytes = ScanStorage<Variant, kPass>::kWhole ? ChunkRecord<Variant>::kOutputBytes : 0;
+      copy<Transition::kBytes - kSkipped, int(sizeof(Transition)) - Transition::kBytes>(
+          first_of(to.record), first_of(from.record()), Transition::kBytes - kSkipped + kOutputBytes);
       if (has_values) copy(&to.u, &from.values(value0 / kValueTile), sizeof(to.u));
       cp_async_commit();
     } else if (thread == 0) {
@@ -197,9 +200,13 @@ struct ScanHelper {
     sync_warp();  // what one lane has seen of its record, all have
     if constexpr (Shape::kAsync) fence_proxy_async_global();
   }
+  /// All but a gap of kGap bytes behind the first kBefore.
+  template <int kBefore = 0, int kGap = 0>
   KDA_DEVICE void copy(void* to, void const* from, int bytes) {
-    for (int i = thread * 16; i < bytes; i += Shape::kHelpers * 16)
-      cp_async_16(static_cast<char*>(to) + i, static_cast<char const*>(from) + i);
+    for (int i = thread * 16; i < bytes; i += Shape::kHelpers * 16) {
+      int const at = i < kBefore ? i : i + kGap;
+      cp_async_16(static_cast<char*>(to) + at, static_cast<char const*>(from) + at);
+    }
   }
 };
 

@@ -8,9 +8,9 @@
 
 namespace kda {
 
-/// Bytes of workspace for a token of a value head that a call of several heads may take at most. Rounds of fewer heads
-/// take less; one head of one sequence takes what it takes. In 16 bits K = V = 128 takes 2016 in one round, if
-/// sequences leave few cells empty.
+/// Bytes of workspace for a token of a value head that a call of several heads may take at most, and all of it no more
+/// than the device's large_workspace. Rounds of fewer heads take less; one head of one sequence takes what it takes. In
+/// 16 bits K = V = 128 takes 2016 in one round, if sequences leave few cells empty.
 inline constexpr double kBackwardBytesPerToken = 2048;
 
 /// How a call is launched: explained, and obeyed.
@@ -53,7 +53,8 @@ inline ChunkBwdSchedule schedule_chunk_bwd(ChunkBwdVariant const& variant, Chunk
   double const tokens = double(plan.cu_seqlens ? plan.tokens : plan.tokens * plan.sequences);
   double const scale = double(variant.key_tile * variant.element_bytes()) / 256.;  // beside K = V = 128 in 16 bits
   double const allowed =
-      std::max(kBackwardBytesPerToken * scale * tokens * value_heads, double(device.small_workspace));
+      std::min(std::max(kBackwardBytesPerToken * scale * tokens * value_heads, double(device.small_workspace)),
+               double(device.large_workspace));
   int64_t const fit = std::max<int64_t>(1, int64_t(allowed / double(std::max<int64_t>(per_head, 1))));
   int64_t const rounds = divide_up(value_heads, std::min<int64_t>(fit, value_heads));
   return schedule_rounds(variant, plan, value_heads, value_dim, divide_up(value_heads, rounds), device);

@@ -105,8 +105,8 @@ struct ValueGradients {
         bringer(i).bring(to.d_state, d_state, to.u, u);
       } else {
         auto& inverse = cell.inverse();
-        bringer(i).bring(to.d_state, d_state, to.u, u, s.k_tilde, cell.record().k_tilde, s.a_qk, cell.record().a_qk,
-                         s.diagonal, inverse.diagonal);
+        bringer(i).bring(to.d_state, d_state, to.u, u, s.k_tilde, cell.record().k_tilde, s.a_qk.data,
+                         cell.record().a_qk.data, s.diagonal, inverse.diagonal);
       }
     }
     if (own < count)

@@ -1,0 +1,1 @@
+"""Whole released architectures, one a folder."""
