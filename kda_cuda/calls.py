@@ -49,6 +49,7 @@ class Call(NamedTuple):
     owner: Tensor  # whose device and dtype decide who serves the op
     returned: Callable[[Any, Any], Any]  # from the op's arguments and results to the function's; refers to no tensor
     checker: Checker | None = None  # knows what a repetition must check; None: everything
+    runner: Callable[[str, str], Callable] = library.runner  # from namespace and op to what runs it
 
 
 def public(bind: Callable[P, Call]) -> Callable[P, Any]:
@@ -76,8 +77,8 @@ def public(bind: Callable[P, Call]) -> Callable[P, Any]:
 def recipe_for(call: Call, values: tuple) -> Recipe | None:
     """How the next call is run that has the signature of this one; None: like this one."""
     namespace, _ = variants.choose(raw_op(call.op), call.owner)
-    if namespace == NAMESPACE_REFERENCE:
-        return None  # says each time why no kernel runs
+    if namespace == NAMESPACE_REFERENCE or call.runner is not library.runner:
+        return None  # says each time why no kernel runs; exchanges with other ranks
     return recipe_of(call.checker, library.runner(namespace, call.op), call.arguments, values, call.returned)
 
 
@@ -87,7 +88,7 @@ def run(call: Call) -> Any:
     namespace, reason = variants.choose(raw, x)
     if namespace == NAMESPACE_REFERENCE and x.device.type == "cuda":
         variants.warn_no_kernel(raw, reason)
-    return call.returned(call.arguments, library.runner(namespace, call.op)(*call.arguments))
+    return call.returned(call.arguments, call.runner(namespace, call.op)(*call.arguments))
 
 
 def as_it_is(_: Any, results: Any) -> Any:

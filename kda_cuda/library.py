@@ -38,6 +38,7 @@ __all__ = [
     "NAMESPACE_EMULATED",
     "NAMESPACE_REFERENCE",
     "SCHEMAS",
+    "backward_op",
     "define_namespace",
     "runner",
 ]
@@ -135,12 +136,16 @@ class _OnceDifferentiable(torch.autograd.Function):
         raise RuntimeError(f"{ctx.op} has no derivative: second derivatives of kda_cuda's ops are not implemented")
 
 
-def _backward(namespace: str, name: str, x: Tensor, arguments: tuple, key_dim: int | None = None) -> tuple[Tensor, ...]:
+def backward_op(namespace: str, name: str, x: Tensor, key_dim: int | None = None) -> Callable:
     """The backward of the same namespace where it has one for this device, else the reference's."""
     served_by, reason = variants.choose_backward(name, namespace, x, key_dim)
     if served_by == NAMESPACE_REFERENCE != namespace:
         variants.warn_no_kernel(name, reason)
-    op = variants.op_in(served_by, name)
+    return variants.op_in(served_by, name)
+
+
+def _backward(namespace: str, name: str, x: Tensor, arguments: tuple, key_dim: int | None = None) -> tuple[Tensor, ...]:
+    op = backward_op(namespace, name, x, key_dim)
     return _OnceDifferentiable.apply(op, *arguments) if torch.is_grad_enabled() else op(*arguments)
 
 

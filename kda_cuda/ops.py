@@ -7,6 +7,8 @@ from torch import Tensor
 
 from . import calls, decoding
 from .checks import FLOAT_DTYPES, Checker, check_gate_parameters
+from .context_parallel.chunk import chunk_call as chunk_call_on_ranks
+from .context_parallel.context import route_of, sequences_of_context
 from .schemas import Gate
 
 __all__ = ["chunk_kda", "fused_recurrent_kda", "kda_gate"]
@@ -63,7 +65,12 @@ def chunk_kda(
         cu_seqlens: ``[N + 1]`` int32 or int64: B = 1 and sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n+1]``.
             Tokens after the last sequence are padding: whatever they hold, their outputs and gradients are zero.
         cu_seqlens_cpu: the same on the CPU; its contents are then checked without a synchronisation.
-        cp_context: must be None.
+        cp_context: of :func:`kda_cuda.parallel.build_cp_context`, or of flash-linear-attention's: the tokens are this
+            rank's of sequences that lie on several ranks, B = 1. The context has the sequences, so cu_seqlens is None
+            or the context's. States are those of the local sequences: the initial state of one that began on an
+            earlier rank is not used, the final state of one that goes on is that after the local tokens. Every rank of
+            the group calls, and differentiates, in the same order. Gradients of ``A_log`` and ``dt_bias`` are this
+            rank's share: they add up over the ranks.
         **kwargs: ``A_log`` fp32 ``[HV]`` and ``dt_bias`` fp32 ``[HV * K]`` of the gate; ``chunk_size`` 64 or 32;
             ``use_graph`` and ``max_num_seqs`` are accepted; ``transpose_state_layout`` is the deprecated name of
             ``state_v_first``; ``deterministic="batch_invariant"``: the bits that the forward gives a sequence do not
@@ -94,6 +101,9 @@ def chunk_kda(
     transforms = calls.Transforms(
         use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval
     )
+    if cp_context is not None:
+        route = route_of(c, cp_context)
+        cu_seqlens, cu_seqlens_cpu = sequences_of_context(c, cp_context, cu_seqlens)
     x = calls.common_arguments(
         c, q, k, v, g, beta, kwargs.get("A_log"), kwargs.get("dt_bias"), scale, transforms, lower_bound, state_v_first,
         cu_seqlens, cu_seqlens_cpu, initial_state, output_final_state=output_final_state, safe_gate=safe_gate,
@@ -102,9 +112,11 @@ def chunk_kda(
     chunk_size = kwargs.get("chunk_size", 64)
     c.choice("chunk_size", chunk_size, calls.CHUNK_SIZES)
     invariant = calls.batch_invariant(c, kwargs.get("deterministic", True))
-    if cp_context is not None:
-        raise c.value_error(f"cp_context is a {type(cp_context).__name__}, expected None: no context parallelism here")
     options = {"chunk_size": chunk_size, "batch_invariant": invariant}
+    if cp_context is not None:
+        if return_intermediate_states:
+            raise c.value_error("return_intermediate_states is True with a cp_context, expected False")
+        return chunk_call_on_ranks(c, x, route, cp_context.group, initial_state, output_final_state, **options)
     if return_intermediate_states:
         if not calls.in_inference_mode():
             raise c.value_error("return_intermediate_states is True outside of torch.inference_mode(), expected inside")

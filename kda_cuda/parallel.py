@@ -1,4 +1,4 @@
-"""Models with KDA layers on several devices: sharded parameters (FSDP2), and heads divided among ranks."""
+"""Models on several devices: sharded parameters (FSDP2), heads divided among ranks, sequences divided among ranks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from .checks import Checker
+from .context_parallel.chunk import run_local
+from .context_parallel.context import CPContext, build_cp_context, local_cp_contexts
+from .context_parallel.streams import exchange_conv_tails, gather_tokens
 from .nn.kda import GATE_PARAMETERS, KimiDeltaAttention
 from .nn.mla import NoPEMultiLatentAttention
 
-__all__ = ["head_slice", "shard"]
+__all__ = [
+    "CPContext",
+    "build_cp_context",
+    "exchange_conv_tails",
+    "gather_tokens",
+    "head_slice",
+    "local_cp_contexts",
+    "run_local",
+    "shard",
+]
 
 LAYERS = (KimiDeltaAttention, NoPEMultiLatentAttention)
 BY_HEADS = {  # parameters with a dimension of heads, and which one that is; ranks have the others in common

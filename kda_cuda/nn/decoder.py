@@ -96,6 +96,7 @@ class CausalLM(Generation, nn.Module):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cp_context: object | None = None,
         *,
         last_only: bool = False,
     ) -> Tensor:
@@ -112,6 +113,7 @@ class CausalLM(Generation, nn.Module):
                 padding: they change nothing, may be any number, and their logits mean nothing. Not with a cache.
             position_ids: int32 or int64 ``[batch, tokens]``, instead of ``cu_seqlens``: a document begins with every
                 row and wherever a position does not follow the one before. The model has no other use for positions.
+            cp_context: as in :func:`kda_cuda.chunk_kda`: tokens is ``[1, tokens of this rank]``. Not with the others.
             last_only: logits ``[batch, vocab_size]`` of the last token of each row alone; zeros in a row without
                 tokens. Not with packed documents.
 
@@ -123,12 +125,12 @@ class CausalLM(Generation, nn.Module):
         self._check_tokens(c, tokens, cache)
         shape = tokens.shape
         if position_ids is not None:
-            if cache is not None or cu_seqlens is not None or attention_mask is not None:
-                others = "cache, attention_mask or cu_seqlens"
+            if any(x is not None for x in (cache, cu_seqlens, attention_mask, cp_context)):
+                others = "cache, attention_mask, cu_seqlens or cp_context"
                 raise c.value_error(f"position_ids is given with {others}, expected one of them")
             cu_seqlens = documents_of_positions(c.op, tokens, position_ids)
             tokens = tokens.reshape(1, -1)
-        layout = layout_of(c.op, tokens, cache is not None, attention_mask, cu_seqlens)
+        layout = layout_of(c.op, tokens, cache is not None, attention_mask, cu_seqlens, cp_context)
         if last_only and (isinstance(layout, Documents) or not tokens.shape[1]):
             raise c.value_error(f"last_only is given with tokens {list(shape)}, expected rows of at least one token")
         tokens = layout.enter(tokens)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import decoding_layer
 from ..checks import Checker
+from ..context_parallel.streams import exchange_conv_tails
 from ..ops import chunk_kda, fused_recurrent_kda
 from .cache import KDACache, check_rows
 from .layouts import Documents, Layout, PaddedRows, layout_of
@@ -184,6 +185,7 @@ class KimiDeltaAttention(KeepsFp32, nn.Module):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         layout: Layout | None = None,
+        cp_context: object | None = None,
     ) -> Tensor:
         """``[batch, tokens, hidden_size]`` for such an ``x``.
 
@@ -194,7 +196,9 @@ class KimiDeltaAttention(KeepsFp32, nn.Module):
             cu_seqlens: int32 or int64 ``[documents + 1]``: x is one row, and document n its tokens ``cu_seqlens[n]`` to
                 ``cu_seqlens[n + 1]``. No document sees another. Tokens after the last one are padding, as above. Not
                 with a cache.
-            layout: what the two before say, prepared for several layers; x is then in the order of the layout.
+            layout: what the two before and the one below say, prepared for several layers; x is then in its order.
+            cp_context: as in :func:`kda_cuda.chunk_kda`: x is ``[1, tokens of this rank, hidden_size]``. The layers of
+                all ranks have equal weights; gradients of weights are this rank's share. Not with the others.
 
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it.
@@ -202,7 +206,7 @@ class KimiDeltaAttention(KeepsFp32, nn.Module):
         op = "KimiDeltaAttention"
         check_rows(Checker(op), x, cache)
         if layout is None:
-            own = layout_of(op, x, cache is not None, attention_mask, cu_seqlens)
+            own = layout_of(op, x, cache is not None, attention_mask, cu_seqlens, cp_context)
             return own.leave(self._forward(own.enter(x), cache, own))
         return self._forward(x, cache, layout)
 
@@ -233,6 +237,7 @@ class KimiDeltaAttention(KeepsFp32, nn.Module):
             lower_bound=self.lower_bound,
             state_v_first=True,
             cu_seqlens=layout.cu_seqlens,
+            **({} if layout.cp_context is None else {"cp_context": layout.cp_context}),
         )  # fmt: skip
         if cache is not None:
             cache.state = state
@@ -250,6 +255,9 @@ class KimiDeltaAttention(KeepsFp32, nn.Module):
         """q, k, v ``[batch, tokens, heads, dim]``; the cache then holds the last inputs."""
         inputs = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         pasts = [None] * 3 if cache is None else cache.conv.split(self._stream_widths(), dim=1)
+        if layout.cp_context is not None:
+            tails = exchange_conv_tails(torch.cat(inputs, dim=-1), layout.cp_context, self.conv_size)
+            pasts = tails.split(self._stream_widths(), dim=-1)
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         convolve = self._convolved_alone if isinstance(layout, Documents) else lambda conv, y, past, _: conv(y, past)
         streams = [convolve(*arguments, layout) for arguments in zip(convolutions, inputs, pasts, strict=True)]
@@ -259,11 +267,17 @@ class KimiDeltaAttention(KeepsFp32, nn.Module):
         dims = (self.head_dim, self.head_dim, self.v_head_dim)
         return [y.unflatten(-1, (-1, dim)) for y, dim in zip(streams, dims, strict=True)]
 
-    def _convolved_alone(self, conv: nn.Module, y: Tensor, past: None, layout: Documents) -> Tensor:
-        """Documents with zeros between them, so that no convolution reaches from one into the next."""
+    def _convolved_alone(self, conv: nn.Module, y: Tensor, past: Tensor | None, layout: Documents) -> Tensor:
+        """Documents with zeros between them, so that no convolution reaches from one into the next.
+
+        ``past`` ``[parts, taps - 1, channels]``: what other ranks have before the parts of a shard; it takes the place
+        of zeros.
+        """
         place, extent = layout.spread(y.shape[1], self.conv_size - 1)
         apart = y.new_zeros(1, extent, y.shape[2]).index_copy(1, place, y)
-        return conv(apart, past).index_select(1, place)
+        if past is not None:
+            apart = apart.index_copy(1, layout.heads(self.conv_size - 1), past.reshape(1, -1, y.shape[2]))
+        return conv(apart, None).index_select(1, place)
 
     def _can_fuse(self, gate: Tensor) -> bool:
         """Whether one kernel may stand for convolutions, recurrence and norm: none of them is wrapped or replaced."""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..checks import INDEX_DTYPES, Checker, check_contents, check_cu_seqlens, cu_seqlens_list
+from ..context_parallel.context import route_of
 
-__all__ = ["Documents", "Layout", "PaddedRows", "documents_of_positions", "layout_of"]
+__all__ = ["Documents", "Layout", "PaddedRows", "Shard", "documents_of_positions", "layout_of"]
 
 MASK_DTYPES = (torch.bool, torch.int64, torch.int32, torch.uint8, torch.int8, torch.int16)
 
@@ -19,6 +20,7 @@ class Layout:
 
     counts: Tensor | None = None  # [batch]: tokens of each row; None: all of them
     cu_seqlens: Tensor | None = None  # [documents + 1]
+    cp_context: object | None = None  # of a row whose documents lie on several ranks
 
     def enter(self, x: Tensor) -> Tensor:
         """``x`` ``[batch, tokens, ...]`` of the caller in the order that the layers compute in."""
@@ -93,6 +95,32 @@ class Documents(Layout):
         return torch.arange(tokens, device=ends.device) + gap * document, tokens + gap * len(ends)
 
 
+class Shard(Documents):
+    """The tokens of one rank: documents of which the first may have begun, and the last may go on, on other ranks."""
+
+    def __init__(self, c: Checker, cp_context: object):
+        self.route = route_of(c, cp_context)
+        super().__init__(cp_context.cu_seqlens)
+        self.cp_context, self._bounds = cp_context, list(self.route.bounds)
+        self._heads: dict[int, Tensor] = {}
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x
+
+    def spread(self, tokens: int, gap: int) -> tuple[Tensor, int]:
+        """The first document has ``gap`` places before it too."""
+        place, extent = super().spread(tokens, gap)
+        return place + gap, extent + gap
+
+    def heads(self, gap: int) -> Tensor:
+        """Where in what is spread the ``gap`` tokens before each part of the rank go, int64 ``[parts * gap]``."""
+        if gap not in self._heads:
+            begins = [self._bounds[part.first] + gap * part.first for part in self.route.parts]
+            places = [begin + i for begin in begins for i in range(gap)]
+            self._heads[gap] = torch.tensor(places, dtype=torch.int64, device=self.cu_seqlens.device)
+        return self._heads[gap]
+
+
 def _like(mask: Tensor, x: Tensor) -> Tensor:
     return mask.view(*mask.shape, *[1] * (x.dim() - 2))
 
@@ -102,13 +130,27 @@ def _along_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 def layout_of(
-    op: str, x: Tensor, cached: bool, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    op: str,
+    x: Tensor,
+    cached: bool,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cp_context: object | None = None,
 ) -> Layout:
     """The layout of ``x`` ``[batch, tokens, ...]``, after the checks of what describes it.
 
     ``cached``: whether there is a cache. An ``attention_mask`` may then begin with the columns of past tokens.
     """
     c = Checker(op)
+    if cp_context is not None:
+        others = {"cache": cached, "attention_mask": attention_mask is not None, "cu_seqlens": cu_seqlens is not None}
+        if given := [name for name, there in others.items() if there]:
+            raise c.value_error(f"cp_context and {given[0]} are given, expected one of them")
+        shard = Shard(c, cp_context)
+        if x.shape[:2] != (1, shard.route.bounds[-1]):
+            expected = f"[1, T={shard.route.bounds[-1]}, ...]"
+            raise c.value_error(f"the input has shape {list(x.shape)}, expected {expected} with this cp_context")
+        return shard
     if cu_seqlens is not None:
         if attention_mask is not None:
             raise c.value_error("attention_mask and cu_seqlens are given, expected one of them")

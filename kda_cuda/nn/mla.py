@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from ..checks import Checker
+from ..context_parallel.streams import gather_tokens, key_spans
 from .cache import MLACache, check_rows
 from .layouts import Documents, Layout, layout_of
 from .modules import LatentRMSNorm, device_and_dtype, is_plain
@@ -78,12 +80,14 @@ class NoPEMultiLatentAttention(nn.Module):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         layout: Layout | None = None,
+        cp_context: object | None = None,
     ) -> Tensor:
         """``[batch, tokens, hidden_size]`` for such an ``x``.
 
         Args:
             cache: it is read, and gets the latents of x; without it x starts the sequences.
-            attention_mask, cu_seqlens, layout: as in :class:`KimiDeltaAttention`.
+            attention_mask, cu_seqlens, layout, cp_context: as in :class:`KimiDeltaAttention`. Every rank gathers the
+                latents of all ranks, and expands those that its queries see.
 
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it.
@@ -91,7 +95,7 @@ class NoPEMultiLatentAttention(nn.Module):
         op = "NoPEMultiLatentAttention"
         check_rows(Checker(op), x, cache)
         if layout is None:
-            own = layout_of(op, x, cache is not None, attention_mask, cu_seqlens)
+            own = layout_of(op, x, cache is not None, attention_mask, cu_seqlens, cp_context)
             return own.leave(self._forward(own.enter(x), cache, own))
         return self._forward(x, cache, layout)
 
@@ -106,6 +110,8 @@ class NoPEMultiLatentAttention(nn.Module):
         q = q.unflatten(-1, (-1, self.nope_dim + self.rope_dim)).transpose(1, 2)
         latent, shared_key = self.kv_a_proj_with_mqa(x).split((self.kv_lora_rank, self.rope_dim), dim=-1)
         latents = torch.cat((self.kv_a_layernorm(latent), shared_key), dim=-1)
+        if layout.cp_context is not None:
+            return self.o_proj(self._attend_elsewhere(q, latents, layout))
         if isinstance(layout, Documents):
             return self._attend_alone(q, latents, layout)
         starts = None if cache is None else cache.lengths
@@ -121,6 +127,15 @@ class NoPEMultiLatentAttention(nn.Module):
         parts = [self._attend(q[:, :, begin:end], latents[:, begin:end], None) for begin, end in spans if begin < end]
         o = torch.cat(parts, dim=1) if parts else q.new_zeros(1, 0, q.shape[1] * self.v_head_dim)
         return F.pad(o, (0, 0, 0, q.shape[2] - o.shape[1]))
+
+    def _attend_elsewhere(self, q: Tensor, latents: Tensor, layout: Layout) -> Tensor:
+        """Documents that began on other ranks: the queries of this rank over the latents of all."""
+        latents, parts = gather_tokens(latents, layout.cp_context), []
+        for begin, end, first_key, last_key in key_spans(layout.cp_context):
+            alike = end - begin in (0, 1, last_key - first_key)
+            mask = None if alike else causal_lower_right(end - begin, last_key - first_key)
+            parts.append(self._attend(q[:, :, begin:end], latents[:, first_key:last_key], mask))
+        return torch.cat(parts, dim=1)
 
     def _attend(self, q: Tensor, latents: Tensor, mask: Tensor | None) -> Tensor:
         """Queries ``[batch, heads, queries, key]`` over keys and values expanded from latents.

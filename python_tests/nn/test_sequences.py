@@ -318,7 +318,10 @@ def test_errors_of_the_model(model):
     one, cache = ONES[:1], model.new_cache(1)
     calls = [
         ({"cache": cache, "cu_seqlens": torch.tensor([0, 3])}, "cache and cu_seqlens are given, expected one of them"),
-        ({"cache": cache, "position_ids": one}, "position_ids is given with cache, attention_mask or cu_seqlens"),
+        (
+            {"cache": cache, "position_ids": one},
+            "position_ids is given with cache, attention_mask, cu_seqlens or cp_context",
+        ),
         ({"position_ids": ONES}, "position_ids has shape [2, 3], expected [batch=1, tokens=3]"),
         ({"cache": cache, "attention_mask": ONES}, "attention_mask has shape [2, 3], expected [batch=1, tokens=3]"),
         ({"tokens": one[0]}, "tokens has shape [3], expected 2 dimensions [batch, tokens]"),

@@ -92,7 +92,7 @@ CHUNK_CALLS = [
      "initial_state has shape [1, 4, 16, 24], expected [N=2, HV=4, K=16, V=24]"),
     ({"deterministic": False}, ValueError, "deterministic is False, expected one of [True, 'batch_invariant']"),
     ({"chunk_size": 48}, ValueError, "chunk_size is 48, expected one of [32, 64]"),
-    ({"cp_context": object()}, ValueError, "cp_context is a object, expected None: no context parallelism here"),
+    ({"cp_context": object()}, TypeError, "cp_context is a object without the field 'group', expected a CPContext"),
     ({"return_intermediate_states": True}, ValueError,
      "return_intermediate_states is True outside of torch.inference_mode(), expected inside"),
     ({"state_v_first": True, "transpose_state_layout": True}, ValueError,

@@ -1,0 +1,1 @@
+"""One sequence over many ranks: who has which tokens, what ranks exchange, and the op on top of it."""
