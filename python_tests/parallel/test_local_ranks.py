@@ -176,12 +176,12 @@ def test_misuse():
             "chunk_kda: cp_context is a int without",
         ),
         (
-            lambda: parallel.exchange_conv_tails(x[0], contexts[0], 4),
+            lambda: parallel.exchange_conv_tails(x[:, :, 0], contexts[0], 4),
             ValueError,
             "exchange_conv_tails: cp_context is one of local_cp_contexts, expected one of build_cp_context",
         ),
         (
-            lambda: parallel.exchange_conv_tails(x[0, :, :, :], contexts[0]),
+            lambda: parallel.exchange_conv_tails(x[:, :, 0], contexts[0]),
             TypeError,
             "exchange_conv_tails: kernel_size is None (NoneType), expected an int",
         ),

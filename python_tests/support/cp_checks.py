@@ -79,15 +79,18 @@ def check_call(group: Group, division: Division, gate: str, dtype: torch.dtype, 
 
 @check(2, 3, 4)
 def float64_is_exact(group: Group) -> None:
-    for i, (division, gate) in enumerate(itertools.product(DIVISIONS[dist.get_world_size(group)], cp_calls.GATES)):
-        check_call(group, division, gate, F64, v_first=bool(i % 2))
+    gates = itertools.cycle(cp_calls.GATES)
+    for i, division in enumerate(DIVISIONS[dist.get_world_size(group)]):
+        check_call(group, division, next(gates), F64)
+        check_call(group, division, "zero" if i % 2 else "slow", F64, v_first=True)
 
 
 @check(2, 3, 4)
 def fp32_and_bf16_are_within_their_caps(group: Group) -> None:
     divisions = DIVISIONS[dist.get_world_size(group)]
-    for division, (gate, dtype) in itertools.product(divisions[:3], [("slow", F32), ("zero", F32), ("released", BF16)]):
-        check_call(group, division, gate, dtype)
+    for division, gate in zip(divisions, ("slow", "zero", "released"), strict=False):
+        check_call(group, division, gate, F32)
+        check_call(group, division, gate, BF16)
 
 
 @check(3)
