@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..surroundings import gated_rmsnorm, short_conv
+
 __all__ = ["GatedRMSNorm", "LatentRMSNorm", "ShortConvolution"]
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None) -> Tensor:
+    """The causal depthwise convolution and SiLU of :class:`ShortConvolution`.
+
+    Args:
+        x: ``[batch, tokens, channels]``.
+        weight: ``[channels, 1, taps]``; bias: ``[channels]``.
+        past: ``[batch, channels, taps - 1]``, the inputs before x; None: zeros, the start of a sequence.
+    """
+    return short_conv(x, weight, bias, initial_state=None if past is None else past.to(x.dtype))[0]
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm and gate of :class:`GatedRMSNorm`: x and gate ``[..., dim]``, weight ``[dim]``; the dtype of x."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return gated_rmsnorm(x, gate.to(x.dtype), weight if weight.dtype == x.dtype else weight.to(wide), eps)
 
 
 class ShortConvolution(nn.Conv1d):
@@ -24,12 +42,7 @@ class ShortConvolution(nn.Conv1d):
 
     def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
         """``past`` [batch, channels, taps - 1]: the inputs before x; None: zeros, the start of a sequence."""
-        if 0 in x.shape[:2]:  # conv1d refuses an empty input
-            return x
-        x = x.transpose(1, 2)
-        taps = self.kernel_size[0]
-        x = F.pad(x, (taps - 1, 0)) if past is None else torch.cat((past.to(x.dtype), x), dim=2)
-        return F.silu(F.conv1d(x, self.weight, groups=self.groups)).transpose(1, 2)
+        return convolve(x, self.weight, self.bias, past)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Weights without the middle dimension, ``[channels, taps]``, load too."""
@@ -54,9 +67,7 @@ class GatedRMSNorm(nn.Module):
         self.weight.fill_(1)
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        normed = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
-        return (normed * torch.sigmoid(gate.to(wide))).to(x.dtype)
+        return gated_rms_norm(x, gate, self.weight, self.eps)
 
 
 class LatentRMSNorm(nn.RMSNorm):

@@ -206,7 +206,8 @@ def good_norm() -> dict:
 
 NORM_CALLS = [
     ({"x": 1.0}, TypeError, "x is a float, expected a Tensor"),
-    ({"x": torch.zeros(4, 6).int()}, TypeError, "x has dtype int32, expected float32 or float16 or bfloat16 or float64"),
+    ({"x": torch.zeros(4, 6).int()}, TypeError,
+     "x has dtype int32, expected float32 or float16 or bfloat16 or float64"),
     ({"x": torch.zeros(())}, ValueError, "x has shape [], expected [..., D] with D >= 1"),
     ({"x": torch.zeros(4, 0)}, ValueError, "x has shape [4, 0], expected [..., D] with D >= 1"),
     ({"gate": None}, TypeError, "gate is a NoneType, expected a Tensor"),
