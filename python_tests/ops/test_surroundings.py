@@ -146,3 +146,36 @@ def test_inputs_are_untouched_and_outputs_are_new(name, device):
     memory = [o.untyped_storage().data_ptr() for o in outputs]
     assert owners.isdisjoint(memory) and len(set(memory)) == len(memory)
     assert all(torch.equal(x[n], t) for n, t in before.items())
+
+
+@pytest.mark.devices("cuda")
+def test_captured_in_a_graph(name, device):
+    """Nothing is read on the host: a replay sees other contents."""
+    function, leaves = FUNCTIONS[name]
+    x = {n: t.detach() for n, t in leaves(device, torch.bfloat16).items()}
+    function(**x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function(**x)
+    x["x"].mul_(-3)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(outputs, function(**x), strict=True))
+
+
+@pytest.mark.devices("cuda")
+@pytest.mark.parametrize(("function", "shapes"), [
+    (norm, {"x": (1, 8192, 32, 128), "gate": (1, 8192, 32, 128), "weight": (128,)}),
+    (conv, {"x": (2, 8192, 4096), "weight": (4096, 4), "bias": (4096,), "initial_state": (2, 4096, 3)}),
+    (conv, {"x": (1, 30001, 96), "weight": (96, 4), "bias": (96,), "initial_state": (1, 96, 3)}),
+])  # fmt: skip
+def test_sizes_of_a_model(function, shapes, device, monkeypatch):
+    """The shapes that the kernels are made for, beside the reference in fp32 on the same device."""
+    make = torch.Generator(device).manual_seed(0)
+    wide = {n: torch.randn(s, generator=make, device=device).bfloat16().float() for n, s in shapes.items()}
+    results = step(function, {n: t.bfloat16().requires_grad_() for n, t in wide.items()})
+    without_kernel(monkeypatch, device, *(f"{n}_{d}" for n in FUNCTIONS for d in ("fwd", "bwd")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = step(function, {n: t.requires_grad_() for n, t in wide.items()})
+    for a, b in zip(results, expected, strict=True):
+        assert (a.double() - b.double()).norm() <= 1e-2 * b.double().norm()
