@@ -135,7 +135,7 @@ struct ConvBackward {
 
 /// Blocks as those of the forward.
 template <class Shape>
-KDA_GLOBAL void __launch_bounds__(kConvThreads, Shape::kTaps == 4 ? 4 : 2)
+KDA_GLOBAL void __launch_bounds__(kConvThreads, Shape::kBackwardBlocks)
     short_conv_bwd_kernel(ShortConvBwdParams const p) {
   KDA_SHARED(ConvBwdStorage<Shape>, storage);
   if (int(blockIdx.x) >= p.run_blocks) return clear_unowned<Shape>(p, p.dx);

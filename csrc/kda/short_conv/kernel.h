@@ -7,7 +7,7 @@ namespace kda {
 
 /// Blocks: (kConvWarps runs, the channels of a warp); behind them kConvClearBlocks where there are cu_seqlens.
 template <class Shape>
-KDA_GLOBAL void __launch_bounds__(kConvThreads, Shape::kTaps == 4 ? 6 : 3)
+KDA_GLOBAL void __launch_bounds__(kConvThreads, Shape::kForwardBlocks)
     short_conv_fwd_kernel(ShortConvFwdParams const p) {
   using Channels = typename Shape::Channels;
   KDA_SHARED(ConvWeights<Shape>, weights);

@@ -24,8 +24,7 @@ inline Kernel<ShortConvBwdParams> short_conv_reduce() {
 /// Calls f(Shape{}): pieces of four channels and up to four taps or eight, or any call by single channels.
 template <class E, bool kBackward, class F>
 void for_each_conv_shape(F f) {
-  constexpr bool kWide = sizeof(E) == 4;
-  constexpr int kAhead = kBackward ? (kWide ? 2 : 3) : (kWide ? 4 : 8);
+  constexpr int kAhead = kBackward ? 3 : sizeof(E) == 4 ? 4 : 8;
   f(ConvShape<E, 2, 4, 4, kAhead>{}), f(ConvShape<E, 5, 8, 4, 2>{}), f(ConvShape<E, 2, 8, 1, 2>{});
 }
 /// The one that serves p.

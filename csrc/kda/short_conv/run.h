@@ -17,6 +17,9 @@ struct ConvShape {
   static constexpr int kChannels = kChannelsOfThread;  // of a thread, neighbours
   static constexpr int kBlockChannels = 32 * kChannels;
   static constexpr int kAhead = kTokensAhead;  // whose loads are on their way together
+  static constexpr bool kWide = sizeof(Element) == 4;
+  static constexpr int kForwardBlocks = kTaps > 4 ? 3 : kWide ? 5 : 6;   // on a multiprocessor: as many as leave
+  static constexpr int kBackwardBlocks = kTaps > 4 ? 2 : kWide ? 3 : 4;  // a thread its registers without spills
 };
 
 /// The weights of the block's channels, in fp32; zeros for absent taps and channels.
