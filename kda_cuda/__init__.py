@@ -18,6 +18,7 @@ from .explanation import explain  # noqa: E402
 from .ops import chunk_kda, fused_recurrent_kda, kda_gate  # noqa: E402
 from .plans import workspace_size  # noqa: E402
 from .prefilling import prefill  # noqa: E402
+from .surroundings import gated_rmsnorm, short_conv  # noqa: E402
 
 if _os.environ.get("KDA_CUDA_EMULATE") == "1":
     from . import testing as _testing  # noqa: F401  (loads the emulated kernels)
@@ -33,7 +34,9 @@ __all__ = [
     "decode_layer",
     "explain",
     "fused_recurrent_kda",
+    "gated_rmsnorm",
     "kda_gate",
     "prefill",
+    "short_conv",
     "workspace_size",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..surroundings import gated_rmsnorm, short_conv
 
 __all__ = ["GatedRMSNorm", "LatentRMSNorm", "ShortConvolution"]
 
@@ -17,18 +18,13 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None
         weight: ``[channels, 1, taps]``; bias: ``[channels]``.
         past: ``[batch, channels, taps - 1]``, the inputs before x; None: zeros, the start of a sequence.
     """
-    if 0 in x.shape[:2]:  # conv1d refuses an empty input
-        return x
-    x, taps = x.transpose(1, 2), weight.shape[-1]
-    x = F.pad(x, (taps - 1, 0)) if past is None else torch.cat((past.to(x.dtype), x), dim=2)
-    return F.silu(F.conv1d(x, weight, bias, groups=weight.shape[0])).transpose(1, 2)
+    return short_conv(x, weight, bias, initial_state=None if past is None else past.to(x.dtype))[0]
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The norm and gate of :class:`GatedRMSNorm`: x and gate ``[..., dim]``, weight ``[dim]``; the dtype of x."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    normed = F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps)
-    return (normed * torch.sigmoid(gate.to(wide))).to(x.dtype)
+    return gated_rmsnorm(x, gate.to(x.dtype), weight if weight.dtype == x.dtype else weight.to(wide), eps)
 
 
 class KeepsFp32:
