@@ -16,6 +16,7 @@ import os
 import runpy
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -23,15 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import calls, ops, variants
-from ..schemas import FUNCTIONAL, raw_op
+from .. import calls, ops
+from .serving import attempt, import_if_present
 
-__all__ = ["register", "unregister"]
+__all__ = ["register", "report", "unregister"]
 
 ENV_VAR = "FLA_KDA_CUDA"
 CHUNK, RECURRENT, GATE = "chunk_kda", "fused_recurrent_kda_fwd", "fused_kda_gate"
 POOLED = ("ssm_state_indices", "num_accepted_tokens", "out")  # not of fla's public function
 _installed: dict[str, Any] = {"enabled": False, "backend": None}
+_served: Counter[str] = Counter()
+_declined: Counter[tuple[str, str]] = Counter()
 _checked = threading.local()  # the call that a verifier has just accepted, for the implementation that follows it
 
 
@@ -68,32 +71,15 @@ BINDS = {CHUNK: ops.chunk_kda.bind, RECURRENT: _bind_recurrent, GATE: _bind_gate
 # ---- the backend -----------------------------------------------------------------------------------------------------
 
 
-def _unserved(call: calls.Call) -> str | None:
-    """Why no kernel serves the call, or the backward that will follow it."""
-    raw, x = raw_op(call.op), call.owner
-    namespace, reason = variants.choose(raw, x)
-    if not variants.is_kernel(namespace, x):
-        return f"kda_cuda::{raw}: {reason}"
-    if call.op in FUNCTIONAL:
-        backward = raw.replace("_fwd", "_bwd")
-        namespace, reason = variants.choose_backward(backward, namespace, x, x.shape[3] if call.op == "chunk" else None)
-        if not variants.is_kernel(namespace, x):
-            return f"kda_cuda::{backward}: {reason}"
-    return None
-
-
 def verify(name: str, args: tuple, kwargs: dict) -> tuple[bool, str | None]:
     """Whether this package serves fla's function ``name``; if not, the reason. CPU tensors: always."""
     x = args[0] if args else kwargs.get("g" if name == GATE else "q")
     if isinstance(x, Tensor) and x.device.type == "cpu":
         return True, None
-    try:
-        call = BINDS[name](*args, **kwargs)
-        reason = _unserved(call)
-    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-        reason = str(error)
-    if reason:
-        return False, reason
+    call = attempt(BINDS[name], args, kwargs)
+    if isinstance(call, str):
+        _declined[name, call] += 1
+        return False, call
     _checked.call = (name, args, kwargs, call)
     return True, None
 
@@ -111,6 +97,7 @@ def _is_same(args: tuple, kwargs: dict, other_args: tuple, other_kwargs: dict) -
 def run(name: str, args: tuple, kwargs: dict) -> Any:
     """Runs fla's function ``name`` here. The checks of :func:`verify` are not made twice."""
     checked, _checked.call = getattr(_checked, "call", None), None
+    _served[name] += 1
     if checked and checked[0] == name and _is_same(args, kwargs, *checked[1:3]):
         return calls.run(checked[3])
     return calls.run(BINDS[name](*args, **kwargs))
@@ -145,16 +132,6 @@ for _name in BINDS:
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 
-def _import(name: str) -> ModuleType | None:
-    """The module, or None where there is none of this name."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and name.startswith(error.name):
-            return None
-        raise
-
-
 def register() -> tuple[str, ...]:
     """Makes fla run KDA here. A second call changes nothing.
 
@@ -167,7 +144,7 @@ def register() -> tuple[str, ...]:
         ImportError: fla is not installed, or it has neither the registry of 0.6 nor that of 0.5.
         RuntimeError: ``FLA_DISABLE_BACKEND_DISPATCH=1`` has switched off fla's registry.
     """
-    backends = _import("fla.backends") or _import("fla.ops.backends")
+    backends = import_if_present("fla.backends") or import_if_present("fla.ops.backends")
     if backends is None:
         try:
             found = f"found fla {importlib.metadata.version('fla-core')}"
@@ -205,6 +182,14 @@ def _or_else(backend: Any, default: Callable) -> Callable:
         return default(*args, **kwargs)
 
     return fused_recurrent_kda_fwd
+
+
+def report() -> dict[str, dict]:
+    """Calls since the process began: ``served`` by function, ``declined`` by function and reason.
+
+    A call of a CPU tensor that ends in an error counts as served.
+    """
+    return {"served": dict(_served), "declined": {f"{name}: {reason}": n for (name, reason), n in _declined.items()}}
 
 
 def unregister() -> None:

@@ -14,6 +14,9 @@ import kda_cuda
 from kda_cuda import testing
 from kda_cuda.integrations import fla as door
 
+from . import fla_layer
+from .peers import documented
+
 NAMES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias")
 FLAGS = {"use_gate_in_kernel": True, "use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
 
@@ -71,6 +74,7 @@ def kernels(call) -> list[str]:
 def main() -> None:
     x, short, step = inputs(), inputs(tokens=20), inputs(tokens=1)
     raw = {name: x[name] for name in ("g", "A_log", "dt_bias")}
+    (document,) = documented("fla")
     result = {"before": message(lambda: chunk_kda(**x, **FLAGS)), "served": door.register()}
     door.register()
     for name, bound in (("softplus", None), ("bounded", -5.0)):
@@ -80,6 +84,8 @@ def main() -> None:
         result[f"{name} same"] = all(map(torch.equal, ours, gradients(kda_cuda.chunk_kda, x, **options)))
     result["recurrent error"] = error([no_grad(fused_recurrent_kda, x)], [no_grad(plain, x)])
     result["gate error"] = error([fused_kda_gate(**raw)], [kda_cuda.kda_gate(**raw)])
+    result["counted"] = door.report()["served"]
+    exec(document, {})
     result["training kernels"] = kernels(lambda: gradients(chunk_kda, short, **FLAGS))
     result["decoding kernels"] = kernels(lambda: no_grad(fused_recurrent_kda, step))
     result["gate kernels"] = kernels(lambda: fused_kda_gate(*(step[name] for name in ("g", "A_log", "dt_bias"))))
@@ -91,7 +97,7 @@ def main() -> None:
     result["on again"] = message(lambda: chunk_kda(**x, **FLAGS))
     door.unregister()
     result["after"] = message(lambda: fused_recurrent_kda(**step, **FLAGS))
-    print(json.dumps(result))
+    print(json.dumps(result | fla_layer.checks(kernels)))
 
 
 if __name__ == "__main__":

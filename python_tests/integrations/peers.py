@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(os.environ.get("KDA_CUDA_PEERS", ROOT / ".venv" / "peers"))
+
+
+def documented(word: str) -> list[str]:
+    """The Python blocks of docs/integrations.md that import ``word``."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "integrations.md").read_text(), re.M | re.S)
+    return [block for block in blocks if f"import {word}" in block]
 
 
 def run_with(peers: tuple[str, ...], module: str, *arguments: str, **environment: str) -> dict:

@@ -19,13 +19,17 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("version", ["fla-0.6.0", "fla-0.5.2"])
-def test_registration(version):
-    seen = run_with((version, "triton"), "fla_program")
+@pytest.fixture(scope="module", params=["fla-0.6.0", "fla-0.5.2"])
+def seen(request) -> dict:
+    return run_with((request.param, "triton"), "fla_program")
+
+
+def test_registration(seen):
     assert seen["served"] == ["chunk_kda", "fused_recurrent_kda", "fused_kda_gate"]
     for name in ("softplus", "bounded"):
         assert seen[f"{name} error"] < 1e-4 and seen[f"{name} same"]
     assert seen["recurrent error"] < 1e-4 and seen["gate error"] == 0
+    assert seen["counted"] == {"chunk_kda": 2, "fused_recurrent_kda_fwd": 1, "fused_kda_gate": 1}
     assert any("chunk_fwd" in k for k in seen["training kernels"])
     assert any("chunk_bwd" in k for k in seen["training kernels"])
     assert len(seen["decoding kernels"]) == 1 and "decode" in seen["decoding kernels"][0]
@@ -36,6 +40,18 @@ def test_registration(version):
     if not torch.cuda.is_available():  # fla's own path has no CPU
         for when in ("before", "switched off", "after"):
             assert "active drivers" in seen[when]
+
+
+def test_patched_layer(seen):
+    """Every form of fla's layer, its cache, packed rows and padding."""
+    errors = {name: x for name, x in seen.items() if name.startswith("layer ") and isinstance(x, float)}
+    assert len(errors) >= 4 and max(errors.values()) < 1e-4, errors
+    for name in ("pieces", "packed", "padded", "padded pieces"):
+        assert seen[name] < 1e-4, name
+    for op in ("chunk_fwd", "chunk_bwd"):
+        assert any(op in k for k in seen["layer kernels"])
+    assert any("chunk_fwd" in k for k in seen["step kernels"]) and "decode" in seen["step kernels"][-1]
+    assert seen["names"] == seen["undone"] == [""]
 
 
 def streams(key_dim: int = 128, dtype: torch.dtype = torch.bfloat16, **options) -> dict:
@@ -74,6 +90,7 @@ def test_what_a_gpu_does_not_serve_is_declined(name, arguments, reason):
     with FakeTensorMode():
         accepted, said = verdict(name, **streams(**arguments))
     assert not accepted and reason in said
+    assert door.report()["declined"][f"{name}: {said}"] >= 1
 
 
 def test_no_kernel_is_a_reason(monkeypatch):
