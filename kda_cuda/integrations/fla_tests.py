@@ -2,8 +2,8 @@
 
 python -m kda_cuda.integrations.fla_tests DIR [pytest arguments]
 
-DIR is a checkout or an unpacked sdist of flash-linear-attention with ``tests/ops/test_kda.py``. The installed fla
-runs; DIR's own is used if none is installed. It must be a version that :func:`kda_cuda.integrations.fla.register`
+DIR is a checkout of flash-linear-attention: its sdist has no ``tests/ops/test_kda.py``. The installed fla runs; DIR's
+own is used if none is installed. It must be a version that :func:`kda_cuda.integrations.fla.register`
 knows, and should be that of the tests. Needs pytest. The end says what was served, and what was declined and why:
 declined calls ran in fla. Without a GPU every call is served by the PyTorch reference, on CPU tensors.
 """
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit("usage: python -m kda_cuda.integrations.fla_tests DIR [pytest arguments]")
     folder = Path(given[0]).resolve()
     if not (folder / TESTS).is_file():
-        raise SystemExit(f"fla_tests: there is no {TESTS} in {folder}, expected a checkout or sdist of fla")
+        raise SystemExit(f"fla_tests: there is no {TESTS} in {folder}, expected a checkout of fla")
     import pytest
 
     if importlib.util.find_spec("fla") is None:

@@ -13,6 +13,7 @@ from fla.ops.kda.naive import naive_recurrent_kda
 import kda_cuda
 from kda_cuda import testing
 from kda_cuda.integrations import fla as door
+from kda_cuda.integrations import transformers
 
 from . import fla_layer
 from .peers import documented
@@ -71,6 +72,30 @@ def kernels(call) -> list[str]:
         return testing.take_record()
 
 
+def beside_transformers() -> dict[str, str]:
+    """transformers calls fla where that is installed: its layer alone, and by either registration."""
+    from transformers import KimiLinearConfig
+    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
+
+    sizes = {"hidden_size": 16, "linear_head_dim": 8, "linear_num_heads": 2, "num_hidden_layers": 1}
+    config = KimiLinearConfig(**sizes, layer_types=["linear_attention"])
+    layer, seen = KimiLinearDeltaAttention(config, 0), {}
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_(std=0.1)
+
+    def call() -> None:
+        layer(torch.randn(1, 5, 16)).sum().backward()
+
+    for name, module in (("alone", None), ("by fla", door), ("by transformers", transformers)):
+        if module:
+            module.register()
+        seen[f"transformers {name}"] = message(call)
+        if module:
+            module.unregister()
+    return seen
+
+
 def main() -> None:
     x, short, step = inputs(), inputs(tokens=20), inputs(tokens=1)
     raw = {name: x[name] for name in ("g", "A_log", "dt_bias")}
@@ -97,7 +122,7 @@ def main() -> None:
     result["on again"] = message(lambda: chunk_kda(**x, **FLAGS))
     door.unregister()
     result["after"] = message(lambda: fused_recurrent_kda(**step, **FLAGS))
-    print(json.dumps(result | fla_layer.checks(kernels)))
+    print(json.dumps(result | beside_transformers() | fla_layer.checks(kernels)))
 
 
 if __name__ == "__main__":

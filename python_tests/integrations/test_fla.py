@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 
@@ -19,7 +21,7 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=["fla-0.6.0", "fla-0.5.2"])
+@pytest.fixture(scope="module", params=["fla-0.6.0", pytest.param("fla-0.5.2", marks=pytest.mark.slow)])
 def seen(request) -> dict:
     return run_with((request.param, "triton"), "fla_program")
 
@@ -40,6 +42,13 @@ def test_registration(seen):
     if not torch.cuda.is_available():  # fla's own path has no CPU
         for when in ("before", "switched off", "after"):
             assert "active drivers" in seen[when]
+
+
+def test_transformers_beside_fla(seen):
+    """An installed fla takes over transformers' layer on the CPU; either registration leaves it working."""
+    assert seen["transformers by fla"] == seen["transformers by transformers"] == "none"
+    if not torch.cuda.is_available():
+        assert "active drivers" in seen["transformers alone"]
 
 
 def test_patched_layer(seen):
@@ -115,7 +124,34 @@ def test_a_verdict_serves_no_other_call():
     torch.testing.assert_close(door.run("chunk_kda", (), x)[0], first * 2)
 
 
-def test_without_fla():
-    code = "import sys; sys.modules['fla'] = None; from kda_cuda.integrations import fla; fla.register()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+def test_the_switch_without_fla():
+    """The environment's switch registers when kda_cuda is imported: an error where there is no fla."""
+    code = "import sys; sys.modules['fla'] = None; import kda_cuda"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "KDA_CUDA_FLA": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert "ImportError: kda_cuda.integrations.fla: " in done.stderr and "expected fla-core 0.5 or 0.6" in done.stderr
+
+
+def test_a_program_is_started_registered(monkeypatch, tmp_path):
+    program, events = tmp_path / "train.py", []
+    program.write_text(
+        "import sys, json; open(sys.argv[1], 'w').write(json.dumps([__name__, sys.argv[1:], sys.path[0]]))"
+    )
+    monkeypatch.setattr(door, "register", lambda: events.append("registered"))
+    monkeypatch.setattr(sys, "argv", ["fla", str(program), str(tmp_path / "seen"), "--lr", "1"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    door.main()
+    assert events == ["registered"]
+    assert json.loads((tmp_path / "seen").read_text()) == [
+        "__main__",
+        [str(tmp_path / "seen"), "--lr", "1"],
+        str(tmp_path),
+    ]
+    monkeypatch.setattr(sys, "argv", ["fla"])
+    with pytest.raises(SystemExit, match="usage"):
+        door.main()

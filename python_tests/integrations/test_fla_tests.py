@@ -43,6 +43,7 @@ def test_it_says_what_was_served(folder):
     assert done.returncode == 0 and "2 passed" in done.stdout and "served      1 x chunk_kda" in done.stdout
 
 
+@pytest.mark.slow
 def test_tests_that_reach_nothing_of_ours_are_a_failure(folder):
     done = run(folder, "-k", "nothing")
     assert done.returncode == 1 and "no call was served by kda_cuda" in done.stdout
