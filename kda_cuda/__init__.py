@@ -22,6 +22,10 @@ from .surroundings import gated_rmsnorm, short_conv  # noqa: E402
 
 if _os.environ.get("KDA_CUDA_EMULATE") == "1":
     from . import testing as _testing  # noqa: F401  (loads the emulated kernels)
+if _os.environ.get("KDA_CUDA_FLA") == "1":
+    from .integrations import fla as _fla
+
+    _fla.register()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -95,17 +95,23 @@ class LatentRMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs the forward of its class, and nothing else."""
+    if "forward" in vars(module) or nn.modules.module._has_any_global_hook():
+        return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks)
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of ``module`` does what ``kind`` does with one plain ``weight``, and nothing else.
 
     Only then may the weight be used without the call. Wrappers, adapters, parametrizations, quantised or sharded
     weights, biases and hooks all make it False.
     """
-    if type(module) is not kind or "forward" in vars(module) or nn.modules.module._has_any_global_hook():
-        return False
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return False
     parameters = module._parameters
+    if type(module) is not kind or not is_unhooked(module):
+        return False
     return type(parameters.get("weight")) in (nn.Parameter, Tensor) and parameters.get("bias") is None
 
 
