@@ -12,7 +12,9 @@ export PATH := $(BIN):$(PATH)
 venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(VENV)/.demo
 	$(BIN)/python -m pip install -q setuptools wheel pybind11 ninja "cmake>=3.24" pytest hypothesis ruff==0.17.6 clang-format==23.1.5 \
-	    transformers==5.17.0 safetensors==0.8.0 tokenizers==0.23.3
+	    transformers==5.17.0 safetensors==0.8.0 tokenizers==0.23.3 peft==0.21.0
+	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/peers/triton triton==3.6.0 einops==0.8.2
+	for v in 0.5.2 0.6.0; do $(BIN)/python -m pip install -q --no-deps --target $(VENV)/peers/fla-$$v fla-core==$$v flash-linear-attention==$$v; done
 	@command -v nvcc >/dev/null || [ -n "$$CUDA_HOME" ] || $(BIN)/python -m pip install -q $$($(BIN)/python csrc/tools/nvcc_packages.py)
 	touch $@
 

@@ -18,9 +18,14 @@ from .explanation import explain  # noqa: E402
 from .ops import chunk_kda, fused_recurrent_kda, kda_gate  # noqa: E402
 from .plans import workspace_size  # noqa: E402
 from .prefilling import prefill  # noqa: E402
+from .surroundings import gated_rmsnorm, short_conv  # noqa: E402
 
 if _os.environ.get("KDA_CUDA_EMULATE") == "1":
     from . import testing as _testing  # noqa: F401  (loads the emulated kernels)
+if _os.environ.get("KDA_CUDA_FLA") == "1":
+    from .integrations import fla as _fla
+
+    _fla.register()
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,7 +38,9 @@ __all__ = [
     "decode_layer",
     "explain",
     "fused_recurrent_kda",
+    "gated_rmsnorm",
     "kda_gate",
     "prefill",
+    "short_conv",
     "workspace_size",
 ]

@@ -77,8 +77,8 @@ def public(bind: Callable[P, Call]) -> Callable[P, Any]:
 def recipe_for(call: Call, values: tuple) -> Recipe | None:
     """How the next call is run that has the signature of this one; None: like this one."""
     namespace, _ = variants.choose(raw_op(call.op), call.owner)
-    if namespace == NAMESPACE_REFERENCE:
-        return None  # says each time why no kernel runs
+    if namespace == NAMESPACE_REFERENCE or call.runner is not library.runner:
+        return None  # says each time why no kernel runs; exchanges with other ranks
     return recipe_of(call.checker, library.runner(namespace, call.op), call.arguments, values, call.returned)
 
 

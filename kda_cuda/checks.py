@@ -107,15 +107,18 @@ def cu_seqlens_list(cu_seqlens: Tensor) -> list[int]:
     return cu_seqlens.detach().tolist()
 
 
-def check_cu_seqlens(c: Checker, q: Tensor, cu_seqlens: Tensor, cu_seqlens_cpu: Tensor | None) -> None:
+def check_cu_seqlens(
+    c: Checker, q: Tensor, cu_seqlens: Tensor, cu_seqlens_cpu: Tensor | None, owner: str = "q"
+) -> None:
+    """``owner``: what the function calls the tensor ``q`` ``[1, T, ...]``."""
     c.tensor("cu_seqlens", cu_seqlens)
-    c.device("cu_seqlens", cu_seqlens, q.device, "q")
+    c.device("cu_seqlens", cu_seqlens, q.device, owner)
     c.rank("cu_seqlens", cu_seqlens, "N+1")
     c.dtype("cu_seqlens", cu_seqlens, INDEX_DTYPES)
     if cu_seqlens.shape[0] < 2:
         raise c.value_error(f"cu_seqlens has shape {list(cu_seqlens.shape)}, expected [N+1] with N >= 1")
     if q.shape[0] != 1:
-        raise c.value_error(f"q has shape {list(q.shape)}, expected B=1 with cu_seqlens")
+        raise c.value_error(f"{owner} has shape {list(q.shape)}, expected B=1 with cu_seqlens")
     if cu_seqlens_cpu is not None:
         c.tensor("cu_seqlens_cpu", cu_seqlens_cpu)
         c.device("cu_seqlens_cpu", cu_seqlens_cpu, torch.device("cpu"))

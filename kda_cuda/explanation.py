@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import calls, decoding, decoding_layer, ops, prefilling, variants
+from . import calls, decoding, decoding_layer, ops, prefilling, surroundings, variants
 from .calls import Call
 from .plans import ChunkShape, decode_plan
 from .reference.chunk_bwd import GRADIENTS, mask_of
-from .schemas import Chunk, Commit, Decode, DecodeLayer, Prefill, raw_op
+from .schemas import FUNCTIONAL, Chunk, Commit, Decode, DecodeLayer, Prefill, raw_op
 
 _FUNCTIONS = {
     **{name: getattr(ops, name) for name in ops.__all__},
@@ -20,6 +20,7 @@ _FUNCTIONS = {
     "decode": decoding.decode,
     "commit": decoding.commit,
     "decode_layer": decoding_layer.decode_layer,
+    **{name: getattr(surroundings, name) for name in surroundings.__all__},
 }
 
 
@@ -61,7 +62,7 @@ def explain(*args: Any, op: str = "chunk_kda", backward: bool = False, **kwargs:
     Args:
         *args, **kwargs: those of the public function; they are checked as the function does.
         op: the public function: ``chunk_kda``, ``fused_recurrent_kda``, ``kda_gate``, ``prefill``, ``decode``,
-            ``commit`` or ``decode_layer``.
+            ``commit``, ``decode_layer``, ``short_conv`` or ``gated_rmsnorm``.
         backward: also explain the backward where no input requires a gradient, as if every one did.
 
     Returns:
@@ -133,7 +134,7 @@ def _layer_plan(namespace: str, x: DecodeLayer) -> dict[str, str]:
     return decode_plan(namespace, (tokens, batch, heads, dim, dim), x.state, None, True, layer=True)
 
 
-_BACKWARD = {"chunk_fwd": "chunk_bwd", "kda_gate_fwd": "kda_gate_bwd"}  # raw op -> its backward
+_BACKWARD = {raw: f"{raw.removesuffix('_fwd')}_bwd" for raw in FUNCTIONAL.values()}  # raw op -> its backward
 _PLANS = {  # raw op -> what its library says of a launch
     "chunk_fwd": _chunk_fwd_plan,
     "prefill": _prefill_plan,

@@ -4,7 +4,7 @@
 ``kda_cuda_reference``  the reference on any device: what CUDA tensors run where no kernel serves them
 ``kda_cuda_emulated``   CPU key: the kernels compiled for the CPU, in tests only (:mod:`kda_cuda.testing`)
 
-Raw ops (``*_fwd``, ``*_bwd``) carry no autograd; ``chunk`` and ``kda_gate`` do and save nothing but their inputs.
+Raw ops (``*_fwd``, ``*_bwd``) carry no autograd; those of ``FUNCTIONAL`` do and save nothing but their inputs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ from .schemas import (
     SCHEMAS,
     Chunk,
     ChunkBwd,
+    Conv,
+    ConvBwd,
     Gate,
     GateBwd,
+    Norm,
+    NormBwd,
     Prefill,
     picker,
 )
@@ -46,6 +50,10 @@ __all__ = [
 REFERENCE = {
     "kda_gate_fwd": reference.kda_gate_fwd,
     "kda_gate_bwd": reference.kda_gate_bwd,
+    "short_conv_fwd": reference.short_conv_fwd,
+    "short_conv_bwd": reference.short_conv_bwd,
+    "gated_rmsnorm_fwd": reference.gated_rmsnorm_fwd,
+    "gated_rmsnorm_bwd": reference.gated_rmsnorm_bwd,
     "chunk_fwd": reference.chunk_fwd,
     "chunk_bwd": reference.chunk_bwd,
     "prefill": reference.prefill,
@@ -71,6 +79,31 @@ def _like_or_empty(x: Tensor | None, owner: Tensor) -> Tensor:
 def _fake_gate_bwd(*arguments):
     x = GateBwd(*arguments)
     return tuple(_like_or_empty(y, x.g) for y in (x.g, x.A_log, x.dt_bias))
+
+
+def _fake_conv_fwd(*arguments):
+    x = Conv(*arguments)
+    y = x.x.new_empty(x.x.shape)
+    if not x.output_final_state:
+        return y, y.new_empty(0)
+    batch, _, channels = x.x.shape
+    sequences = batch if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+    owner = x.x if x.initial_state is None else x.initial_state
+    return y, owner.new_empty((sequences, channels, x.weight.shape[1] - 1))
+
+
+def _fake_conv_bwd(*arguments):
+    x = ConvBwd(*arguments)
+    return tuple(x.x.new_empty(0) if y is None else y.new_empty(y.shape) for y in x[2:6])
+
+
+def _fake_norm_fwd(*arguments):
+    x = Norm(*arguments).x
+    return x.new_empty(x.shape)
+
+
+def _fake_norm_bwd(*arguments):
+    return tuple(y.new_empty(y.shape) for y in NormBwd(*arguments)[1:4])
 
 
 def _fake_chunk_fwd(*arguments):
@@ -111,6 +144,12 @@ FAKES: dict[str, Callable] = {
     "kda_gate_fwd": _fake_gate_fwd,
     "kda_gate_bwd": _fake_gate_bwd,
     "kda_gate": _fake_gate_fwd,
+    "short_conv_fwd": _fake_conv_fwd,
+    "short_conv_bwd": _fake_conv_bwd,
+    "short_conv": _fake_conv_fwd,
+    "gated_rmsnorm_fwd": _fake_norm_fwd,
+    "gated_rmsnorm_bwd": _fake_norm_bwd,
+    "gated_rmsnorm": _fake_norm_fwd,
     "chunk_fwd": _fake_chunk_fwd,
     "chunk_bwd": _fake_chunk_bwd,
     "chunk": _fake_chunk_fwd,
@@ -188,6 +227,8 @@ class _Saved:
 
 
 _GATE, _CHUNK = _Saved(Gate, GateBwd, ("g", "A_log", "dt_bias")), _Saved(Chunk, ChunkBwd, GRADIENTS)
+_CONV = _Saved(Conv, ConvBwd, ("x", "weight", "bias", "initial_state"))
+_NORM = _Saved(Norm, NormBwd, ("x", "gate", "weight"))
 
 
 def _gate_backward(namespace: str, ctx, dy):
@@ -195,6 +236,25 @@ def _gate_backward(namespace: str, ctx, dy):
         return (None,) * len(Gate._fields)
     arguments = _GATE.arguments(ctx, dy)
     return _GATE.gradients(ctx, _backward(namespace, "kda_gate_bwd", arguments.g, arguments))
+
+
+def _conv_backward(namespace: str, ctx, dy, dfinal_state):
+    if dy is None and dfinal_state is None:
+        return (None,) * len(Conv._fields)
+    saved = _CONV.of(ctx)
+    x = saved["x"]
+    dy = x.new_zeros(x.shape) if dy is None else dy
+    if dfinal_state is not None and dfinal_state.numel() == 0:
+        dfinal_state = None
+    arguments = ConvBwd(dy=dy, dfinal_state=dfinal_state, **saved)
+    return _CONV.gradients(ctx, _backward(namespace, "short_conv_bwd", x, arguments))
+
+
+def _norm_backward(namespace: str, ctx, dy):
+    if dy is None:
+        return (None,) * len(Norm._fields)
+    arguments = NormBwd(dy=dy, **_NORM.of(ctx))
+    return _NORM.gradients(ctx, _backward(namespace, "gated_rmsnorm_bwd", arguments.x, arguments))
 
 
 def _chunk_backward(namespace: str, ctx, do, dfinal_state, dh):
@@ -210,7 +270,12 @@ def _chunk_backward(namespace: str, ctx, do, dfinal_state, dh):
     return _CHUNK.gradients(ctx, _backward(namespace, "chunk_bwd", v, arguments, arguments.q.shape[3]))
 
 
-_AUTOGRAD = {"chunk": (_chunk_backward, _CHUNK.save), "kda_gate": (_gate_backward, _GATE.save)}
+_AUTOGRAD = {
+    "chunk": (_chunk_backward, _CHUNK.save),
+    "kda_gate": (_gate_backward, _GATE.save),
+    "short_conv": (_conv_backward, _CONV.save),
+    "gated_rmsnorm": (_norm_backward, _NORM.save),
+}
 
 
 @functools.cache

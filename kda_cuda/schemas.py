@@ -54,11 +54,28 @@ _DECODE_LAYER = (
 )
 _GATE = "(Tensor g, Tensor? A_log, Tensor? dt_bias, float? lower_bound, ScalarType dtype) -> Tensor"
 _GATE_BWD = "(Tensor dy, Tensor g, Tensor? A_log, Tensor? dt_bias, float? lower_bound) -> (Tensor, Tensor, Tensor)"
+_CONV = (  # with cu_seqlens x is [1, tokens, D]; returns y and the final state, empty where not asked for
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, bool silu, "
+    "bool output_final_state) -> (Tensor, Tensor)"
+)
+# Returns the gradients of x, weight, bias and initial_state. That of an absent argument is empty, in x's dtype.
+_CONV_BWD = (
+    "(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
+    "Tensor? cu_seqlens, bool silu) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_NORM = "(Tensor x, Tensor gate, Tensor weight, float eps, bool silu) -> Tensor"  # silu: else sigmoid
+_NORM_BWD = "(Tensor dy, Tensor x, Tensor gate, Tensor weight, float eps, bool silu) -> (Tensor, Tensor, Tensor)"
 
 SCHEMAS = {
     "kda_gate_fwd": _GATE,
     "kda_gate_bwd": _GATE_BWD,
     "kda_gate": _GATE,
+    "short_conv_fwd": _CONV,
+    "short_conv_bwd": _CONV_BWD,
+    "short_conv": _CONV,
+    "gated_rmsnorm_fwd": _NORM,
+    "gated_rmsnorm_bwd": _NORM_BWD,
+    "gated_rmsnorm": _NORM,
     "chunk_fwd": _CHUNK,
     "chunk_bwd": _CHUNK_BWD,
     "chunk": _CHUNK,
@@ -67,7 +84,12 @@ SCHEMAS = {
     "decode_commit": _COMMIT,
     "decode_layer": _DECODE_LAYER,
 }
-FUNCTIONAL = {"chunk": "chunk_fwd", "kda_gate": "kda_gate_fwd"}  # op with autograd -> its raw forward
+FUNCTIONAL = {  # op with autograd -> its raw forward
+    "chunk": "chunk_fwd",
+    "kda_gate": "kda_gate_fwd",
+    "short_conv": "short_conv_fwd",
+    "gated_rmsnorm": "gated_rmsnorm_fwd",
+}
 
 
 def raw_op(op: str) -> str:
@@ -91,6 +113,10 @@ def _arguments(name: str, schema: str) -> type[tuple]:
 Inputs = _arguments("Inputs", f"({_STREAMS}, Tensor? cu_seqlens, {_OPTIONS}) -> ()")  # shared by ops on sequences
 Gate = _arguments("Gate", _GATE)
 GateBwd = _arguments("GateBwd", _GATE_BWD)
+Conv = _arguments("Conv", _CONV)
+ConvBwd = _arguments("ConvBwd", _CONV_BWD)
+Norm = _arguments("Norm", _NORM)
+NormBwd = _arguments("NormBwd", _NORM_BWD)
 Chunk = _arguments("Chunk", _CHUNK)
 ChunkBwd = _arguments("ChunkBwd", _CHUNK_BWD)
 Prefill = _arguments("Prefill", _PREFILL)
@@ -102,6 +128,12 @@ ARGUMENTS = {
     "kda_gate_fwd": Gate,
     "kda_gate_bwd": GateBwd,
     "kda_gate": Gate,
+    "short_conv_fwd": Conv,
+    "short_conv_bwd": ConvBwd,
+    "short_conv": Conv,
+    "gated_rmsnorm_fwd": Norm,
+    "gated_rmsnorm_bwd": NormBwd,
+    "gated_rmsnorm": Norm,
     "chunk_fwd": Chunk,
     "chunk_bwd": ChunkBwd,
     "chunk": Chunk,

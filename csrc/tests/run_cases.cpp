@@ -8,6 +8,7 @@
 #include "tests/case_bwd.h"
 #include "tests/case_check.h"
 #include "tests/case_pools.h"
+#include "tests/case_surroundings.h"
 
 namespace kda::tests {
 namespace {
@@ -57,6 +58,8 @@ int run_case(CaseFile const& c, int schedules) {
   add_decode(runs, c);
   add_decode_layer(runs, c);
   add_gate(runs, c);
+  add_short_conv(runs, c);
+  add_gated_rmsnorm(runs, c);
   int wrong = runs.empty() ? std::printf("WRONG nothing serves %s\n", c.name().c_str()) : 0;
   for (CaseRun const& run : runs) {
     try {

@@ -1,7 +1,7 @@
 // torch.ops.kda_cuda.kda_gate_fwd and kda_gate_bwd.
 #include "kda/kda_gate/params.h"
 
-#include "torch/common.h"
+#include "torch/elements.h"
 
 namespace kda {
 namespace {
@@ -29,18 +29,6 @@ KdaGateParams gate_params(char const* op, Tensor const& g, OptionalTensor const&
   p.gate = {lower_bound ? GateKind::kBounded : GateKind::kSoftplus, optional_floats(op, "A_log", A_log),
             optional_floats(op, "dt_bias", dt_bias), float(lower_bound.value_or(0))};
   return p;
-}
-
-template <class F>
-void with_element(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return f(float{});
-    case Dtype::kFloat16:
-      return f(Fp16{});
-    case Dtype::kBfloat16:
-      return f(Bf16{});
-  }
 }
 
 Tensor kda_gate_fwd(Tensor g, OptionalTensor A_log, OptionalTensor dt_bias, std::optional<double> lower_bound,

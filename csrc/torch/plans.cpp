@@ -10,7 +10,9 @@
 #include "kda/chunk_bwd/wanted.h"
 #include "kda/chunk_fwd/dispatch.h"
 #include "kda/decode/dispatch.h"
+#include "kda/gated_rmsnorm/params.h"
 #include "kda/kda_gate/params.h"
+#include "kda/short_conv/params.h"
 #include "platform/device.h"
 
 namespace kda {
@@ -96,7 +98,11 @@ std::vector<KernelLaunch> every_kernel() {
   for (ChunkFwdVariant const& variant : chunk_fwd_variants()) add(variant.kernels());
   for (ChunkBwdVariant const& variant : chunk_bwd_variants()) add(variant.kernels());
   for_each_decode_variant([&](auto launcher) { add(launcher.kernels()); });
-  add(kda_gate_kernels<float>()), add(kda_gate_kernels<Fp16>()), add(kda_gate_kernels<Bf16>());
+  auto const add_elementwise = [&](auto e) {
+    using E = decltype(e);
+    add(kda_gate_kernels<E>()), add(short_conv_kernels<E>()), add(gated_rmsnorm_kernels<E>());
+  };
+  add_elementwise(float{}), add_elementwise(Fp16{}), add_elementwise(Bf16{});
   return all;
 }
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..checks import Checker
 from .hybrid_cache import HybridCache
+from .layouts import layout_of
 
 __all__ = ["Generation", "next_token"]
 
@@ -109,6 +110,7 @@ class Generation:
             raise ValueError(f"generate: top_p is {top_p}, expected 0 < top_p <= 1")
         if piece is not None and piece < 1:
             raise ValueError(f"generate: piece is {piece}, expected >= 1")
+        layout_of("generate", tokens, False, attention_mask)  # for its checks
         generator = torch.Generator(tokens.device).manual_seed(seed)
         return self._steps(
             tokens, max_new_tokens, attention_mask, piece, stop_tokens, temperature, top_k, top_p, generator

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..surroundings import gated_rmsnorm, short_conv
 
 __all__ = ["GatedRMSNorm", "LatentRMSNorm", "ShortConvolution"]
 
@@ -17,18 +18,13 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None
         weight: ``[channels, 1, taps]``; bias: ``[channels]``.
         past: ``[batch, channels, taps - 1]``, the inputs before x; None: zeros, the start of a sequence.
     """
-    if 0 in x.shape[:2]:  # conv1d refuses an empty input
-        return x
-    x, taps = x.transpose(1, 2), weight.shape[-1]
-    x = F.pad(x, (taps - 1, 0)) if past is None else torch.cat((past.to(x.dtype), x), dim=2)
-    return F.silu(F.conv1d(x, weight, bias, groups=weight.shape[0])).transpose(1, 2)
+    return short_conv(x, weight, bias, initial_state=None if past is None else past.to(x.dtype))[0]
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The norm and gate of :class:`GatedRMSNorm`: x and gate ``[..., dim]``, weight ``[dim]``; the dtype of x."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    normed = F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps)
-    return (normed * torch.sigmoid(gate.to(wide))).to(x.dtype)
+    return gated_rmsnorm(x, gate.to(x.dtype), weight if weight.dtype == x.dtype else weight.to(wide), eps)
 
 
 class KeepsFp32:
@@ -99,17 +95,23 @@ class LatentRMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs the forward of its class, and nothing else."""
+    if "forward" in vars(module) or nn.modules.module._has_any_global_hook():
+        return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks)
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of ``module`` does what ``kind`` does with one plain ``weight``, and nothing else.
 
     Only then may the weight be used without the call. Wrappers, adapters, parametrizations, quantised or sharded
     weights, biases and hooks all make it False.
     """
-    if type(module) is not kind or "forward" in vars(module) or nn.modules.module._has_any_global_hook():
-        return False
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return False
     parameters = module._parameters
+    if type(module) is not kind or not is_unhooked(module):
+        return False
     return type(parameters.get("weight")) in (nn.Parameter, Tensor) and parameters.get("bias") is None
 
 

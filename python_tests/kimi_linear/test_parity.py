@@ -81,10 +81,12 @@ def test_gradients_of_all_parameters(pair):
             p.copy_(q.grad)
     pieces = released(gradients)
     sources, seen = readable(pieces), set()
+    # The router of one expert, renormalised, has a weight of 1 and no gradient: what is left of it is rounding.
+    floor = 1e-6 * max(p.grad.abs().max() for p in model.parameters() if p.grad is not None)
     for name, parameter in model.named_parameters():
         source = sources[name]
         got = torch.cat([pieces[piece] for piece in source.pieces]).view_as(parameter)
-        expected = parameter.grad
-        assert relative_error(got, torch.zeros_like(got) if expected is None else expected) <= GRADIENTS, name
+        expected = torch.zeros_like(got) if parameter.grad is None else parameter.grad
+        assert (got - expected).abs().max() <= GRADIENTS * expected.abs().max().clamp(min=floor), name
         seen |= set(source.pieces)
     assert {name for name in pieces if "correction_bias" not in name} == seen

@@ -10,7 +10,7 @@ import torch
 
 import kda_cuda
 from kda_cuda import library, schemas
-from kda_cuda.schemas import Chunk, ChunkBwd, Gate, GateBwd
+from kda_cuda.schemas import Chunk, ChunkBwd, Conv, ConvBwd, Gate, GateBwd, Norm, NormBwd
 
 B, T, H, HV, K, V = 2, 40, 1, 2, 32, 16
 SEQUENCES = [0, 11, 11, 40]
@@ -74,6 +74,28 @@ def plain_arguments(dtype=torch.float32) -> dict:
     return {**streams(dtype=dtype), **none, **dict.fromkeys(OPTIONS, False), "scale": 0.2, "state_v_first": True}
 
 
+def surrounding_samples() -> dict[str, list[tuple]]:
+    """Of the convolution and the norm."""
+    x, dy = torch.randn(1, T, 8), torch.randn(1, T, 8)
+    rich = {"x": x, "weight": torch.randn(8, 4), "bias": torch.randn(8), "initial_state": torch.randn(3, 8, 3),
+            "cu_seqlens": torch.tensor(SEQUENCES), "silu": True}  # fmt: skip
+    poor = {"x": x.bfloat16().expand(2, T, 8), "weight": torch.randn(8, 2), "bias": None, "initial_state": None,
+            "cu_seqlens": None, "silu": False}  # fmt: skip
+    conv = [Conv(**rich, output_final_state=True), Conv(**poor, output_final_state=False)]
+    rows = {"x": torch.randn(B, T, H, K), "gate": torch.randn(B, T, H, K), "weight": torch.randn(K), "eps": 1e-5}
+    narrow = {**rows, "x": rows["x"].half(), "gate": rows["gate"].half(), "silu": True}
+    norm = [Norm(**rows, silu=False), Norm(**narrow)]
+    return {
+        "short_conv_fwd": conv,
+        "short_conv": conv,
+        "short_conv_bwd": [ConvBwd(**rich, dy=dy, dfinal_state=torch.randn(3, 8, 3)),
+                           ConvBwd(**poor, dy=dy.bfloat16().expand(2, T, 8), dfinal_state=None)],
+        "gated_rmsnorm_fwd": norm,
+        "gated_rmsnorm": norm,
+        "gated_rmsnorm_bwd": [NormBwd(**x._asdict(), dy=x.gate[..., :1].expand_as(x.gate)) for x in norm],
+    }  # fmt: skip
+
+
 def op_samples() -> dict[str, list[tuple]]:
     """Arguments for every op: one call as rich as it can be, one as poor."""
     rich, plain, packed = chunk_arguments(), plain_arguments(), chunk_arguments(varlen=True)
@@ -103,13 +125,14 @@ def op_samples() -> dict[str, list[tuple]]:
             chunk_bwd(packed, do[:1], 64, wanted=0b10100110, batch_invariant=True),
             chunk_bwd(rich, do[..., :1].expand_as(do), 64, wanted=0b01011001),
         ],
+        **surrounding_samples(),
     }  # fmt: skip
 
 
 def test_every_op_has_a_sample():
     """Ops of one step have their own test file (they write in place), and so their own samples."""
     assert set(op_samples()) <= set(library.SCHEMAS)
-    assert {name for name in library.SCHEMAS if name.startswith(("chunk", "kda_gate"))} <= set(op_samples())
+    assert {name for name in library.SCHEMAS if not name.startswith(("decode", "prefill"))} <= set(op_samples())
 
 
 @pytest.mark.parametrize("name", list(library.REFERENCE))
@@ -346,6 +369,10 @@ def test_meta_tensors():
     o, final_state = kda_cuda.chunk_kda(**x, output_final_state=True)
     assert o.shape == (B, T, HV, V) and final_state.shape == (B, HV, K, V) and o.is_meta and final_state.is_meta
     assert kda_cuda.kda_gate(x["g"], torch.zeros(HV, device="meta")).shape == (B, T, HV, K)
+    rows, weight = x["beta"], torch.zeros(HV, 4, device="meta")
+    y, state = kda_cuda.short_conv(rows, weight, output_final_state=True)
+    assert y.shape == rows.shape and state.shape == (B, HV, 3) and y.is_meta and state.is_meta
+    assert kda_cuda.gated_rmsnorm(rows, rows, weight[:, 0]).shape == rows.shape
 
 
 def test_two_threads_at_once():

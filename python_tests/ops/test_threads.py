@@ -41,6 +41,8 @@ def public_calls(device) -> dict[str, Arguments]:
             "state": pool_of(device) + 1, "slot_of": slots,
         },
         "decode_layer": layer_arguments(device),
+        "short_conv": {"x": many["beta"], "weight": torch.ones(HV, 4, device=device), "output_final_state": True},
+        "gated_rmsnorm": {"x": many["q"], "gate": many["k"], "weight": torch.ones(K, device=device)},
     }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 // Which block does what: a sequence, a value head, a run of values; and where the sequence's states lie.
 #pragma once
 #include "kda/decode/config.h"
+#include "kda/elements.h"
 
 namespace kda {
 
@@ -69,14 +70,7 @@ struct DecodeWork {
 
 /// One element of a tensor whose dtype only the parameters know.
 KDA_DEVICE float load_as_float(void const* from, bool is_fp32, Dtype otherwise, int64_t i) {
-  if (is_fp32 || otherwise == Dtype::kFloat32) return static_cast<float const*>(from)[i];
-  if (otherwise == Dtype::kBfloat16) return to_float(static_cast<Bf16 const*>(from)[i]);
-  return to_float(static_cast<Fp16 const*>(from)[i]);
-}
-KDA_DEVICE void store_float(void* to, Dtype dtype, int64_t i, float x) {
-  if (dtype == Dtype::kFloat32) static_cast<float*>(to)[i] = x;
-  else if (dtype == Dtype::kBfloat16) static_cast<Bf16*>(to)[i] = from_float<Bf16>(x);
-  else static_cast<Fp16*>(to)[i] = from_float<Fp16>(x);
+  return load_float(from, is_fp32 ? Dtype::kFloat32 : otherwise, i);
 }
 
 }  // namespace kda

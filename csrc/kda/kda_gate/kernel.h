@@ -1,5 +1,6 @@
 // The gate, elementwise, and the sums over all tokens that its parameters' gradients are.
 #pragma once
+#include "kda/elements.h"
 #include "kda/kda_gate/params.h"
 #include "platform/platform.h"
 
@@ -8,29 +9,6 @@ namespace kda {
 KDA_DEVICE int64_t gate_offset(GateTensor const& t, KdaGateParams const& p, int64_t row, int head, int channel) {
   return row / p.rows1 * t.stride[0] + row % p.rows1 * t.stride[1] + head * t.stride[2] + channel * t.stride[3];
 }
-KDA_DEVICE float load_gate_element(GateTensor const& t, int64_t i) {
-  switch (t.dtype) {
-    case Dtype::kFloat32:
-      return static_cast<float const*>(t.data)[i];
-    case Dtype::kBfloat16:
-      return to_float(static_cast<Bf16 const*>(t.data)[i]);
-    default:
-      return to_float(static_cast<Fp16 const*>(t.data)[i]);
-  }
-}
-KDA_DEVICE void store_gate_element(GateTensor const& t, int64_t i, float x) {
-  switch (t.dtype) {
-    case Dtype::kFloat32:
-      static_cast<float*>(t.data)[i] = x;
-      break;
-    case Dtype::kBfloat16:
-      static_cast<Bf16*>(t.data)[i] = from_float<Bf16>(x);
-      break;
-    default:
-      static_cast<Fp16*>(t.data)[i] = from_float<Fp16>(x);
-  }
-}
-
 /// y = log_decay(g). Blocks: (run of rows, value head); a thread keeps one channel and walks the rows of its run.
 template <class E>
 KDA_GLOBAL void __launch_bounds__(kGateThreads) kda_gate_fwd_kernel(KdaGateParams const p) {
@@ -44,7 +22,7 @@ KDA_GLOBAL void __launch_bounds__(kGateThreads) kda_gate_fwd_kernel(KdaGateParam
     ChannelGate const gate(p.gate, head, channel, p.key_dim);
     for (int64_t row = first + thread_index() / p.key_dim; row < end; row += rows_at_once) {
       float const x = to_float(static_cast<E const*>(p.g.data)[gate_offset(p.g, p, row, head, channel)]);
-      store_gate_element(p.y, gate_offset(p.y, p, row, head, channel), gate.log_decay(x));
+      store_float(p.y.data, p.y.dtype, gate_offset(p.y, p, row, head, channel), gate.log_decay(x));
     }
   }
 }
@@ -60,10 +38,10 @@ KDA_GLOBAL void __launch_bounds__(kGateThreads) kda_gate_bwd_kernel(KdaGateParam
     float sum_bias = 0.f, sum_amplitude = 0.f;
     for (int64_t row = first; row < end; ++row) {
       float const x = to_float(static_cast<E const*>(p.g.data)[gate_offset(p.g, p, row, head, channel)]);
-      float const dy = load_gate_element(p.y, gate_offset(p.y, p, row, head, channel));
+      float const dy = load_float(p.y.data, p.y.dtype, gate_offset(p.y, p, row, head, channel));
       // What nobody asks for has no gradient, whatever it holds: padding may be NaN.
       float2 const slope = gate.derivatives(dy == 0.f ? 0.f : x);
-      store_gate_element(p.dg, gate_offset(p.dg, p, row, head, channel), dy * slope.x);
+      store_float(p.dg.data, p.dg.dtype, gate_offset(p.dg, p, row, head, channel), dy * slope.x);
       sum_bias += dy * slope.x;
       sum_amplitude += dy * slope.y;
     }

@@ -1,0 +1,165 @@
+// The backward: a warp goes through a run and kPast tokens beyond it, whose gradients reach back into the run.
+//
+//   dz_t = dy_t activation'(z_t)      dx_s = sum_k weight_k dz_{s + kPast - k}      dweight_k = sum_t dz_t x_{t - kPast
+//   + k}
+//
+// dx of token s is complete once dz of token s + kPast is known. Before the first run of a sequence lies its initial
+// state, whose gradient is what dx would be there.
+#pragma once
+#include "kda/short_conv/kernel.h"
+
+namespace kda {
+
+template <class Shape>
+struct ConvGradients {
+  float tap[Shape::kTaps][Shape::kChannels] = {}, bias[Shape::kChannels] = {};
+};
+
+template <class Shape>
+struct ConvBwdStorage {
+  ConvWeights<Shape> weights;
+  float sum[kConvWarps][Shape::kTaps + 1][Shape::kBlockChannels];  // the last one: of the bias
+
+  KDA_DEVICE void put(ConvGradients<Shape> const& d) {
+    int const first = lane_index() * Shape::kChannels;
+#pragma unroll
+    for (int c = 0; c < Shape::kChannels; ++c) {
+#pragma unroll
+      for (int k = 0; k < Shape::kTaps; ++k) sum[warp_index()][k][first + c] = d.tap[k][c];
+      sum[warp_index()][Shape::kTaps][first + c] = d.bias[c];
+    }
+  }
+  /// Adds the block's runs in order. All threads of the block.
+  KDA_DEVICE void add_up(ShortConvBwdParams const& p) {
+    sync_block();
+    int const absent = Shape::kTaps - p.taps, first = int(blockIdx.y) * Shape::kBlockChannels;
+    for (int i = thread_index(); i < Shape::kBlockChannels && first + i < p.channels; i += kConvThreads)
+      for (int k = absent; k <= Shape::kTaps; ++k) {
+        float total = 0.f;
+        for (int warp = 0; warp < kConvWarps; ++warp) total += sum[warp][k][i];
+        p.partial[(int64_t(blockIdx.x) * (p.taps + 1) + k - absent) * p.channels + first + i] = total;
+      }
+  }
+};
+
+/// One thread on its way through a run.
+template <class Shape>
+struct ConvBackward {
+  using E = typename Shape::Element;
+  using Channels = typename Shape::Channels;
+  ShortConvBwdParams const& p;
+  ConvThread<Shape> const& me;
+  ConvFilter<Shape> const filter;
+  float window[Shape::kPast][Shape::kChannels], gradients[Shape::kPast][Shape::kChannels] = {};  // of x and of dz
+  ConvGradients<Shape> sum;
+  ConvStream<Shape> to;  // dx, kPast tokens behind
+  int first_in_final;    // the token of the run that is the first one of the final state
+
+  KDA_DEVICE ConvBackward(ShortConvBwdParams const& params, ConvThread<Shape> const& thread,
+                          ConvWeights<Shape> const& weights)
+      : p(params), me(thread), filter(params, weights), to(me.stream(p.dx, me.run.begin - Shape::kPast)) {
+    me.load_window(p, me.run.begin, window);
+  }
+
+  /// dz from dy. What nobody asks for has no gradient, whatever it holds.
+  KDA_DEVICE void through_activation(float const (&x)[Shape::kChannels], float (&dz)[Shape::kChannels]) const {
+    if (p.activation == Activation::kNone) return;
+    float z[Shape::kChannels];
+    filter.sums(window, x, z);
+#pragma unroll
+    for (int c = 0; c < Shape::kChannels; ++c)
+      dz[c] = dz[c] == 0.f ? 0.f : dz[c] * activation<E>(Activation::kSilu, z[c]).y;
+  }
+  KDA_DEVICE void add_weights(float const (&x)[Shape::kChannels], float const (&dz)[Shape::kChannels]) {
+#pragma unroll
+    for (int c = 0; c < Shape::kChannels; ++c) {
+#pragma unroll
+      for (int k = 0; k < Shape::kPast; ++k) sum.tap[k][c] = fmaf(dz[c], window[k][c], sum.tap[k][c]);
+      sum.tap[Shape::kPast][c] = fmaf(dz[c], x[c], sum.tap[Shape::kPast][c]);
+      sum.bias[c] += dz[c];
+    }
+  }
+  /// Of the token `index` of the run, or before it where that is below zero.
+  KDA_DEVICE void store_gradient(int index, float (&dx)[Shape::kChannels]) {
+    if (p.d_final_state.data && index >= first_in_final) {
+      float passed[Shape::kChannels];
+      me.load_state(p.d_final_state, index - first_in_final, passed);
+#pragma unroll
+      for (int c = 0; c < Shape::kChannels; ++c) dx[c] += passed[c];
+    }
+    if (me.run.is_first && p.d_initial_state.data && index < 0 && index + p.taps > 0)
+      me.store_state(p.d_initial_state, index + p.taps - 1, dx);
+    to.store_next(dx, index >= 0 && index < me.run.count);
+  }
+
+  KDA_DEVICE void step(Channels const& x_piece, Channels const& dy_piece, int index) {
+    float x[Shape::kChannels], dz[Shape::kChannels], dx[Shape::kChannels];
+    x_piece.unpack(x), dy_piece.unpack(dz);
+    through_activation(x, dz);
+    if (index < me.run.count) add_weights(x, dz);
+#pragma unroll
+    for (int c = 0; c < Shape::kChannels; ++c) dx[c] = 0.f;
+#pragma unroll
+    for (int k = Shape::kTaps - 1; k >= 0; --k) {
+      if (!filter.has(k)) continue;
+#pragma unroll
+      for (int c = 0; c < Shape::kChannels; ++c)
+        dx[c] = fmaf(filter.tap[k][c], k ? gradients[k ? Shape::kTaps - 1 - k : 0][c] : dz[c], dx[c]);
+    }
+    push<Shape>(window, x), push<Shape>(gradients, dz);
+    store_gradient(index - Shape::kPast, dx);
+  }
+
+  KDA_DEVICE void walk() {
+    int const steps = me.run.count + Shape::kPast;
+    int64_t const left = me.run.sequence_end - me.run.begin;
+    int const known = left < steps ? int(left) : steps;  // beyond the sequence there is nothing
+    first_in_final = left < (1 << 30) ? int(left) - p.taps + 1 : 1 << 30;
+    ConvStream<Shape> x_from = me.stream(p.x, me.run.begin), dy_from = me.stream(p.dy, me.run.begin);
+    Channels x_ahead[Shape::kAhead], dy_ahead[Shape::kAhead];
+#pragma unroll
+    for (int u = 0; u < Shape::kAhead; ++u)
+      x_from.fetch_next(x_ahead[u], u < known), dy_from.fetch_next(dy_ahead[u], u < known);
+#pragma unroll 1
+    for (int index = 0; index < steps; index += Shape::kAhead) {
+#pragma unroll
+      for (int u = 0; u < Shape::kAhead; ++u) {
+        Channels const x = x_ahead[u], dy = dy_ahead[u];
+        bool const more = index + u + Shape::kAhead < known;
+        x_from.fetch_next(x_ahead[u], more), dy_from.fetch_next(dy_ahead[u], more);
+        step(x, dy, index + u);
+      }
+    }
+  }
+};
+
+/// Blocks as those of the forward.
+template <class Shape>
+KDA_GLOBAL void __launch_bounds__(kConvThreads, Shape::kBackwardBlocks)
+    short_conv_bwd_kernel(ShortConvBwdParams const p) {
+  KDA_SHARED(ConvBwdStorage<Shape>, storage);
+  if (int(blockIdx.x) >= p.run_blocks) return clear_unowned<Shape>(p, p.dx);
+  storage.weights.load(p);
+  ConvThread<Shape> const me(p);
+  if (me.present) {
+    ConvBackward<Shape> backward(p, me, storage.weights);
+    backward.walk();
+    storage.put(backward.sum);
+  } else {
+    storage.put({});
+  }
+  storage.add_up(p);
+}
+
+/// Adds the blocks in order.
+static KDA_GLOBAL void __launch_bounds__(kSumThreads) short_conv_reduce_kernel(ShortConvBwdParams const p) {
+  KDA_SHARED(ColumnSumStorage, storage);
+  wait_for_previous_kernel();
+  sum_columns(storage, p.partial, p.run_blocks, int64_t(p.taps + 1) * p.channels, [&](int64_t column, float sum) {
+    int const tap = int(column / p.channels), channel = int(column % p.channels);
+    if (tap < p.taps) store_float(p.dweight, p.weight_dtype, int64_t(channel) * p.taps + tap, sum);
+    else if (p.dbias) store_float(p.dbias, p.weight_dtype, channel, sum);
+  });
+}
+
+}  // namespace kda

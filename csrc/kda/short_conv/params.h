@@ -1,0 +1,78 @@
+// The causal depthwise convolution of a few taps: forward, and backward with every gradient.
+#pragma once
+#include <vector>
+
+#include "kda/activation.h"
+#include "kda/chunk/plan.h"
+#include "kda/dtype.h"
+#include "platform/launch.h"
+
+namespace kda {
+
+/// [batch, tokens, channels] in the element type of the call; channels are contiguous. Strides in elements.
+struct ChannelRows {
+  void* data;
+  int64_t batch_stride, token_stride;
+};
+
+/// The last inputs of each sequence, [sequences, channels, taps - 1], the latest in the end. Strides in elements.
+struct ConvStates {
+  void* data;  // null: absent
+  Dtype dtype;
+  int64_t sequence_stride, channel_stride, tap_stride;
+
+  KDA_DEVICE int64_t at(int32_t sequence, int channel, int tap) const {
+    return sequence * sequence_stride + channel * channel_stride + tap * tap_stride;
+  }
+};
+
+/// y_t = activation(bias + sum_j weight_j x_{t - taps + 1 + j}), for each channel.
+struct ShortConvCall {
+  ChannelRows x;
+  void const* weight;  // [channels, taps]
+  void const* bias;    // [channels]; null: none
+  Dtype weight_dtype;  // of both
+  ConvStates initial_state;
+  ChunkPlan plan;  // its chunks are the runs of tokens that warps have
+  int32_t channels, taps;
+  Activation activation;
+  bool in_pieces;      // 16 bytes can be moved at once, everywhere
+  int32_t run_blocks;  // each of kConvWarps runs; set by the launch
+};
+struct ShortConvFwdParams : ShortConvCall {
+  ChannelRows y;
+  ConvStates final_state;
+};
+struct ShortConvBwdParams : ShortConvCall {
+  ChannelRows dy, dx;
+  ConvStates d_final_state, d_initial_state;
+  void* dweight;   // [channels, taps]
+  void* dbias;     // [channels]; null: none
+  float* partial;  // [run_blocks, taps + 1, channels], added in order, so bits never vary
+};
+
+inline constexpr int kConvWarps = 4, kConvThreads = 32 * kConvWarps;
+inline constexpr int kConvClearBlocks = 8;      // for the tokens that no sequence has
+inline constexpr int kConvWantedBlocks = 1024;  // runs become shorter where there would be fewer
+inline constexpr int kConvShortestRun = 8, kConvLongestRun = 128;
+
+/// Tokens of a run, from shapes alone.
+inline int64_t conv_run_tokens(int64_t tokens, int64_t channel_blocks) {
+  int64_t const run = tokens * channel_blocks / (kConvWarps * kConvWantedBlocks) / kConvShortestRun * kConvShortestRun;
+  return run < kConvShortestRun ? kConvShortestRun : run > kConvLongestRun ? kConvLongestRun : run;
+}
+inline int32_t conv_run_blocks(ChunkPlan const& plan) { return int32_t((plan.slots() + kConvWarps - 1) / kConvWarps); }
+
+/// Sets the runs of the plan, and how many blocks have them; `batch_tokens`: of all batch rows.
+template <class E>
+void plan_short_conv_fwd(ShortConvCall& p, int64_t batch_tokens);
+template <class E>
+void plan_short_conv_bwd(ShortConvCall& p, int64_t batch_tokens);
+template <class E>
+void launch_short_conv_fwd(ShortConvFwdParams const& p, cudaStream_t stream);
+template <class E>
+void launch_short_conv_bwd(ShortConvBwdParams const& p, cudaStream_t stream);
+template <class E>
+std::vector<KernelLaunch> short_conv_kernels();
+
+}  // namespace kda

@@ -1,0 +1,218 @@
+"""The forwards that :func:`kda_cuda.integrations.transformers.patch` gives to KDA layers of other libraries.
+
+A forward reads the layer that it is given: projections are called as modules, so that adapters and hooks of them stay
+in force, and a convolution or norm is read directly only when nothing is hooked to it. Caches are the library's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn.modules import convolve, gated_rms_norm, is_plain, is_unhooked
+from ..ops import chunk_kda, fused_recurrent_kda
+
+FLAGS = {"use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+FEW_TOKENS = 16  # as many as the recurrence takes at once
+PACKED = ("cu_seqlens", "seq_idx")  # what transformers' layers hand on to kernels of others
+
+
+# ---- transformers ----------------------------------------------------------------------------------------------------
+
+
+def transformers_forward(self, hidden_states, cache_params=None, attention_mask=None, *, cache=None, **kwargs):
+    """For a ``*DeltaAttention`` of transformers 5.17 and later; later ones call ``cache_params`` ``cache``."""
+    if any(kwargs.get(name) is not None for name in PACKED):
+        given = {"cache_params": cache_params} if cache is None else {"cache": cache}
+        return type(self).forward(self, hidden_states, attention_mask=attention_mask, **given, **kwargs)
+    cache = cache_params if cache is None else cache
+    x = hidden_states
+    if attention_mask is not None:  # padding as in transformers: its tokens are zero
+        x = (x * attention_mask[:, :, None]).to(x.dtype)
+    conv_state, state = _states(cache, self.layer_idx)
+    inputs = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+    q, k, v = _convolve_streams(self.conv1d, inputs, conv_state, self.head_dim)
+    if cache is not None:
+        _remember(cache, self.layer_idx, inputs, self.conv_kernel_size)
+    gate, g = self.forget_gate, None
+    if is_unhooked(gate):
+        g, options = _raw_gate(gate, x), {"use_gate_in_kernel": True, "A_log": gate.A_log, "dt_bias": gate.dt_bias,
+                                          "lower_bound": lower_bound_of(gate)}  # fmt: skip
+        g = g.unflatten(-1, (-1, self.head_dim))
+    else:
+        g, options = gate(x), {}
+    few = state is not None and x.shape[1] == 1
+    o, new_state = _kda(few, q, k, v, g, self.b_proj(x), state, cache is not None, **options)
+    if cache is not None:
+        cache.update_recurrent_state(new_state, self.layer_idx)
+    output_gate = self.g_proj(x) if "g_proj" in self._modules else self.g_b_proj(self.g_a_proj(x))
+    y = _gated_norm(self.o_norm, o, output_gate.unflatten(-1, (-1, self.head_dim)), "variance_epsilon")
+    return self.o_proj(y.flatten(-2))
+
+
+def lower_bound_of(gate: nn.Module) -> float | None:
+    """Of a forget gate of transformers; None selects the softplus form."""
+    if hasattr(gate, "safe_gate"):
+        return gate.lower_bound if gate.safe_gate else None
+    return getattr(gate, "safe_gate_lower_bound", None)
+
+
+def _raw_gate(gate: nn.Module, x: Tensor) -> Tensor:
+    return gate.f_proj(x) if "f_proj" in gate._modules else gate.f_b_proj(gate.f_a_proj(x))
+
+
+def _states(cache, layer: int) -> tuple[Tensor | None, Tensor | None]:
+    """The last inputs ``[batch, 3 * channels, taps]`` and the state ``[batch, heads, K, V]``, if there are any."""
+    if cache is None:
+        return None, None
+    if hasattr(cache, "get_conv_state"):
+        return cache.get_conv_state(layer, state_idx=0), cache.get_recurrent_state(layer, state_idx=0)
+    if not cache.has_previous_state(layer):
+        return None, None
+    return cache.layers[layer].conv_states[0], cache.layers[layer].recurrent_states[0]
+
+
+def _remember(cache, layer: int, inputs: list[Tensor], taps: int) -> None:
+    """Hands the cache what it keeps: the last inputs, or all of them if it may be asked to go back."""
+    kept = 0 if getattr(cache.layers[layer], "record_past", False) else taps
+    tails = [y[:, -kept:] for y in inputs]
+    cache.update_conv_state(torch.cat(tails, dim=-1).transpose(1, 2), layer, conv_kernel_size=taps)
+
+
+def _convolve_streams(conv: nn.Conv1d, inputs: list[Tensor], state: Tensor | None, head_dim: int) -> list[Tensor]:
+    """q, k and v by one convolution's weight, which has their channels one after the other."""
+    widths = [y.shape[-1] for y in inputs]
+    with _accelerated(conv):
+        weights = conv.weight.split(widths)
+        biases = [None] * 3 if conv.bias is None else conv.bias.split(widths)
+        pasts = [None] * 3 if state is None else _past(state, conv.kernel_size[0]).split(widths, dim=1)
+        streams = [_convolved(*each) for each in zip(inputs, weights, biases, pasts, strict=True)]
+    return [y.unflatten(-1, (-1, head_dim)) for y in streams]
+
+
+@contextlib.contextmanager
+def _accelerated(module: nn.Module) -> Iterator[None]:
+    """Weights that accelerate has moved away are there inside."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
+    yield
+    if hook is not None:
+        hook.post_forward(module, ())
+
+
+# ---- flash-linear-attention ------------------------------------------------------------------------------------------
+
+
+def fla_forward(
+    self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, output_attentions=False, **kwargs
+):
+    """For a ``KimiDeltaAttention`` of fla 0.5 and 0.6."""
+    from fla.layers.utils import get_layer_cache, update_layer_cache
+
+    batch, tokens = hidden_states.shape[:2]
+    last = get_layer_cache(self, past_key_values)
+    conv_states = (None,) * 3 if last is None or last["conv_state"] is None else last["conv_state"]
+    state = None if last is None else last["recurrent_state"]
+    x, cu_seqlens, places = hidden_states, kwargs.get("cu_seqlens"), None
+    if cu_seqlens is None and attention_mask is not None:
+        x, cu_seqlens, places = _unpadded(x, attention_mask[:, -tokens:])
+    streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+    if self.use_short_conv:
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        pairs = [_fla_convolved(*each, use_cache, cu_seqlens)
+                 for each in zip(convolutions, streams, conv_states, strict=True)]  # fmt: skip
+        streams, conv_states = [y for y, _ in pairs], tuple(s for _, s in pairs)
+    else:
+        streams, conv_states = [F.silu(y) for y in streams], None
+    q, k, v = (
+        y.unflatten(-1, (-1, d)) for y, d in zip(streams, (self.head_k_dim,) * 2 + (self.head_v_dim,), strict=True)
+    )
+    g = self.f_proj(x).unflatten(-1, (-1, self.head_k_dim))
+    few = state is not None and tokens <= FEW_TOKENS
+    o, state = _kda(
+        few, q, k, v, g, self.b_proj(x), state, bool(use_cache), use_gate_in_kernel=True, A_log=self.A_log,
+        dt_bias=self.dt_bias, lower_bound=self.lower_bound, allow_neg_eigval=self.allow_neg_eigval, state_v_first=True,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    update_layer_cache(self, past_key_values, recurrent_state=state, conv_state=conv_states, offset=tokens)
+    y = _gated_norm(self.o_norm, o, self.g_proj(x).unflatten(-1, (-1, self.head_v_dim)), "eps")
+    y = self.o_proj(y.flatten(-2))
+    if places is not None:
+        y = y.new_zeros(batch * tokens, y.shape[-1]).index_copy(0, places, y[0]).unflatten(0, (batch, tokens))
+    return y, None, past_key_values
+
+
+def _unpadded(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens of a batch in one row, where each sequence begins, and the place of each token in the batch."""
+    places = mask.flatten().nonzero().flatten()
+    bounds = F.pad(mask.ne(0).sum(dim=-1).cumsum(0), (1, 0))
+    return x.flatten(0, 1).index_select(0, places).unsqueeze(0), bounds, places
+
+
+def _fla_convolved(
+    conv: nn.Module, x: Tensor, state: Tensor | None, keep: bool, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The convolved stream, and its last inputs ``[sequences, channels, taps]``, as fla's cache has them."""
+    if not is_plain(conv, type(conv)) or getattr(conv, "activation", None) not in ("silu", "swish"):
+        return conv(x=x, cache=state, output_final_state=keep, cu_seqlens=cu_seqlens)
+    weight, taps = conv.weight, conv.weight.shape[-1]
+    if cu_seqlens is None:
+        past = None if state is None else _past(state, taps)
+        return _convolved(x, weight, None, past), _last_inputs(x, state, taps) if keep else None
+    # A row of its own: before each sequence the inputs that it follows, so that none reaches into another.
+    sequences = cu_seqlens.shape[0] - 1
+    ends, gaps = cu_seqlens[1:], torch.arange(1, sequences + 1, device=x.device) * taps
+    tokens = torch.arange(x.shape[1], device=x.device)
+    place = tokens + taps * (torch.searchsorted(ends, tokens, right=True).clamp_max(sequences - 1) + 1)
+    apart = x.new_zeros(x.shape[1] + sequences * taps, x.shape[2]).index_copy(0, place, x[0])
+    before = (cu_seqlens[:-1] + gaps - taps)[:, None] + torch.arange(taps, device=x.device)
+    if state is not None:
+        apart = apart.index_copy(0, before.flatten(), state.transpose(1, 2).flatten(0, 1).to(x.dtype))
+    y = _convolved(apart.unsqueeze(0), weight, None, None).index_select(1, place)
+    last = (ends + gaps - taps)[:, None] + torch.arange(taps, device=x.device)
+    return y, apart[last].transpose(1, 2) if keep else None
+
+
+def _last_inputs(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
+    """``[batch, channels, taps]``, with zeros before the start of a sequence."""
+    tail = x[:, -taps:].transpose(1, 2)
+    missing = taps - tail.shape[2]
+    if state is None:
+        return F.pad(tail, (missing, 0))
+    return torch.cat((state[:, :, taps - missing :].to(x.dtype), tail), dim=2)
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+
+def _past(state: Tensor, taps: int) -> Tensor:
+    """Of the last inputs those that a convolution reaches. A copy for autograd: caches are written in place."""
+    past = state[:, :, state.shape[2] - taps + 1 :]
+    return past.clone() if torch.is_grad_enabled() else past
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None) -> Tensor:
+    """In the dtype of the weight, which some models keep wider than the stream."""
+    return convolve(x.to(weight.dtype), weight, bias, past).to(x.dtype)
+
+
+def _kda(few: bool, q, k, v, g, beta, state: Tensor | None, keep_state: bool, **options) -> tuple[Tensor, Tensor]:
+    """The operation: the recurrence for a few tokens on top of a state, else chunks; the final state is new memory."""
+    if state is not None and torch.is_grad_enabled():
+        state = state.clone()
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    state = None if state is None else state.to(dtype)
+    function = fused_recurrent_kda if few else chunk_kda
+    return function(q, k, v, g, beta, initial_state=state, output_final_state=keep_state, **FLAGS, **options)
+
+
+def _gated_norm(norm: nn.Module, o: Tensor, gate: Tensor, eps: str) -> Tensor:
+    """RMSNorm and sigmoid gate; ``eps`` is the name of the module's attribute."""
+    if is_plain(norm, type(norm)) and getattr(norm, "activation", None) == "sigmoid":
+        return gated_rms_norm(o, gate, norm.weight, getattr(norm, eps))
+    return norm(o, gate)
