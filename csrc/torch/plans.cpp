@@ -178,20 +178,21 @@ extern "C" __attribute__((visibility("default"))) int kda_kernels(char* to, int 
   return std::snprintf(to, size_t(capacity), "%s", text.c_str());
 }
 
-/// Likewise kda_plan_chunk_fwd. `layer`: of decode_layer; else of decode and decode_commit. `state_dtype`: of both
-/// pools, whose addresses and slot strides (elements) decide how they are moved; null: absent. Returns the length of
-/// the text, 0 if nothing would be launched.
-extern "C" __attribute__((visibility("default"))) int kda_plan_decode(int layer, int state_dtype, int value_first,
-                                                                      long long tokens, int sequences, int value_heads,
-                                                                      int key_dim, int value_dim, void* state,
-                                                                      long long slot_stride, void* new_state,
-                                                                      long long new_slot_stride, char* to,
-                                                                      int capacity) {
+/// Likewise kda_plan_chunk_fwd. `layer`: of decode_layer; else of decode and decode_commit. `tree`: with parents.
+/// `state_dtype`: of both pools, whose addresses and slot strides (elements) decide how they are moved; null: absent.
+/// Returns the length of the text, 0 if nothing would be launched.
+extern "C" __attribute__((visibility("default"))) int kda_plan_decode(int layer, int tree, int state_dtype,
+                                                                      int value_first, long long tokens, int sequences,
+                                                                      int value_heads, int key_dim, int value_dim,
+                                                                      void* state, long long slot_stride,
+                                                                      void* new_state, long long new_slot_stride,
+                                                                      char* to, int capacity) {
   kda::DecodeParams p{};
   p.state_dtype = kda::Dtype(state_dtype), p.value_first = value_first;
   p.tokens = tokens, p.sequences = sequences, p.heads = p.value_heads = value_heads;
   p.key_dim = key_dim, p.value_dim = value_dim;
   p.state = {state, 0, slot_stride, {}}, p.new_state = {new_state, 0, new_slot_stride, {}};
+  if (tree) p.parents.data = &p;  // asked only whether there are some
   int length = 0;
   kda::with_decode_variant(p, [&](auto launcher, bool pieces) {
     kda::DecodePlan const plan = layer ? launcher.layer_plan(p, pieces) : launcher.plan(p, pieces);

@@ -7,10 +7,10 @@ namespace kda {
 
 inline int64_t state_element_bytes(DecodeParams const& p) { return p.state_dtype == Dtype::kFloat32 ? 4 : 2; }
 
-/// Whether both pools can be moved 16 bytes at a time, anywhere.
+/// Whether both pools can be moved 16 bytes at a time, anywhere; never where trees are, which have fewer kernels.
 inline bool states_in_pieces(DecodeParams const& p, int key_tile) {
   int64_t const piece = 16 / state_element_bytes(p);
-  bool pieces = p.value_first ? p.key_dim == key_tile : p.value_dim % piece == 0;
+  bool pieces = !p.parents.data && (p.value_first ? p.key_dim == key_tile : p.value_dim % piece == 0);
   for (StatePool const* pool : {&p.state, &p.new_state})
     if (pool->data)
       pieces = pieces && reinterpret_cast<uintptr_t>(pool->data) % 16 == 0 && pool->slot_stride % piece == 0;

@@ -16,7 +16,7 @@ void with_decode_shape(DecodeParams const& p, bool in_pieces, F f) {
   else f(KeyFirstShape<State, Variant::kKeyTile, false>{});
 }
 
-/// The kernels for one layout of the states; `tokens`: of a sequence.
+/// The kernels for one layout of the states; `tokens`: of a sequence. Those for trees move states element by element.
 template <class Shape>
 struct DecodeKernels {
   static Kernel<DecodeParams> steps(int64_t tokens) {
@@ -26,6 +26,25 @@ struct DecodeKernels {
     return {{"decode_commit", &typeid(Shape), Shape::kThreads, DecodeStorage<Shape>::bytes(tokens)},
             decode_commit_kernel<Shape>};
   }
+  static Kernel<DecodeParams> tree_steps() {
+    return {{"decode_tree", &typeid(Shape), Shape::kThreads, sizeof(DecodeTreeStorage<Shape>)},
+            decode_tree_kernel<Shape>};
+  }
+  static Kernel<DecodeCommitParams> tree_commit() {
+    return {{"decode_commit_tree", &typeid(Shape), Shape::kThreads, sizeof(DecodeTreeStorage<Shape>)},
+            decode_commit_tree_kernel<Shape>};
+  }
+  /// What serves `p`.
+  static Kernel<DecodeParams> steps_of(DecodeParams const& p) {
+    if constexpr (!Shape::kVector)
+      if (p.parents.data) return tree_steps();
+    return steps(p.tokens);
+  }
+  static Kernel<DecodeCommitParams> commit_of(DecodeCommitParams const& p) {
+    if constexpr (!Shape::kVector)
+      if (p.parents.data) return tree_commit();
+    return commit(p.tokens);
+  }
   static Kernel<DecodeLayerParams> layer() {
     return {{"decode_layer", &typeid(Shape), Shape::kThreads, sizeof(DecodeLayerStorage<Shape>)},
             decode_layer_kernel<Shape>};
@@ -34,7 +53,7 @@ struct DecodeKernels {
 
 template <class Shape>
 DecodePlan decode_plan(DecodeParams const& p) {
-  KernelLaunch const kernel = DecodeKernels<Shape>::steps(p.tokens);
+  KernelLaunch const kernel = DecodeKernels<Shape>::steps_of(p);
   int64_t const tiles = (p.value_dim + Shape::kValueTile - 1) / Shape::kValueTile;
   return {p.sequences * p.value_heads * tiles, kernel.threads, Shape::kValueTile, kernel.shared_bytes};
 }
@@ -49,7 +68,7 @@ template <class Variant>
 void DecodeLauncher<Variant>::steps(DecodeParams const& p, bool in_pieces, cudaStream_t stream) {
   with_decode_shape<Variant>(p, in_pieces, [&](auto shape) {
     using Shape = decltype(shape);
-    launch_early(true, DecodeKernels<Shape>::steps(p.tokens), grid_of(decode_plan<Shape>(p)), stream, p);
+    launch_early(true, DecodeKernels<Shape>::steps_of(p), grid_of(decode_plan<Shape>(p)), stream, p);
   });
 }
 
@@ -57,7 +76,7 @@ template <class Variant>
 void DecodeLauncher<Variant>::commit(DecodeCommitParams const& p, bool in_pieces, cudaStream_t stream) {
   with_decode_shape<Variant>(p, in_pieces, [&](auto shape) {
     using Shape = decltype(shape);
-    launch_early(true, DecodeKernels<Shape>::commit(p.tokens), grid_of(decode_plan<Shape>(p)), stream, p);
+    launch_early(true, DecodeKernels<Shape>::commit_of(p), grid_of(decode_plan<Shape>(p)), stream, p);
   });
 }
 
@@ -99,6 +118,8 @@ std::vector<KernelLaunch> DecodeLauncher<Variant>::kernels() {
       with_decode_shape<Variant>(p, in_pieces, [&](auto shape) {
         using Kernels = DecodeKernels<decltype(shape)>;
         all.insert(all.end(), {Kernels::steps(kStagedTokens), Kernels::commit(kStagedTokens)});
+        if constexpr (!decltype(shape)::kVector)
+          all.insert(all.end(), {Kernels::tree_steps(), Kernels::tree_commit()});
       });
     }
     with_layer_shape<Variant>(in_pieces, [&](auto shape) { all.push_back(DecodeKernels<decltype(shape)>::layer()); });
