@@ -278,9 +278,9 @@ def commit(
     if tree:
         check_parents(c, parent_token, k)
     if (accepted_token is not None) != tree or (num_accepted_tokens is None) != tree:
-        given = {"num_accepted_tokens": num_accepted_tokens, "parent_token": parent_token,
-                 "accepted_token": accepted_token}  # fmt: skip
-        names = [name for name, x in given.items() if x is not None]
+        names = ("num_accepted_tokens", "parent_token", "accepted_token")
+        given = zip(names, (num_accepted_tokens, parent_token, accepted_token), strict=True)
+        names = [name for name, x in given if x is not None]
         raise c.value_error(f"got {names}, expected num_accepted_tokens, or parent_token and accepted_token")
     accepted = accepted_token if tree else num_accepted_tokens
     pools.check_indices("accepted_token" if tree else "num_accepted_tokens", accepted, ranks=(1,))

@@ -5,7 +5,7 @@
 
 #include "kda/chunk_fwd/dispatch.h"
 #include "kda/decode/dispatch.h"
-#include "kda/kda_gate/params.h"
+#include "kda/kda_gate/dispatch.h"
 #include "tests/case_file.h"
 
 namespace kda::tests {
@@ -128,7 +128,7 @@ inline std::map<std::string, CaseTensor> run_chunk_fwd(CaseFile const& c, ChunkF
 
 template <class Variant>
 bool serves(Variant const& variant, CaseFile const& c) {
-  int64_t const key_dim = c["q"].shape[3], key_tile = key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256;
+  int const key_tile = key_tile_of(int(c["q"].shape[3]));
   return variant.dtype == kernel_dtype(c["q"]) && variant.key_tile == key_tile &&
          int(c.scalar("chunk_size")) % variant.chunk == 0;
 }
@@ -255,7 +255,7 @@ inline void widen_for_states(std::pair<double, double>& budget, FileDtype states
 }
 inline void add_decode(std::vector<CaseRun>& runs, CaseFile const& c) {
   if (c["q"].shape[1] > kMaxDecodeTokens) return;
-  std::string const tile = "_k" + std::to_string(decode_key_tile(int(c["q"].shape[3])));
+  std::string const tile = "_k" + std::to_string(key_tile_of(int(c["q"].shape[3])));
   std::pair<char const*, decltype(&run_decode)> const calls[] = {
       {"decode ", run_decode}, {"decode_commit ", run_commit}, {"decode_tree ", run_tree}};
   for (FileDtype const state : kStateDtypes)
@@ -282,17 +282,11 @@ inline KdaGateParams gate_call(CaseFile const& c, CaseTensor const& y) {
   p.gate = gate_params(c);
   return p;
 }
-template <class F>
-void with_element(Dtype dtype, F f) {
-  if (dtype == Dtype::kFloat32) f(float{});
-  else if (dtype == Dtype::kFloat16) f(Fp16{});
-  else f(Bf16{});
-}
 
 inline std::map<std::string, CaseTensor> run_gate_fwd(CaseFile const& c) {
   CaseTensor const y(FileDtype::kFloat32, c["g"].shape);
   KdaGateParams const p = gate_call(c, y);
-  with_element(p.g.dtype, [&](auto e) { launch_kda_gate_fwd<decltype(e)>(p, nullptr); });
+  select_kda_gate(p.g.dtype).fwd(p, nullptr);
   return {{"y", y}};
 }
 inline std::map<std::string, CaseTensor> run_gate_bwd(CaseFile const& c, CaseTensor const& dy) {
@@ -306,7 +300,7 @@ inline std::map<std::string, CaseTensor> run_gate_bwd(CaseFile const& c, CaseTen
   std::map<std::string, CaseTensor> results = {{"dg", dg}};
   if (p.gate.A_log) p.dA_log = dA_log.data<float>(), results.emplace("dA_log", dA_log);
   if (p.gate.dt_bias) p.ddt_bias = ddt_bias.data<float>(), results.emplace("ddt_bias", ddt_bias);
-  with_element(p.g.dtype, [&](auto e) { launch_kda_gate_bwd<decltype(e)>(p, nullptr); });
+  select_kda_gate(p.g.dtype).bwd(p, nullptr);
   return results;
 }
 

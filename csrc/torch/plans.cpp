@@ -10,7 +10,8 @@
 #include "kda/chunk_bwd/wanted.h"
 #include "kda/chunk_fwd/dispatch.h"
 #include "kda/decode/dispatch.h"
-#include "kda/kda_gate/params.h"
+#include "kda/decode_layer/dispatch.h"
+#include "kda/kda_gate/dispatch.h"
 #include "platform/device.h"
 
 namespace kda {
@@ -93,10 +94,11 @@ ChunkPlan plan_of_call(int64_t batch, int64_t tokens, int sequences, int chunk) 
 std::vector<KernelLaunch> every_kernel() {
   std::vector<KernelLaunch> all;
   auto const add = [&](std::vector<KernelLaunch> const& some) { all.insert(all.end(), some.begin(), some.end()); };
-  for (ChunkFwdVariant const& variant : chunk_fwd_variants()) add(variant.kernels());
-  for (ChunkBwdVariant const& variant : chunk_bwd_variants()) add(variant.kernels());
-  for_each_decode_variant([&](auto launcher) { add(launcher.kernels()); });
-  add(kda_gate_kernels<float>()), add(kda_gate_kernels<Fp16>()), add(kda_gate_kernels<Bf16>());
+  for (auto const& variant : chunk_fwd_variants()) add(variant.kernels());
+  for (auto const& variant : chunk_bwd_variants()) add(variant.kernels());
+  for (auto const& variant : decode_variants()) add(variant.kernels());
+  for (auto const& variant : decode_layer_variants()) add(variant.kernels());
+  for (auto const& variant : kda_gate_variants()) add(variant.kernels());
   return all;
 }
 
@@ -193,15 +195,13 @@ extern "C" __attribute__((visibility("default"))) int kda_plan_decode(int layer,
   p.key_dim = key_dim, p.value_dim = value_dim;
   p.state = {state, 0, slot_stride, {}}, p.new_state = {new_state, 0, new_slot_stride, {}};
   if (tree) p.parents.data = &p;  // asked only whether there are some
-  int length = 0;
-  kda::with_decode_variant(p, [&](auto launcher, bool pieces) {
-    kda::DecodePlan const plan = layer ? launcher.layer_plan(p, pieces) : launcher.plan(p, pieces);
-    length =
-        std::snprintf(to, size_t(capacity),
-                      "variant=%s_k%d\nstates=%s, %s\ngrid=%lld\nthreads=%d\nshared_bytes=%zu\nvalues_per_block=%d",
-                      state_dtype == int(kda::Dtype::kFloat32) ? "fp32" : "bits16", kda::decode_key_tile(key_dim),
-                      value_first ? "[V, K]" : "[K, V]", pieces ? "16 bytes at a time" : "element by element",
-                      (long long)plan.blocks, plan.threads, plan.shared_bytes, plan.value_tile);
-  });
-  return length;
+  kda::DecodeVariant const* const decode = kda::select_decode(p);
+  if (!decode) return 0;
+  bool const pieces = kda::states_in_pieces(p);
+  kda::DecodePlan const plan = layer ? kda::select_decode_layer(p)->plan(p, pieces) : decode->plan(p, pieces);
+  return std::snprintf(to, size_t(capacity),
+                       "variant=%s_k%d\nstates=%s, %s\ngrid=%lld\nthreads=%d\nshared_bytes=%zu\nvalues_per_block=%d",
+                       state_dtype == int(kda::Dtype::kFloat32) ? "fp32" : "bits16", decode->key_tile,
+                       value_first ? "[V, K]" : "[K, V]", pieces ? "16 bytes at a time" : "element by element",
+                       (long long)plan.blocks, plan.threads, plan.shared_bytes, plan.value_tile);
 }

@@ -175,7 +175,7 @@ def _steps(x: Inputs, s: Tensor, parents: Tensor | None, scale: float, o: Tensor
     """
     if not len(s):
         return
-    kept, rows = [s.clone()], range(len(s))  # with parents, the states after tokens -1, 0, ...
+    kept, rows = [] if parents is None else [s.clone()], range(len(s))  # the states after tokens -1, 0, ...
     decay = x.g.exp().unsqueeze(-1)
     q, k, v, beta = (scale * x.q).unsqueeze(-2), x.k.unsqueeze(-2), x.v.unsqueeze(-2), x.beta.unsqueeze(-1)
     for t in range(x.v.shape[2]):

@@ -39,8 +39,14 @@ def tree(**change) -> dict:
 def shared(start: int) -> dict:
     """A state per draft, in the pool that the drafts start from."""
     states = torch.zeros(2 * T + 2, HEADS, K, V)
-    return {"state": states, "slot_of": table(start, 2 * T), "new_state": states, "new_slot_of": COLUMNS,
-            "state_per_token": True, "parent_token": PARENTS}  # fmt: skip
+    return {
+        "state": states,
+        "slot_of": table(start, 2 * T),
+        "new_state": states,
+        "new_slot_of": COLUMNS,
+        "state_per_token": True,
+        "parent_token": PARENTS,
+    }
 
 
 DECODE_CALLS = [

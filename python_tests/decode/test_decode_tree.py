@@ -80,8 +80,9 @@ def check_paths(x: Inputs, state: Tensor, tree, n: int, results: list[Tensor], d
 @pytest.mark.parametrize("state_dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 def test_every_path_is_a_chain(state_dtype, v_first, dims, device):
     """Outputs and records bit for bit in every dtype; committed states as those of one call with the path alone."""
-    case = Case(f"tree {dims}", DRAFTS, batch=len(TREES), heads=1, value_heads=2, key_dim=dims[0], value_dim=dims[1],
-                **MODEL)  # fmt: skip
+    case = Case(
+        f"tree {dims}", DRAFTS, batch=len(TREES), heads=1, value_heads=2, key_dim=dims[0], value_dim=dims[1], **MODEL
+    )
     x = case.inputs(device)
     x, state = laid_out(x, initial(case, x), v_first, state_dtype)
     before, parents = state.clone(), tensor(x, TREES, torch.int32)
@@ -152,8 +153,9 @@ def test_in_a_pool(device):
     case = Case("tree pool", 14, lengths=(6, 0, 3, 5), heads=1, value_heads=2, **MODEL)
     x = case.inputs(device)
     x, state = laid_out(x, initial(case, x), True, FP32)
-    x = x.replace(**{name: torch.cat([y, torch.full_like(y[:, :2], math.nan)], 1)
-                     for name, y in decode_calls.streams(x).items()})  # fmt: skip
+    x = x.replace(
+        **{name: torch.cat([y, torch.full_like(y[:, :2], math.nan)], 1) for name, y in decode_calls.streams(x).items()}
+    )
     pool, slots = Pool(8, state, math.nan), [[6], [1], [0], [3]]
     pool.put([6, 1, 0, 3], state)
     wide = tensor(x, [[*(t for tree in trees for t in tree), 50, -50, 7, 7]])
@@ -163,9 +165,17 @@ def test_in_a_pool(device):
     begins = {0: 0, 3: 9}
     for n, begin in begins.items():
         check_paths(x, state, trees[n], n, [o, *records], device, begin)
-    kda_cuda.commit(records, None, pool.slots, slot_of=indices[:, 0], zero_is_null=True, cu_seqlens=x.cu_seqlens,
-                    parent_token=wide[:, :16], accepted_token=tensor(x, [5, -1, 77, 4]),
-                    state_v_first=True)  # fmt: skip
+    kda_cuda.commit(
+        records,
+        None,
+        pool.slots,
+        slot_of=indices[:, 0],
+        zero_is_null=True,
+        cu_seqlens=x.cu_seqlens,
+        parent_token=wide[:, :16],
+        accepted_token=tensor(x, [5, -1, 77, 4]),
+        state_v_first=True,
+    )
     assert pool.untouched([6, 3])
     for n, (begin, last) in {0: (0, 5), 3: (9, 4)}.items():
         alone = state[n : n + 1].clone()
@@ -183,8 +193,13 @@ def test_a_state_per_draft(state_dtype, device):
     pool.put([17, 14], state)
     columns, trees = tensor(x, [[0, 17], [14, 18]]), [(-1, 0, 0, 1, 2, 4, 3), (-1, -1, 0, 1, 3, 2, 5)]
     written = tensor(x, [list(range(7)), list(range(7, 14))])
-    call = {"slot_of": columns, "num_accepted_tokens": tensor(x, [2, 1]), "new_state": pool.slots,
-            "new_slot_of": written, "state_per_token": True}  # fmt: skip
+    call = {
+        "slot_of": columns,
+        "num_accepted_tokens": tensor(x, [2, 1]),
+        "new_state": pool.slots,
+        "new_slot_of": written,
+        "state_per_token": True,
+    }
     o, kernels = device.run(lambda: decode_calls.decode(x, pool.slots, parent_token=tensor(x, trees), **call))
     assert kernels == (["decode_tree"] if device.runs_kernels else []) and pool.untouched(range(14))
     for n, tree in enumerate(trees):
@@ -221,8 +236,9 @@ def test_stays_inside(device):
     results = []
     for parents, accepted in ((wild, [1 << 40, -7]), (tame, [5, -1])):
         o, records, after = torch.full_like(x.v, math.nan), DraftRecords.empty(x.k, x.v), state.clone()
-        call = kda_cuda.decode.bind(**decode_calls.streams(x), state=after, **decode_calls.options(x), out=o,
-                                    records=records, parent_token=tame)  # fmt: skip
+        call = kda_cuda.decode.bind(
+            **decode_calls.streams(x), state=after, **decode_calls.options(x), out=o, records=records, parent_token=tame
+        )
         namespace.decode(*call.arguments._replace(parent_token=parents))
         namespace.decode_commit(
             after, None, None, None, *records, None, None, parents, tensor(x, accepted), True, False

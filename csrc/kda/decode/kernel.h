@@ -71,11 +71,11 @@ KDA_DEVICE void zero_outputs(DecodeParams const& p, DecodeWork const& work, int6
     for (int i = thread_index(); i < value_tile && work.first_value + i < p.value_dim; i += threads)
       store_float(p.o, p.dtype, work.offset(p.o_strides, t, work.value_head) + work.first_value + i, 0.f);
 }
-/// Of a sequence in a null slot.
+/// A sequence in a null slot has outputs of zero.
 KDA_DEVICE void zero_sequence(DecodeParams const& p, DecodeWork const& work, int value_tile, int threads) {
   zero_outputs(p, work, 0, work.tokens, 1, value_tile, threads);
 }
-/// Of the tokens after the last sequence, which a captured graph has when it is replayed with fewer: sequences take
+/// So have the tokens after the last sequence, which a captured graph has when it runs with fewer: sequences take
 /// turns.
 KDA_DEVICE void zero_others(DecodeParams const& p, DecodeWork const& work, int value_tile, int threads) {
   zero_outputs(p, work, work.others + work.sequence - work.begin, p.tokens - work.begin, p.sequences, value_tile,

@@ -28,7 +28,7 @@ struct DecodeWork {
   KDA_DEVICE int64_t offset(RowStrides const& s, int64_t t, int of_head) const {
     return batch_row * s.batch + (begin + t) * s.token + of_head * s.head;
   }
-  /// Of token t in the records: [batch, tokens, heads, dim], contiguous.
+  /// Where token t lies in a record: [batch, tokens, heads, dim], contiguous.
   KDA_DEVICE int64_t record_offset(DecodeParams const& p, int64_t t, int heads, int of_head, int dim) const {
     return ((batch_row * p.tokens + begin + t) * heads + of_head) * dim;
   }
