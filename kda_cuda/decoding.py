@@ -12,7 +12,14 @@ from .calls import Call
 from .checks import Checker, check_cu_seqlens, empty_like
 from .reference.gates import compute_dtype
 from .schemas import Commit, Decode, Inputs
-from .state_pools import StatePools, check_like, check_records, check_slots, check_slots_and_accepted
+from .state_pools import (
+    StatePools,
+    check_drafts,
+    check_like,
+    check_parents,
+    check_records,
+    check_slots_and_accepted,
+)
 
 FEW_TOKENS = 16  # a sequence; up to here the recurrence is faster than a chunk
 __all__ = ["DraftRecords", "commit", "decode"]
@@ -70,6 +77,7 @@ def decode(
     state_per_token: bool = False,
     zero_is_null: bool = False,
     cu_seqlens: Tensor | None = None,
+    parent_token: Tensor | None = None,
     records: DraftRecords | None = None,
     out: Tensor | None = None,
 ):
@@ -97,7 +105,8 @@ def decode(
             A sequence that starts from a null slot is padding. Its ``num_accepted_tokens``, ``new_slot_of`` and tokens
             may be anything; none of them is looked at.
         num_accepted_tokens: ``[N]``, with ``slot_of [N, columns]``: start from the slot in column
-            ``num_accepted_tokens - 1``, where the state after that many drafts was written. Default: column 0.
+            ``num_accepted_tokens - 1``, where the state after that many drafts was written (of a tree: after the token
+            ``num_accepted_tokens - 1``). Default: column 0.
         new_state: a pool like ``state``, of its dtype, that is written in its place; ``state`` is then only read.
         new_slot_of: the slots in ``new_state``, as ``slot_of`` are those in ``state``.
         state_per_token: write the state after token t to column t of the written pool's indices (``[N, columns]``);
@@ -106,6 +115,11 @@ def decode(
         cu_seqlens: ``[N + 1]`` int32 or int64: B = 1 and sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n+1]``.
             Tokens after the last sequence are padding: whatever they hold, their outputs are zero.
             Default: every batch row is a sequence.
+        parent_token: int32 or int64 ``[B, T]``, draft trees: the token after which a token comes, counted from the
+            first one of its sequence and before the token itself; -1: the first after ``state``. Every path from there
+            gets, bit for bit, what it would get alone. With ``records``, or ``state_per_token`` and ``new_state``,
+            or nothing to write; the slots that sequences start from must not be written then.
+            Default: every token comes after the one before.
         records: filled for a later :func:`commit`; ``state`` is then only read.
         out: ``[B, T, HV, V]`` in the dtype of q; returned. Default: a new tensor.
 
@@ -140,13 +154,14 @@ def decode(
     return decode_call(
         c, x, state=state, slot_of=slot_of, num_accepted_tokens=num_accepted_tokens, new_state=new_state,
         new_slot_of=new_slot_of, in_place=new_state is None and records is None, state_per_token=state_per_token,
-        zero_is_null=zero_is_null, records=records, out=out,
+        zero_is_null=zero_is_null, parent_token=parent_token, records=records, out=out,
     )  # fmt: skip
 
 
 def decode_call(
     c: Checker, x: Inputs, *, state=None, slot_of=None, num_accepted_tokens=None, new_state=None, new_slot_of=None,
-    in_place=False, state_per_token=False, zero_is_null=False, records=None, out=None, names=("state", "slot_of"),
+    in_place=False, state_per_token=False, zero_is_null=False, parent_token=None, records=None, out=None,
+    names=("state", "slot_of"),
 ) -> Call:  # fmt: skip
     """Checks what :func:`calls.common_arguments` did not. The call returns ``out``."""
     q, v, cu_seqlens = x.q, x.v, x.cu_seqlens
@@ -169,19 +184,26 @@ def decode_call(
             raise c.value_error(
                 f"{slots_name} has shape {list(slots.shape)}, expected a column for each of the T={q.shape[1]} tokens"
             )
+    if parent_token is not None:
+        check_parents(c, parent_token, q)
+        if written is not None and (in_place or not state_per_token):
+            raise c.value_error(
+                "parent_token is given and a last state would be written, "
+                "expected records, or state_per_token with new_state"
+            )
     if records is not None:
         check_records(c, records, q, v)
     if out is None:
         out = c.make(v, empty_like)
     else:
         check_like(c, "out", out, q, q.dtype, {"B": v.shape[0], "T": v.shape[1], "HV": v.shape[2], "V": v.shape[3]})
-    c.look(q, check_slots, pools.sequences, state, slot_of, num_accepted_tokens, written, (names[1], slots_name), slots,
-           state_per_token, zero_is_null)  # fmt: skip
+    c.look(q, check_drafts, pools.sequences, state, slot_of, num_accepted_tokens, written, (names[1], slots_name),
+           slots, state_per_token, zero_is_null, parent_token, cu_seqlens)  # fmt: skip
     record_k, record_u, record_g = records or (None, None, None)
     arguments = Decode(
         **x._asdict(), out=out, state=state, slot_of=slot_of, new_state=new_state, new_slot_of=new_slot_of,
-        num_accepted_tokens=num_accepted_tokens, record_k=record_k, record_u=record_u, record_g=record_g,
-        in_place=in_place, state_per_token=state_per_token, zero_is_null=zero_is_null,
+        num_accepted_tokens=num_accepted_tokens, parent_token=parent_token, record_k=record_k, record_u=record_u,
+        record_g=record_g, in_place=in_place, state_per_token=state_per_token, zero_is_null=zero_is_null,
     )  # fmt: skip
     return Call("decode", arguments, q, calls.out, c)
 
@@ -189,7 +211,7 @@ def decode_call(
 @calls.public
 def commit(
     records: DraftRecords,
-    num_accepted_tokens: Tensor,
+    num_accepted_tokens: Tensor | None,
     state: Tensor,
     *,
     slot_of: Tensor | None = None,
@@ -198,22 +220,29 @@ def commit(
     state_v_first: bool = False,
     zero_is_null: bool = False,
     cu_seqlens: Tensor | None = None,
+    parent_token: Tensor | None = None,
+    accepted_token: Tensor | None = None,
 ):
     """Brings states forward past the accepted tokens of a draft that :func:`decode` only read them for.
 
     ``S <- Diag(e^g) S + k u^T`` for the first ``num_accepted_tokens`` of each sequence (Kimi Linear report, section 3):
-    after it the state is, bit for bit, what one :func:`decode` of those tokens alone would have left.
+    after it the state is, bit for bit, what one :func:`decode` of those tokens alone would have left. Of a draft tree
+    the tokens are those on the path to ``accepted_token``.
 
     Args:
         records: what ``decode(..., records=records)`` filled.
         num_accepted_tokens: int32 or int64 ``[N]``, from 0 to the tokens of the sequence; anything where the slot to
-            read or to write is null.
+            read or to write is null. None for draft trees.
         state: the pool that the drafts started from; written unless ``new_state`` is given.
         slot_of, new_state, new_slot_of, state_v_first, zero_is_null, cu_seqlens: as in
             :func:`decode`; indices ``[N]``.
+        parent_token: what :func:`decode` got.
+        accepted_token: int32 or int64 ``[N]``, with ``parent_token``: the last accepted token, counted from the first
+            one of its sequence; -1: none was accepted. Anything where the slot to read or to write is null.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it.
+        ValueError, TypeError: an argument does not fit; the message names it. Contents of index tensors are checked
+            where :func:`decode` checks them.
 
     Example:
         >>> import torch, kda_cuda
@@ -222,6 +251,9 @@ def commit(
         >>> records = kda_cuda.DraftRecords.empty(k, v)
         >>> o = kda_cuda.decode(q, k, v, g, beta, state, records=records)  # four drafts; the state stays
         >>> kda_cuda.commit(records, torch.tensor([1, 3]), state)
+        >>> parents = torch.tensor([[-1, 0, 0, 2], [-1, -1, 0, 1]])  # trees: tokens 0, 2, 3 are a path of the first
+        >>> o = kda_cuda.decode(q, k, v, g, beta, state, records=records, parent_token=parents)
+        >>> kda_cuda.commit(records, None, state, parent_token=parents, accepted_token=torch.tensor([3, -1]))
     """
     c = Checker("commit")
     for name, flag in {"state_v_first": state_v_first, "zero_is_null": zero_is_null}.items():
@@ -238,15 +270,25 @@ def commit(
     pools.check("new_state", new_state, "new_slot_of", new_slot_of, ranks=(1,))
     if new_state is not None:
         c.dtype("new_state", new_state, (state.dtype,))
-    pools.check_indices("num_accepted_tokens", num_accepted_tokens, ranks=(1,))
+    tree = parent_token is not None
+    if tree:
+        check_parents(c, parent_token, k)
+    if (accepted_token is not None) != tree or (num_accepted_tokens is None) != tree:
+        names = ("num_accepted_tokens", "parent_token", "accepted_token")
+        given = zip(names, (num_accepted_tokens, parent_token, accepted_token), strict=True)
+        names = [name for name, x in given if x is not None]
+        raise c.value_error(f"got {names}, expected num_accepted_tokens, or parent_token and accepted_token")
+    accepted = accepted_token if tree else num_accepted_tokens
+    pools.check_indices("accepted_token" if tree else "num_accepted_tokens", accepted, ranks=(1,))
     written, slots_name, slots = (state, "slot_of", slot_of) if new_state is None else (
         new_state, "new_slot_of", new_slot_of)  # fmt: skip
     c.look(k, check_slots_and_accepted, pools.sequences, state, slot_of, written, ("slot_of", slots_name), slots,
-           zero_is_null, num_accepted_tokens, k.shape[1], cu_seqlens)  # fmt: skip
+           zero_is_null, accepted, k.shape[1], cu_seqlens, parent_token)  # fmt: skip
     arguments = Commit(
         state=state, slot_of=slot_of, new_state=new_state, new_slot_of=new_slot_of, record_k=k, record_u=v,
         record_g=records.g, num_accepted_tokens=num_accepted_tokens, cu_seqlens=cu_seqlens,
-        state_v_first=state_v_first, zero_is_null=zero_is_null,
+        parent_token=parent_token, accepted_token=accepted_token, state_v_first=state_v_first,
+        zero_is_null=zero_is_null,
     )  # fmt: skip
     return Call("decode_commit", arguments, state, calls.as_it_is, c)
 

@@ -120,13 +120,13 @@ def _prefill_plan(namespace: str, x: Prefill) -> dict[str, str]:
 
 def _decode_plan(namespace: str, x: Decode) -> dict[str, str]:
     sizes = (x.q.shape[1], calls.sequences_of(x.q, x.cu_seqlens), x.v.shape[2], x.q.shape[3], x.v.shape[3])
-    return decode_plan(namespace, sizes, x.state, x.new_state, x.state_v_first)
+    return decode_plan(namespace, sizes, x.state, x.new_state, x.state_v_first, tree=x.parent_token is not None)
 
 
 def _commit_plan(namespace: str, x: Commit) -> dict[str, str]:
     k, u = x.record_k, x.record_u
     sizes = (k.shape[1], calls.sequences_of(k, x.cu_seqlens), u.shape[2], k.shape[3], u.shape[3])
-    return decode_plan(namespace, sizes, x.state, x.new_state, x.state_v_first)
+    return decode_plan(namespace, sizes, x.state, x.new_state, x.state_v_first, tree=x.parent_token is not None)
 
 
 def _layer_plan(namespace: str, x: DecodeLayer) -> dict[str, str]:

@@ -75,12 +75,13 @@ def decode_plan(
     new_state: Tensor | None,
     v_first: bool,
     layer: bool = False,
+    tree: bool = False,
 ) -> dict[str, str]:
     """Variant, grid, threads, shared memory of a decoding kernel. ``sizes``: tokens, sequences, HV, K, V."""
     pools = [(None, 0) if pool is None else (pool.data_ptr(), pool.stride(0)) for pool in (state, new_state)]
     dtype = next((pool.dtype for pool in (state, new_state) if pool is not None), torch.float32)
-    types = [*[ctypes.c_int] * 3, ctypes.c_longlong, *[ctypes.c_int] * 4, *[ctypes.c_void_p, ctypes.c_longlong] * 2]
-    arguments = (layer, DTYPE_CODES[dtype], v_first, *sizes, *pools[0], *pools[1])
+    types = [*[ctypes.c_int] * 4, ctypes.c_longlong, *[ctypes.c_int] * 4, *[ctypes.c_void_p, ctypes.c_longlong] * 2]
+    arguments = (layer, tree, DTYPE_CODES[dtype], v_first, *sizes, *pools[0], *pools[1])
     return _ask(namespace, "kda_plan_decode", types, arguments, "there is nothing to do")
 
 

@@ -38,13 +38,14 @@ _PREFILL = (
 )
 _DECODE = (  # every state is [slots, HV, V, K] or [slots, HV, K, V]; nothing is allocated
     f"({_STREAMS}, Tensor(a!) out, Tensor(b!)? state, Tensor? slot_of, Tensor(c!)? new_state, Tensor? new_slot_of, "
-    "Tensor? num_accepted_tokens, Tensor? cu_seqlens, Tensor(d!)? record_k, Tensor(e!)? record_u, "
-    f"Tensor(f!)? record_g, {_OPTIONS}, bool in_place, bool state_per_token, bool zero_is_null) -> ()"
+    "Tensor? num_accepted_tokens, Tensor? cu_seqlens, Tensor? parent_token, Tensor(d!)? record_k, "
+    f"Tensor(e!)? record_u, Tensor(f!)? record_g, {_OPTIONS}, bool in_place, bool state_per_token, "
+    "bool zero_is_null) -> ()"
 )
 _COMMIT = (
     "(Tensor(a!) state, Tensor? slot_of, Tensor(b!)? new_state, Tensor? new_slot_of, Tensor record_k, "
-    "Tensor record_u, Tensor record_g, Tensor num_accepted_tokens, Tensor? cu_seqlens, bool state_v_first, "
-    "bool zero_is_null) -> ()"
+    "Tensor record_u, Tensor record_g, Tensor? num_accepted_tokens, Tensor? cu_seqlens, Tensor? parent_token, "
+    "Tensor? accepted_token, bool state_v_first, bool zero_is_null) -> ()"
 )
 _DECODE_LAYER = (
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor output_gate, Tensor(a!) conv_state, "

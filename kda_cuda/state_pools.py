@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -74,34 +75,40 @@ class PoolContents:
 
     def check(
         self, state, slot_of, accepted, written, names: tuple[str, str], written_indices, per_token: bool,
-        zero_is_null: bool,
-    ) -> list[bool]:  # fmt: skip
+        zero_is_null: bool, tree: bool = False,
+    ) -> tuple[list[bool], list[bool]]:  # fmt: skip
         """The indices are in range, and no state is written by one sequence and touched by another.
 
         ``names``: of the indices of ``state`` and of ``written``. A sequence that starts from a null slot is padding:
-        nothing else of it is looked at. Returns which sequences write a state.
+        nothing else of it is looked at. ``tree``: every path starts from the state anew, so it must not be written.
+        Returns which sequences are none of these, and which write a state.
         """
         null_until = 1 if zero_is_null else 0
         starts: list[int | None] = [None] * self.sequences  # a slot of ``state``; -1: null
         if state is not None:
             starts = self._starts(names[0], state, slot_of, accepted, null_until)
-        writes = [False] * self.sequences
+        live, writes = [start != -1 for start in starts], [False] * self.sequences
         if written is None:
-            return writes
+            return live, writes
         owner: dict[int, int] = {}
         if state is not None and state.untyped_storage().data_ptr() == written.untyped_storage().data_ptr():
             owner = {slot: n for n, slot in enumerate(starts) if slot >= 0}
+        kept = frozenset(owner if tree else ())
         for n, row in enumerate(self._table(written_indices)):
             if starts[n] == -1:
                 continue
             self._check_slots(names[1], written, n, row)
             for slot in (slot for slot in (row if per_token else row[:1]) if slot >= null_until):
                 writes[n] = True
+                if slot in kept:
+                    raise self.c.value_error(
+                        f"{names[1]} has slot {slot} for sequence {n}, expected no slot that a tree starts from"
+                    )
                 other = owner.setdefault(slot, n)
                 if other != n:
                     pair = " and ".join(map(str, sorted((n, other))))
                     raise self.c.value_error(f"{names[1]} has slot {slot} for sequences {pair}, expected one each")
-        return writes
+        return live, writes
 
     def _starts(self, name: str, state: Tensor, slot_of, accepted, null_until: int) -> list[int]:
         """The slot that each sequence starts from, -1 where it is null; the others' indices are in range."""
@@ -127,27 +134,76 @@ class PoolContents:
             raise self.c.value_error(f"{name} has {max(row)} for sequence {n}, expected {expected}")
 
 
-def check_slots(c: Checker, sequences: int, *given) -> list[bool]:
+def check_slots(c: Checker, sequences: int, *given) -> tuple[list[bool], list[bool]]:
     """:meth:`PoolContents.check`, for :meth:`Checker.look`."""
     return PoolContents(c, sequences).check(*given)
 
 
+def check_drafts(
+    c: Checker, sequences: int, state, slot_of, accepted, written, names, indices, per_token: bool, zero_is_null: bool,
+    parents: Tensor | None, cu_seqlens: Tensor | None,
+) -> None:  # fmt: skip
+    """What ``decode`` reads: slots, and the parents of a tree of drafts."""
+    tree = parents is not None
+    live, _ = check_slots(
+        c, sequences, state, slot_of, accepted, written, names, indices, per_token, zero_is_null, tree
+    )
+    if tree:
+        check_parent_contents(c, parents, cu_seqlens, live)
+
+
 def check_slots_and_accepted(
     c: Checker, sequences: int, state, slot_of, written, names, indices, zero_is_null: bool, accepted: Tensor,
-    tokens: int, cu_seqlens: Tensor | None,
+    tokens: int, cu_seqlens: Tensor | None, parents: Tensor | None,
 ) -> None:  # fmt: skip
-    commits = check_slots(c, sequences, state, slot_of, None, written, names, indices, False, zero_is_null)
-    check_accepted(c, accepted, tokens, cu_seqlens, commits)
+    """What ``commit`` reads: slots, how much is accepted, and the parents of a tree of drafts."""
+    tree = parents is not None
+    _, commits = check_slots(c, sequences, state, slot_of, None, written, names, indices, False, zero_is_null)
+    check_accepted(c, accepted, tokens, cu_seqlens, commits, tree)
+    if tree:
+        check_parent_contents(c, parents, cu_seqlens, commits)
 
 
 def check_accepted(
-    c: Checker, accepted: Tensor, tokens: int, cu_seqlens: Tensor | None, commits: list[bool]
+    c: Checker, accepted: Tensor, tokens: int, cu_seqlens: Tensor | None, commits: list[bool], tree: bool = False
 ) -> None:  # fmt: skip
-    """No sequence that writes a state, as ``commits`` says, accepts more tokens than it has."""
-    lengths = [tokens] * len(commits) if cu_seqlens is None else cu_seqlens.diff().tolist()
-    for n, (value, length) in enumerate(zip(accepted.tolist(), lengths, strict=True)):
-        if commits[n] and not 0 <= value <= length:
-            raise c.value_error(f"num_accepted_tokens[{n}] is {value}, expected 0 to {length}")
+    """No sequence that writes a state, as ``commits`` says, accepts more tokens than it has. ``tree``: ``accepted`` are
+    their last ones."""
+    name, least = ("accepted_token", -1) if tree else ("num_accepted_tokens", 0)
+    rows = _rows(len(commits), tokens, cu_seqlens)
+    for n, (value, (_, _, length)) in enumerate(zip(accepted.tolist(), rows, strict=True)):
+        if commits[n] and not least <= value <= length + least:
+            raise c.value_error(f"{name}[{n}] is {value}, expected {least} to {length + least}")
+
+
+def check_parents(c: Checker, parents: Tensor, k: Tensor) -> None:
+    """One index for each token of ``k`` ``[B, T, H, K]``."""
+    c.tensor("parent_token", parents)
+    c.device("parent_token", parents, k.device, "q")
+    c.rank("parent_token", parents, "B, T")
+    c.dtype("parent_token", parents, INDEX_DTYPES)
+    c.shape("parent_token", parents, B=k.shape[0], T=k.shape[1])
+    if parents.shape[1] > 1 and parents.stride(1) != 1:
+        raise c.value_error(
+            f"parent_token has strides {list(parents.stride())}, expected the last dimension contiguous"
+        )
+
+
+def check_parent_contents(c: Checker, parents: Tensor, cu_seqlens: Tensor | None, live: list[bool]) -> None:
+    """In sequences that are ``live``, every token comes after its parent."""
+    rows = parents.tolist()
+    for n, (row, begin, length) in enumerate(_rows(len(live), parents.shape[1], cu_seqlens)):
+        for t, parent in enumerate(rows[row][begin : begin + length] if live[n] else ()):
+            if not -1 <= parent < t:
+                expected = "-1" if t == 0 else f"-1 to {t - 1}"
+                raise c.value_error(f"parent_token is {parent} for token {t} of sequence {n}, expected {expected}")
+
+
+def _rows(sequences: int, tokens: int, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
+    """Batch row, first token and number of tokens of every sequence."""
+    if cu_seqlens is None:
+        return [(n, 0, tokens) for n in range(sequences)]
+    return [(0, begin, end - begin) for begin, end in itertools.pairwise(cu_seqlens.tolist())]
 
 
 def check_like(c: Checker, name: str, x: Tensor, owner: Tensor, dtype: torch.dtype, sizes: dict[str, int]) -> None:

@@ -1,10 +1,11 @@
 // Calls the kernels on a case, the way csrc/torch does: one function for each family.
 #pragma once
+#include <algorithm>
 #include <functional>
 
 #include "kda/chunk_fwd/dispatch.h"
 #include "kda/decode/dispatch.h"
-#include "kda/kda_gate/params.h"
+#include "kda/kda_gate/dispatch.h"
 #include "tests/case_file.h"
 
 namespace kda::tests {
@@ -127,7 +128,7 @@ inline std::map<std::string, CaseTensor> run_chunk_fwd(CaseFile const& c, ChunkF
 
 template <class Variant>
 bool serves(Variant const& variant, CaseFile const& c) {
-  int64_t const key_dim = c["q"].shape[3], key_tile = key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256;
+  int const key_tile = key_tile_of(int(c["q"].shape[3]));
   return variant.dtype == kernel_dtype(c["q"]) && variant.key_tile == key_tile &&
          int(c.scalar("chunk_size")) % variant.chunk == 0;
 }
@@ -144,12 +145,6 @@ inline void add_chunk_fwd(std::vector<CaseRun>& runs, CaseFile const& c, std::ve
 // ---- decode ----------------------------------------------------------------------------------------------------
 
 inline constexpr int64_t kMaxDecodeTokens = 32;  // of a case that decode serves: it is quick, but not that quick
-
-/// How decode is called: the dtype of the states, and whether it emits records that decode_commit then applies.
-struct DecodeCall {
-  FileDtype state;
-  bool commit;
-};
 
 /// fp32 values in another dtype of states, in memory of their own.
 inline CaseTensor in_dtype(CaseTensor const& x, FileDtype dtype) {
@@ -172,31 +167,84 @@ inline StatePool state_pool(CaseTensor const& x) {
   return {x.data(), x.shape[0], x.shape[1] * x.shape[2] * x.shape[3], {}};
 }
 
-inline std::map<std::string, CaseTensor> run_decode(CaseFile const& c, DecodeCall call) {
-  CaseTensor const &q = c["q"], &v = c["v"], &g = c["g"];
-  CaseTensor const o(v.dtype, v.shape), final_state(call.state, state_shape(c)), states = decode_states(c, call.state);
+/// Everything but the states that are read or written.
+inline DecodeParams decode_params(CaseFile const& c, CaseTensor const& o, CaseTensor const& states) {
   DecodeParams p{};
   set_streams(p, c, o);
-  p.dtype = kernel_dtype(q);
-  p.tokens = q.shape[1], p.sequences = int32_t(sequences_of(c));
+  p.dtype = kernel_dtype(c["q"]);
+  p.tokens = c["q"].shape[1], p.sequences = int32_t(sequences_of(c));
   if (c.has("cu_seqlens")) p.cu_seqlens = {c["cu_seqlens"].data(), c["cu_seqlens"].dtype == FileDtype::kInt64, 1, 1};
   p.state_dtype = kernel_dtype(states);
   p.value_first = c.scalar("state_v_first") != 0;
-  if (call.commit || c.has("initial_state")) p.state = state_pool(states);
-  if (!call.commit) {
-    p.new_state = state_pool(final_state);
-    decode(p, nullptr);
-    return {{"o", o}, {"final_state", final_state}};
-  }
+  return p;
+}
+inline std::map<std::string, CaseTensor> run_decode(CaseFile const& c, FileDtype state) {
+  CaseTensor const o(c["v"].dtype, c["v"].shape), final_state(state, state_shape(c)), states = decode_states(c, state);
+  DecodeParams p = decode_params(c, o, states);
+  if (c.has("initial_state")) p.state = state_pool(states);
+  p.new_state = state_pool(final_state);
+  decode(p, nullptr);
+  return {{"o", o}, {"final_state", final_state}};
+}
+
+/// Drafts for `p`, whose tensors are like those, and what of them `accepted` says; decode, then decode_commit.
+inline void verify_and_commit(DecodeParams p, CaseTensor const& q, CaseTensor const& v, CaseTensor const& g,
+                              CaseTensor const& states, CaseTensor const& accepted, CaseTensor const& final_state) {
   CaseTensor const k(FileDtype::kFloat32, q.shape), u(FileDtype::kFloat32, v.shape),
       decay(FileDtype::kFloat32, g.shape);
+  p.state = state_pool(states);
   p.records = {k.data<float>(), u.data<float>(), decay.data<float>()};
   decode(p, nullptr);
-  CaseTensor const accepted(FileDtype::kInt32, {p.sequences});
-  for (int32_t n = 0; n < p.sequences; ++n) accepted.data<int32_t>()[n] = int32_t(p.tokens);
   p.accepted = {accepted.data(), false, 1, 1};
   p.new_state = state_pool(final_state);
   decode_commit(p, nullptr);
+}
+inline std::map<std::string, CaseTensor> run_commit(CaseFile const& c, FileDtype state) {
+  CaseTensor const o(c["v"].dtype, c["v"].shape), final_state(state, state_shape(c)), states = decode_states(c, state);
+  DecodeParams const p = decode_params(c, o, states);
+  CaseTensor const accepted(FileDtype::kInt32, {p.sequences});
+  std::fill_n(accepted.data<int32_t>(), p.sequences, int32_t(p.tokens));
+  verify_and_commit(p, c["q"], c["v"], c["g"], states, accepted, final_state);
+  return {{"o", o}, {"final_state", final_state}};
+}
+
+/// [batch, tokens, ...] with every token twice.
+inline CaseTensor twice(CaseTensor const& x) {
+  CaseTensor const y(x.dtype, [&] {
+    std::vector<int64_t> shape = x.shape;
+    shape[1] *= 2;
+    return shape;
+  }());
+  int64_t const tokens = x.shape[0] * x.shape[1], bytes = tokens ? x.elements() / tokens * bytes_of_dtype(x.dtype) : 0;
+  for (int64_t t = 0; t < 2 * tokens; ++t)
+    std::memcpy(y.data<char>() + t * bytes, x.data<char>() + t / 2 * bytes, size_t(bytes));
+  return y;
+}
+/// The case as a tree: every token twice, in two chains that cross after each. One of them is committed.
+inline std::map<std::string, CaseTensor> run_tree(CaseFile const& c, FileDtype state) {
+  CaseTensor const q = twice(c["q"]), k = twice(c["k"]), v = twice(c["v"]), g = twice(c["g"]), beta = twice(c["beta"]);
+  CaseTensor const both(v.dtype, v.shape), o(v.dtype, c["v"].shape), final_state(state, state_shape(c)),
+      states = decode_states(c, state);
+  DecodeParams p = decode_params(c, both, states);
+  set_rows(p, q, k, v, g, beta, both);
+  p.tokens *= 2;
+  CaseTensor const parents(FileDtype::kInt32, {q.shape[0], q.shape[1]}), accepted(FileDtype::kInt32, {p.sequences}),
+      bounds(FileDtype::kInt32, {p.sequences + 1});
+  for (int32_t n = 0; n < p.sequences; ++n) {
+    bool const packed = c.has("cu_seqlens");
+    int64_t const begin = packed ? 2 * int64_t(c["cu_seqlens"][n]) : n * p.tokens,
+                  end = packed ? 2 * int64_t(c["cu_seqlens"][n + 1]) : begin + p.tokens;
+    for (int64_t t = 0; t < end - begin; ++t)
+      parents.data<int32_t>()[begin + t] = int32_t(t < 2 ? -1 : t % 2 ? t - 3 : t - 1);
+    accepted.data<int32_t>()[n] = int32_t(end - begin) - 1;
+    bounds.data<int32_t>()[n] = int32_t(begin), bounds.data<int32_t>()[n + 1] = int32_t(end);
+  }
+  p.parents = {parents.data(), false, p.tokens, int32_t(p.tokens)};
+  if (p.cu_seqlens.data) p.cu_seqlens = {bounds.data(), false, 1, 1};
+  verify_and_commit(p, q, v, g, states, accepted, final_state);
+  int64_t const tokens = o.shape[0] * o.shape[1], bytes = tokens ? o.elements() / tokens * bytes_of_dtype(o.dtype) : 0;
+  for (int64_t t = 0; t < tokens; ++t)
+    std::memcpy(o.data<char>() + t * bytes, both.data<char>() + (2 * t + t % 2) * bytes, size_t(bytes));
   return {{"o", o}, {"final_state", final_state}};
 }
 inline constexpr FileDtype kStateDtypes[] = {FileDtype::kFloat32, FileDtype::kBfloat16, FileDtype::kFloat16};
@@ -207,11 +255,12 @@ inline void widen_for_states(std::pair<double, double>& budget, FileDtype states
 }
 inline void add_decode(std::vector<CaseRun>& runs, CaseFile const& c) {
   if (c["q"].shape[1] > kMaxDecodeTokens) return;
-  std::string const tile = "_k" + std::to_string(decode_key_tile(int(c["q"].shape[3])));
+  std::string const tile = "_k" + std::to_string(key_tile_of(int(c["q"].shape[3])));
+  std::pair<char const*, decltype(&run_decode)> const calls[] = {
+      {"decode ", run_decode}, {"decode_commit ", run_commit}, {"decode_tree ", run_tree}};
   for (FileDtype const state : kStateDtypes)
-    for (bool const commit : {false, true}) {
-      std::string const kernel = std::string(commit ? "decode_commit " : "decode ") + dtype_name(state) + tile;
-      CaseRun run{kernel, [&c, state, commit] { return run_decode(c, {state, commit}); }, {}, {}};
+    for (auto const& [kernel, call] : calls) {
+      CaseRun run{kernel + (dtype_name(state) + tile), [&c, state, call = call] { return call(c, state); }, {}, {}};
       for (char const* name : {"o", "final_state"}) {
         add_truth(run, c, name);
         widen_for_states(run.budget.at(name), state);
@@ -233,17 +282,11 @@ inline KdaGateParams gate_call(CaseFile const& c, CaseTensor const& y) {
   p.gate = gate_params(c);
   return p;
 }
-template <class F>
-void with_element(Dtype dtype, F f) {
-  if (dtype == Dtype::kFloat32) f(float{});
-  else if (dtype == Dtype::kFloat16) f(Fp16{});
-  else f(Bf16{});
-}
 
 inline std::map<std::string, CaseTensor> run_gate_fwd(CaseFile const& c) {
   CaseTensor const y(FileDtype::kFloat32, c["g"].shape);
   KdaGateParams const p = gate_call(c, y);
-  with_element(p.g.dtype, [&](auto e) { launch_kda_gate_fwd<decltype(e)>(p, nullptr); });
+  select_kda_gate(p.g.dtype).fwd(p, nullptr);
   return {{"y", y}};
 }
 inline std::map<std::string, CaseTensor> run_gate_bwd(CaseFile const& c, CaseTensor const& dy) {
@@ -257,7 +300,7 @@ inline std::map<std::string, CaseTensor> run_gate_bwd(CaseFile const& c, CaseTen
   std::map<std::string, CaseTensor> results = {{"dg", dg}};
   if (p.gate.A_log) p.dA_log = dA_log.data<float>(), results.emplace("dA_log", dA_log);
   if (p.gate.dt_bias) p.ddt_bias = ddt_bias.data<float>(), results.emplace("ddt_bias", ddt_bias);
-  with_element(p.g.dtype, [&](auto e) { launch_kda_gate_bwd<decltype(e)>(p, nullptr); });
+  select_kda_gate(p.g.dtype).bwd(p, nullptr);
   return results;
 }
 

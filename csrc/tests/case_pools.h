@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "kda/decode_layer/dispatch.h"
 #include "tests/case_kernels.h"
 
 namespace kda::tests {
@@ -140,7 +141,7 @@ inline std::map<std::string, CaseTensor> run_decode_layer(CaseFile const& c, Fil
 
 inline void add_decode_layer(std::vector<CaseRun>& runs, CaseFile const& c) {
   if (!c.has("layer.q")) return;
-  std::string const tile = "_k" + std::to_string(decode_key_tile(int(c["q"].shape[3])));
+  std::string const tile = "_k" + std::to_string(key_tile_of(int(c["q"].shape[3])));
   for (FileDtype const state : kStateDtypes) {
     CaseRun run{std::string("decode_layer ") + dtype_name(state) + tile,
                 [&c, state] { return run_decode_layer(c, state); },

@@ -9,8 +9,8 @@ namespace {
 void decode_op(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, OptionalTensor A_log, OptionalTensor dt_bias,
                Tensor out, OptionalTensor state, OptionalTensor slot_of, OptionalTensor new_state,
                OptionalTensor new_slot_of, OptionalTensor num_accepted_tokens, OptionalTensor cu_seqlens,
-               OptionalTensor record_k, OptionalTensor record_u, OptionalTensor record_g, double scale,
-               bool use_qk_l2norm, bool use_gate, bool use_beta_sigmoid, bool allow_neg_eigval,
+               OptionalTensor parent_token, OptionalTensor record_k, OptionalTensor record_u, OptionalTensor record_g,
+               double scale, bool use_qk_l2norm, bool use_gate, bool use_beta_sigmoid, bool allow_neg_eigval,
                std::optional<double> lower_bound, bool state_v_first, bool in_place, bool state_per_token,
                bool zero_is_null) {
   char const* op = "decode";
@@ -25,6 +25,7 @@ void decode_op(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, OptionalTens
                      {"new_slot_of", if_given(new_slot_of)},
                      {"num_accepted_tokens", if_given(num_accepted_tokens)},
                      {"cu_seqlens", if_given(cu_seqlens)},
+                     {"parent_token", if_given(parent_token)},
                      {"record_k", if_given(record_k)},
                      {"record_u", if_given(record_u)},
                      {"record_g", if_given(record_g)}});
@@ -36,6 +37,11 @@ void decode_op(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, OptionalTens
   set_states(op, p, state, slot_of, new_state, new_slot_of, in_place);
   if (state_per_token && !p.new_state.slot_of.data)
     bad_argument(op, "state_per_token is True, expected a slot for the state after each token");
+  set_parents(op, p, parent_token, q.size(0));
+  if (parent_token && p.new_state.data && (in_place || !state_per_token))
+    bad_argument(op,
+                 "parent_token is given and a last state would be written, expected records, or state_per_token with "
+                 "new_state");
   set_records(op, p, record_k, record_u, record_g, q.size(0));
   if (num_accepted_tokens && !p.state.slot_of.data)
     bad_argument(op, "num_accepted_tokens is given, expected slot_of [N, columns] with it");
@@ -45,8 +51,9 @@ void decode_op(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, OptionalTens
 }
 
 void decode_commit_op(Tensor state, OptionalTensor slot_of, OptionalTensor new_state, OptionalTensor new_slot_of,
-                      Tensor record_k, Tensor record_u, Tensor record_g, Tensor num_accepted_tokens,
-                      OptionalTensor cu_seqlens, bool state_v_first, bool zero_is_null) {
+                      Tensor record_k, Tensor record_u, Tensor record_g, OptionalTensor num_accepted_tokens,
+                      OptionalTensor cu_seqlens, OptionalTensor parent_token, OptionalTensor accepted_token,
+                      bool state_v_first, bool zero_is_null) {
   char const* op = "decode_commit";
   require_device_of(op, "state", state,
                     {{"slot_of", if_given(slot_of)},
@@ -55,8 +62,10 @@ void decode_commit_op(Tensor state, OptionalTensor slot_of, OptionalTensor new_s
                      {"record_k", &record_k},
                      {"record_u", &record_u},
                      {"record_g", &record_g},
-                     {"num_accepted_tokens", &num_accepted_tokens},
-                     {"cu_seqlens", if_given(cu_seqlens)}});
+                     {"num_accepted_tokens", if_given(num_accepted_tokens)},
+                     {"cu_seqlens", if_given(cu_seqlens)},
+                     {"parent_token", if_given(parent_token)},
+                     {"accepted_token", if_given(accepted_token)}});
   check_rank(op, "record_k", record_k, 4), check_rank(op, "record_u", record_u, 4);
   DecodeCommitParams p{};
   p.heads = int32_t(record_k.size(2)), p.value_heads = int32_t(record_u.size(2));
@@ -68,7 +77,11 @@ void decode_commit_op(Tensor state, OptionalTensor slot_of, OptionalTensor new_s
   set_sequences(op, p, record_k, cu_seqlens);
   set_records(op, p, record_k, record_u, record_g, record_k.size(0));
   set_states(op, p, state, slot_of, new_state, new_slot_of, !new_state);
-  p.accepted = indices(op, "num_accepted_tokens", num_accepted_tokens, p.sequences, IndexForm::kRows);
+  set_parents(op, p, parent_token, record_k.size(0));
+  if (bool(num_accepted_tokens) == bool(parent_token) || bool(accepted_token) != bool(parent_token))
+    bad_argument(op, "expected num_accepted_tokens, or parent_token and accepted_token");
+  p.accepted = parent_token ? indices(op, "accepted_token", accepted_token, p.sequences, IndexForm::kRows)
+                            : indices(op, "num_accepted_tokens", num_accepted_tokens, p.sequences, IndexForm::kRows);
   OnDeviceOf device(state);
   decode_commit(p, device.stream());
 }
@@ -77,8 +90,8 @@ void decode_commit_op(Tensor state, OptionalTensor slot_of, OptionalTensor new_s
 /// What any op of decode's schema costs: the yardstick of bench_host_overhead.py. Its schema is defined there.
 void decode_empty_op(Tensor, Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, Tensor, OptionalTensor,
                      OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
-                     OptionalTensor, OptionalTensor, double, bool, bool, bool, bool, std::optional<double>, bool, bool,
-                     bool, bool) {}
+                     OptionalTensor, OptionalTensor, OptionalTensor, double, bool, bool, bool, bool,
+                     std::optional<double>, bool, bool, bool, bool) {}
 #endif
 
 }  // namespace

@@ -59,6 +59,12 @@ inline void set_sequences(char const* op, DecodeParams& p, Tensor const& first, 
   p.cu_seqlens = indices(op, "cu_seqlens", cu_seqlens, cu_seqlens->size(0), IndexForm::kRows);
 }
 
+/// The parent of every token: [batch, tokens].
+inline void set_parents(char const* op, DecodeParams& p, OptionalTensor const& parents, int64_t batch) {
+  p.parents = indices(op, "parent_token", parents, batch, IndexForm::kColumns);
+  if (parents) require_shape(op, "parent_token", *parents, {batch, p.tokens});
+}
+
 inline float* record(char const* op, char const* name, OptionalTensor const& x, std::initializer_list<int64_t> shape) {
   if (!x) return nullptr;
   require_shape(op, name, *x, shape);

@@ -1,5 +1,5 @@
 // torch.ops.kda_cuda.decode_layer
-#include "kda/decode/dispatch.h"
+#include "kda/decode_layer/dispatch.h"
 #include "torch/decode_arguments.h"
 
 namespace kda {

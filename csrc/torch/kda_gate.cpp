@@ -1,5 +1,5 @@
 // torch.ops.kda_cuda.kda_gate_fwd and kda_gate_bwd.
-#include "kda/kda_gate/params.h"
+#include "kda/kda_gate/dispatch.h"
 
 #include "torch/elements.h"
 
@@ -41,7 +41,7 @@ Tensor kda_gate_fwd(Tensor g, OptionalTensor A_log, OptionalTensor dt_bias, std:
   Tensor const g4 = four_dimensions(g), y4 = four_dimensions(y);
   KdaGateParams p = gate_params(op, g4, A_log, dt_bias, lower_bound);
   p.y = gate_tensor(op, "dtype", y4);
-  with_element(p.g.dtype, [&](auto e) { launch_kda_gate_fwd<decltype(e)>(p, device.stream()); });
+  select_kda_gate(p.g.dtype).fwd(p, device.stream());
   return y;
 }
 
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> kda_gate_bwd(Tensor dy, Tensor g, OptionalTen
   p.partial = static_cast<float*>(partial.data_ptr());
   if (A_log) p.dA_log = static_cast<float*>(dA_log.data_ptr());
   if (dt_bias) p.ddt_bias = static_cast<float*>(ddt_bias.data_ptr());
-  with_element(p.g.dtype, [&](auto e) { launch_kda_gate_bwd<decltype(e)>(p, device.stream()); });
+  select_kda_gate(p.g.dtype).bwd(p, device.stream());
   return {dg, dA_log, ddt_bias};
 }
 

@@ -10,8 +10,9 @@
 #include "kda/chunk_bwd/wanted.h"
 #include "kda/chunk_fwd/dispatch.h"
 #include "kda/decode/dispatch.h"
+#include "kda/decode_layer/dispatch.h"
 #include "kda/gated_rmsnorm/params.h"
-#include "kda/kda_gate/params.h"
+#include "kda/kda_gate/dispatch.h"
 #include "kda/short_conv/params.h"
 #include "platform/device.h"
 
@@ -95,14 +96,15 @@ ChunkPlan plan_of_call(int64_t batch, int64_t tokens, int sequences, int chunk) 
 std::vector<KernelLaunch> every_kernel() {
   std::vector<KernelLaunch> all;
   auto const add = [&](std::vector<KernelLaunch> const& some) { all.insert(all.end(), some.begin(), some.end()); };
-  for (ChunkFwdVariant const& variant : chunk_fwd_variants()) add(variant.kernels());
-  for (ChunkBwdVariant const& variant : chunk_bwd_variants()) add(variant.kernels());
-  for_each_decode_variant([&](auto launcher) { add(launcher.kernels()); });
-  auto const add_elementwise = [&](auto e) {
-    using E = decltype(e);
-    add(kda_gate_kernels<E>()), add(short_conv_kernels<E>()), add(gated_rmsnorm_kernels<E>());
+  for (auto const& variant : chunk_fwd_variants()) add(variant.kernels());
+  for (auto const& variant : chunk_bwd_variants()) add(variant.kernels());
+  for (auto const& variant : decode_variants()) add(variant.kernels());
+  for (auto const& variant : decode_layer_variants()) add(variant.kernels());
+  for (auto const& variant : kda_gate_variants()) add(variant.kernels());
+  auto const add_surroundings = [&](auto e) {
+    add(short_conv_kernels<decltype(e)>()), add(gated_rmsnorm_kernels<decltype(e)>());
   };
-  add_elementwise(float{}), add_elementwise(Fp16{}), add_elementwise(Bf16{});
+  add_surroundings(float{}), add_surroundings(Fp16{}), add_surroundings(Bf16{});
   return all;
 }
 
@@ -184,29 +186,28 @@ extern "C" __attribute__((visibility("default"))) int kda_kernels(char* to, int 
   return std::snprintf(to, size_t(capacity), "%s", text.c_str());
 }
 
-/// Likewise kda_plan_chunk_fwd. `layer`: of decode_layer; else of decode and decode_commit. `state_dtype`: of both
-/// pools, whose addresses and slot strides (elements) decide how they are moved; null: absent. Returns the length of
-/// the text, 0 if nothing would be launched.
-extern "C" __attribute__((visibility("default"))) int kda_plan_decode(int layer, int state_dtype, int value_first,
-                                                                      long long tokens, int sequences, int value_heads,
-                                                                      int key_dim, int value_dim, void* state,
-                                                                      long long slot_stride, void* new_state,
-                                                                      long long new_slot_stride, char* to,
-                                                                      int capacity) {
+/// Likewise kda_plan_chunk_fwd. `layer`: of decode_layer; else of decode and decode_commit. `tree`: with parents.
+/// `state_dtype`: of both pools, whose addresses and slot strides (elements) decide how they are moved; null: absent.
+/// Returns the length of the text, 0 if nothing would be launched.
+extern "C" __attribute__((visibility("default"))) int kda_plan_decode(int layer, int tree, int state_dtype,
+                                                                      int value_first, long long tokens, int sequences,
+                                                                      int value_heads, int key_dim, int value_dim,
+                                                                      void* state, long long slot_stride,
+                                                                      void* new_state, long long new_slot_stride,
+                                                                      char* to, int capacity) {
   kda::DecodeParams p{};
   p.state_dtype = kda::Dtype(state_dtype), p.value_first = value_first;
   p.tokens = tokens, p.sequences = sequences, p.heads = p.value_heads = value_heads;
   p.key_dim = key_dim, p.value_dim = value_dim;
   p.state = {state, 0, slot_stride, {}}, p.new_state = {new_state, 0, new_slot_stride, {}};
-  int length = 0;
-  kda::with_decode_variant(p, [&](auto launcher, bool pieces) {
-    kda::DecodePlan const plan = layer ? launcher.layer_plan(p, pieces) : launcher.plan(p, pieces);
-    length =
-        std::snprintf(to, size_t(capacity),
-                      "variant=%s_k%d\nstates=%s, %s\ngrid=%lld\nthreads=%d\nshared_bytes=%zu\nvalues_per_block=%d",
-                      state_dtype == int(kda::Dtype::kFloat32) ? "fp32" : "bits16", kda::decode_key_tile(key_dim),
-                      value_first ? "[V, K]" : "[K, V]", pieces ? "16 bytes at a time" : "element by element",
-                      (long long)plan.blocks, plan.threads, plan.shared_bytes, plan.value_tile);
-  });
-  return length;
+  if (tree) p.parents.data = &p;  // asked only whether there are some
+  kda::DecodeVariant const* const decode = kda::select_decode(p);
+  if (!decode) return 0;
+  bool const pieces = kda::states_in_pieces(p);
+  kda::DecodePlan const plan = layer ? kda::select_decode_layer(p)->plan(p, pieces) : decode->plan(p, pieces);
+  return std::snprintf(to, size_t(capacity),
+                       "variant=%s_k%d\nstates=%s, %s\ngrid=%lld\nthreads=%d\nshared_bytes=%zu\nvalues_per_block=%d",
+                       state_dtype == int(kda::Dtype::kFloat32) ? "fp32" : "bits16", decode->key_tile,
+                       value_first ? "[V, K]" : "[K, V]", pieces ? "16 bytes at a time" : "element by element",
+                       (long long)plan.blocks, plan.threads, plan.shared_bytes, plan.value_tile);
 }

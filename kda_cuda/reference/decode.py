@@ -75,6 +75,7 @@ def decode(
     new_slot_of: Tensor | None,
     num_accepted_tokens: Tensor | None,
     cu_seqlens: Tensor | None,
+    parent_token: Tensor | None,
     record_k: Tensor | None,
     record_u: Tensor | None,
     record_g: Tensor | None,
@@ -110,7 +111,8 @@ def decode(
     live_chunks = layout.sorted_states(live)[: layout.chunks]
     s = layout.sorted_states(s)
     o, u = torch.empty_like(x.v), torch.empty_like(x.v)
-    for t in _steps(x, s[: layout.chunks], scale, o, u):  # empty sequences come last and keep their state
+    parents = None if parent_token is None else _parents(layout, parent_token)
+    for t in _steps(x, s[: layout.chunks], parents, scale, o, u):  # empty sequences come last and keep their state
         if target is not None and state_per_token:
             target.write(target.at(t).masked_fill(~live | (t >= lengths), -1), layout.natural_states(s))
     o[~live_chunks] = 0
@@ -132,8 +134,10 @@ def decode_commit(
     record_k: Tensor,
     record_u: Tensor,
     record_g: Tensor,
-    num_accepted_tokens: Tensor,
+    num_accepted_tokens: Tensor | None,
     cu_seqlens: Tensor | None,
+    parent_token: Tensor | None,
+    accepted_token: Tensor | None,
     state_v_first: bool,
     zero_is_null: bool,
 ) -> None:
@@ -145,30 +149,64 @@ def decode_commit(
         target = Slots(new_state, new_slot_of, state_v_first, zero_is_null, sequences)
     slots = source.at(0)
     s = layout.sorted_states(source.read(slots, dtype))
-    accepted = layout.sorted_states(torch.minimum(num_accepted_tokens.long(), _lengths(record_k, cu_seqlens)))
+    lengths = layout.sorted_states(_lengths(record_k, cu_seqlens))[: layout.chunks]
+    if parent_token is None:
+        accepted = torch.minimum(layout.sorted_states(num_accepted_tokens.long())[: layout.chunks], lengths)
+        path = torch.arange(layout.chunk, device=state.device).expand(layout.chunks, -1)
+    else:
+        last = torch.minimum(layout.sorted_states(accepted_token.long())[: layout.chunks], lengths - 1)
+        path, accepted = _paths(_parents(layout, parent_token), last)
     group = record_u.shape[2] // record_k.shape[2]
     k, u, g = (layout.to_chunks(layout.owned(record), dtype) for record in (record_k, record_u, record_g))
-    k, decay = k.repeat_interleave(group, dim=1), g.exp().unsqueeze(-1)
-    active = s[: layout.chunks]
-    for t in range(layout.chunk if layout.chunks else 0):
-        after = active * decay[:, :, t] + k[:, :, t].unsqueeze(-1) * u[:, :, t].unsqueeze(-2)
-        taken = (t < accepted[: layout.chunks]).reshape(-1, 1, 1, 1)
+    k, decay = k.repeat_interleave(group, dim=1), g.exp()
+    active, rows = s[: layout.chunks], torch.arange(layout.chunks, device=state.device)
+    for i in range(path.shape[1] if layout.chunks else 0):
+        k_t, u_t, decay_t = (y[rows, :, path[:, i]] for y in (k, u, decay))
+        after = active * decay_t.unsqueeze(-1) + k_t.unsqueeze(-1) * u_t.unsqueeze(-2)
+        taken = (i < accepted).reshape(-1, 1, 1, 1)
         active.copy_(torch.where(taken, after, active))
     target.write(target.at(0).masked_fill(slots < 0, -1), layout.natural_states(s))
 
 
-def _steps(x: Inputs, s: Tensor, scale: float, o: Tensor, u: Tensor) -> Iterator[int]:
-    """Brings the states ``s [chunks, HV, K, V]`` forward in place and fills ``o`` and ``u``; after every token, t."""
+def _steps(x: Inputs, s: Tensor, parents: Tensor | None, scale: float, o: Tensor, u: Tensor) -> Iterator[int]:
+    """Brings the states ``s [chunks, HV, K, V]`` forward in place and fills ``o`` and ``u``; after every token, t.
+
+    With ``parents [chunks, C]``, ``s`` becomes the state after token t from that after its parent.
+    """
     if not len(s):
         return
+    kept, rows = [] if parents is None else [s.clone()], range(len(s))  # the states after tokens -1, 0, ...
     decay = x.g.exp().unsqueeze(-1)
     q, k, v, beta = (scale * x.q).unsqueeze(-2), x.k.unsqueeze(-2), x.v.unsqueeze(-2), x.beta.unsqueeze(-1)
     for t in range(x.v.shape[2]):
+        if parents is not None:
+            s.copy_(torch.stack([kept[i + 1][n] for n, i in zip(rows, parents[:, t].tolist(), strict=True)]))
         s *= decay[:, :, t]
         u_t = beta[:, :, t] * (v[:, :, t] - k[:, :, t] @ s)
         s += k[:, :, t].transpose(-1, -2) * u_t
         o[:, :, t], u[:, :, t] = (q[:, :, t] @ s).squeeze(-2), u_t.squeeze(-2)
+        if parents is not None:
+            kept.append(s.clone())
         yield t
+
+
+def _parents(layout: ChunkLayout, parent_token: Tensor) -> Tensor:
+    """``[chunks, C]``: of every token the one before it, or -1; inside the sequence, whatever ``parent_token`` has."""
+    parents = layout.to_chunks(layout.owned(parent_token).unsqueeze(-1), torch.int64)[:, 0]
+    return torch.minimum(parents, torch.arange(layout.chunk, device=parents.device) - 1).clamp(min=-1)
+
+
+def _paths(parents: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens on the way from the root of every tree to ``last [chunks]``, and how many they are."""
+    paths = []
+    for row, t in zip(parents.tolist(), last.tolist(), strict=True):
+        path = []
+        while t >= 0:
+            path.append(t)
+            t = row[t]
+        paths.append(torch.tensor(path[::-1], dtype=torch.int64, device=parents.device))
+    counts = torch.tensor([len(path) for path in paths], device=parents.device)
+    return torch.nn.utils.rnn.pad_sequence(paths, batch_first=True) if paths else parents, counts
 
 
 def _one_chunk_per_sequence(x: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:

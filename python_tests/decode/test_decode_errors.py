@@ -28,6 +28,27 @@ def records(k=(B, T, H, K), u=(B, T, HEADS, V), g=(B, T, HEADS, K), dtype=torch.
 
 
 STATE = torch.zeros(B, HEADS, K, V)
+PARENTS = torch.arange(-1, T - 1).expand(B, T)
+COLUMNS = torch.arange(2 * T).reshape(B, T)
+
+
+def tree(**change) -> dict:
+    return pool(records=records()) | change
+
+
+def shared(start: int) -> dict:
+    """A state per draft, in the pool that the drafts start from."""
+    states = torch.zeros(2 * T + 2, HEADS, K, V)
+    return {
+        "state": states,
+        "slot_of": table(start, 2 * T),
+        "new_state": states,
+        "new_slot_of": COLUMNS,
+        "state_per_token": True,
+        "parent_token": PARENTS,
+    }
+
+
 DECODE_CALLS = [
     ({"v": META}, ValueError, "v is on meta, expected cpu like q"),
     ({"k": torch.zeros(B, T, H, 12)}, ValueError, "k has shape [2, 8, 2, 12], expected [B=2, T=8, H=2, K=16]"),
@@ -76,6 +97,24 @@ DECODE_CALLS = [
      "state_per_token is True, expected slot_of [N, columns] of a pool to write to"),
     (pool(state_per_token=True, slot_of=table((0, 1), (2, 3))), ValueError,
      "slot_of has shape [2, 2], expected a column for each of the T=8 tokens"),
+    (tree(parent_token=[0]), TypeError, "parent_token is a list, expected a Tensor"),
+    (tree(parent_token=PARENTS.to("meta")), ValueError, "parent_token is on meta, expected cpu like q"),
+    (tree(parent_token=PARENTS[0]), ValueError, "parent_token has shape [8], expected 2 dimensions [B, T]"),
+    (tree(parent_token=PARENTS.float()), TypeError, "parent_token has dtype float32, expected int32 or int64"),
+    (tree(parent_token=PARENTS[:, :7]), ValueError, "parent_token has shape [2, 7], expected [B=2, T=8]"),
+    (tree(parent_token=PARENTS.T.contiguous().T), ValueError,
+     "parent_token has strides [1, 2], expected the last dimension contiguous"),
+    (tree(parent_token=PARENTS + 1), ValueError, "parent_token is 0 for token 0 of sequence 0, expected -1"),
+    (tree(parent_token=torch.cat([PARENTS[:, :7], table((5,), (7,))], 1)), ValueError,
+     "parent_token is 7 for token 7 of sequence 1, expected -1 to 6"),
+    (tree(parent_token=PARENTS - 1), ValueError, "parent_token is -2 for token 0 of sequence 0, expected -1"),
+    (pool(parent_token=PARENTS), ValueError,
+     "parent_token is given and a last state would be written, expected records, or state_per_token with new_state"),
+    (pool(parent_token=PARENTS, new_state=STATE.clone()), ValueError,
+     "parent_token is given and a last state would be written, expected records, or state_per_token with new_state"),
+    (pool(parent_token=PARENTS, slot_of=COLUMNS[:, :8], state_per_token=True), ValueError,
+     "parent_token is given and a last state would be written, expected records, or state_per_token with new_state"),
+    (shared(5), ValueError, "new_slot_of has slot 5 for sequence 0, expected no slot that a tree starts from"),
     ({"records": 3}, TypeError, "records is a int, expected DraftRecords"),
     ({"records": records(k=(B, T, HEADS, K))}, ValueError,
      "records.k has shape [2, 8, 4, 16], expected [B=2, T=8, H=2, K=16]"),
@@ -98,6 +137,7 @@ def commit_call(**change) -> dict:
     return {"records": records(), "num_accepted_tokens": table(1, 2), "state": STATE.clone()} | change
 
 
+PATH = {"num_accepted_tokens": None, "parent_token": PARENTS, "accepted_token": table(3, -1)}
 COMMIT_CALLS = [
     ({"records": None}, TypeError, "records is a NoneType, expected DraftRecords"),
     ({"records": records(g=(B, T, H, K))}, ValueError,
@@ -107,6 +147,22 @@ COMMIT_CALLS = [
     ({"num_accepted_tokens": table(1, 9)}, ValueError, "num_accepted_tokens[1] is 9, expected 0 to 8"),
     ({"num_accepted_tokens": table(99, 9), "slot_of": table(-1, 0)}, ValueError,
      "num_accepted_tokens[1] is 9, expected 0 to 8"),
+    ({"num_accepted_tokens": None}, ValueError,
+     "got [], expected num_accepted_tokens, or parent_token and accepted_token"),
+    ({"accepted_token": table(0, 1)}, ValueError,
+     "got ['num_accepted_tokens', 'accepted_token'], expected num_accepted_tokens, or parent_token and accepted_token"),
+    ({"parent_token": PARENTS}, ValueError,
+     "got ['num_accepted_tokens', 'parent_token'], expected num_accepted_tokens, or parent_token and accepted_token"),
+    (PATH | {"accepted_token": None}, ValueError,
+     "got ['parent_token'], expected num_accepted_tokens, or parent_token and accepted_token"),
+    (PATH | {"accepted_token": 3}, TypeError, "accepted_token is a int, expected a Tensor"),
+    (PATH | {"accepted_token": table(1)}, ValueError, "accepted_token has shape [1], expected [N] with N=2"),
+    (PATH | {"accepted_token": table(-1, 8)}, ValueError, "accepted_token[1] is 8, expected -1 to 7"),
+    (PATH | {"accepted_token": table(-2, 8), "slot_of": table(-1, 0)}, ValueError,
+     "accepted_token[1] is 8, expected -1 to 7"),
+    (PATH | {"parent_token": PARENTS[:1]}, ValueError, "parent_token has shape [1, 8], expected [B=2, T=8]"),
+    (PATH | {"parent_token": PARENTS + 1}, ValueError,
+     "parent_token is 0 for token 0 of sequence 0, expected -1"),
     ({"state": None}, TypeError, "state is a NoneType, expected a Tensor"),
     ({"state": torch.zeros(B, HEADS, V, K)}, ValueError,
      "state has shape [2, 4, 24, 16], expected [slots=2, HV=4, K=16, V=24]"),
@@ -190,8 +246,8 @@ def raw_call(device, **change) -> Decode:
     call = {name: x.to(device) for name, x in good().items()} | {
         "A_log": None, "dt_bias": None, "out": torch.zeros(B, T, HEADS, V, device=device),
         "state": torch.zeros(SLOTS, HEADS, K, V, device=device), "slot_of": torch.tensor([4, 2], device=device),
-        "new_state": None, "new_slot_of": None, "num_accepted_tokens": None, "cu_seqlens": None, "record_k": None,
-        "record_u": None, "record_g": None, "scale": 1.0, "use_qk_l2norm": True, "use_gate": False,
+        "new_state": None, "new_slot_of": None, "num_accepted_tokens": None, "cu_seqlens": None, "parent_token": None,
+        "record_k": None, "record_u": None, "record_g": None, "scale": 1.0, "use_qk_l2norm": True, "use_gate": False,
         "use_beta_sigmoid": False, "allow_neg_eigval": False, "lower_bound": None, "state_v_first": False,
         "in_place": True, "state_per_token": False, "zero_is_null": False,
     }  # fmt: skip
@@ -224,6 +280,12 @@ RAW_CALLS = [
      "state_per_token is True, expected a slot for the state after each token"),
     ({"slot_of": None, "state": torch.zeros(B, HEADS, K, V), "num_accepted_tokens": torch.ones(2).int()},
      "num_accepted_tokens is given, expected slot_of [N, columns] with it"),
+    ({"parent_token": PARENTS[:, :7]}, "parent_token has shape [2, 7], expected [2, 8]"),
+    ({"parent_token": PARENTS.float()}, "parent_token has a dtype that is no index, expected int32 or int64"),
+    ({"parent_token": PARENTS.T.contiguous().T},
+     "parent_token is strided in its last dimension, expected it contiguous"),
+    ({"parent_token": PARENTS},
+     "parent_token is given and a last state would be written, expected records, or state_per_token with new_state"),
     ({"record_k": torch.zeros(B, T, H, K)}, "record_k, record_u and record_g are given in part, expected all or none"),
     ({"cu_seqlens": torch.zeros(3).int()}, "q has shape [2, 8, 2, 16], expected B=1 with cu_seqlens"),
 ]  # fmt: skip
@@ -247,8 +309,22 @@ def test_kernels_name_what_is_wrong(change, message, device):
     assert str(raised.value) == f"kda_cuda::decode: {message}"
 
 
+@pytest.mark.devices("emulator", "cuda")
+def test_commit_takes_one_form(device):
+    namespace = torch.ops.kda_cuda_emulated if device.name == "emulator" else torch.ops.kda_cuda
+    states = [x.to(device) for x in (STATE.clone(), *records())]
+    parents, accepted = PARENTS.to(device), table(1, 2).to(device)
+    for given in ((None, None, None), (accepted, parents, None), (None, parents, None), (accepted, parents, accepted)):
+        count, tree, last = given
+        with pytest.raises(ValueError) as raised:
+            namespace.decode_commit(states[0], None, None, None, *states[1:], count, None, tree, last, False, False)
+        assert str(raised.value) == (
+            "kda_cuda::decode_commit: expected num_accepted_tokens, or parent_token and accepted_token"
+        )
+
+
 @pytest.mark.devices("cuda")
-@pytest.mark.parametrize("name", ["k", "g", "out", "state", "slot_of", "cu_seqlens", "record_u"])
+@pytest.mark.parametrize("name", ["k", "g", "out", "state", "slot_of", "cu_seqlens", "parent_token", "record_u"])
 def test_kernels_refuse_pointers_of_the_host(name, device):
     tensors = {
         "k": torch.zeros(B, T, H, K),
@@ -257,6 +333,7 @@ def test_kernels_refuse_pointers_of_the_host(name, device):
         "state": torch.zeros(SLOTS, HEADS, K, V),
         "slot_of": torch.tensor([4, 2]),
         "cu_seqlens": torch.tensor([0, 3, T]),
+        "parent_token": PARENTS,
         "record_u": torch.zeros(B, T, HEADS, V),
     }
     with pytest.raises(ValueError, match=rf"^kda_cuda::decode: {name} is on another device than q$"):
@@ -267,8 +344,16 @@ def test_kernels_refuse_pointers_of_the_host(name, device):
 def test_commit_refuses_pointers_of_the_host(device):
     records = [torch.zeros(B, T, H, K), torch.zeros(B, T, HEADS, V), torch.zeros(B, T, HEADS, K)]
     state, accepted = torch.zeros(B, HEADS, K, V), torch.ones(B, dtype=torch.int32)
-    call = [state, None, None, None, *records, accepted, None]
-    for i, name in {4: "record_k", 5: "record_u", 6: "record_g", 7: "num_accepted_tokens"}.items():
+    call = [state, None, None, None, *records, accepted, None, PARENTS, accepted]
+    names = {
+        4: "record_k",
+        5: "record_u",
+        6: "record_g",
+        7: "num_accepted_tokens",
+        9: "parent_token",
+        10: "accepted_token",
+    }
+    for i, name in names.items():
         given = [x if x is None or j == i else x.to(device) for j, x in enumerate(call)]
         with pytest.raises(ValueError, match=rf"^kda_cuda::decode_commit: {name} is on another device than state$"):
             torch.ops.kda_cuda.decode_commit(*given, False, False)

@@ -29,13 +29,28 @@ def op_samples(device="cpu") -> dict[str, list[tuple]]:
     }
     drafts = [x.to(device) for x in records()]
     read_only = dict(zip(("record_k", "record_u", "record_g"), drafts, strict=True)) | {"in_place": False}
+    parents = torch.arange(-1, 7, device=device).repeat(2, 1)
+    tree = read_only | {"parent_token": parents}
     elsewhere = {"in_place": False, "new_state": torch.zeros(2, 4, 16, 24, device=device)}
     accepted, state = torch.tensor([3, 0], device=device), torch.zeros(2, 4, 16, 24, device=device)
     return {
-        "decode": [raw_call(device, **change) for change in ({}, rich, read_only, elsewhere)],
+        "decode": [raw_call(device, **change) for change in ({}, rich, read_only, tree, elsewhere)],
         "decode_commit": [
-            (state, None, None, None, *drafts, accepted, None, False, False),
-            (state, torch.tensor([1, 0], device=device), state.clone(), None, *drafts, accepted, None, False, True),
+            (state, None, None, None, *drafts, accepted, None, None, None, False, False),
+            (
+                state,
+                torch.tensor([1, 0], device=device),
+                state.clone(),
+                None,
+                *drafts,
+                accepted,
+                None,
+                None,
+                None,
+                False,
+                True,
+            ),
+            (state, None, None, None, *drafts, None, None, parents, accepted, False, False),
         ],
     }
 
@@ -46,7 +61,7 @@ def test_opcheck(name, device):
     op = getattr(namespace, name).default
     for sample in op_samples(device)[name]:
         _, kernels = device.run(lambda a=sample: torch.library.opcheck(op, a))
-        assert (name in kernels) == device.runs_kernels
+        assert any(kernel in (name, f"{name}_tree") for kernel in kernels) == device.runs_kernels
 
 
 @pytest.mark.devices("cpu", "cuda")
@@ -177,6 +192,12 @@ def test_explain_says_how_a_step_is_launched(device):
     shifted = torch.zeros(state.numel() + 1, dtype=torch.bfloat16, device=device)[1:].view(state.shape)
     by_element = kda_cuda.explain(op="decode", **more, state=shifted).forward.plan
     assert by_element["states"] == "[V, K], element by element"
+    drafts = DraftRecords.empty(x.k, x.v)
+    parents = torch.tensor([[-1, 0, 0]] * 2, device=device)
+    tree = kda_cuda.explain(op="decode", **more, state=state, records=drafts, parent_token=parents).forward.plan
+    assert tree["states"] == "[V, K], element by element" and tree["shared_bytes"] == str(4 * token + 16 + 32)
+    path = {"parent_token": parents, "accepted_token": parents[:, 1], "state_v_first": True}
+    assert kda_cuda.explain(drafts, None, state, op="commit", **path).forward.plan == tree
     layer = kda_cuda.explain(op="decode_layer", **arguments(device, dim=128, heads=3)).forward.plan
     assert (layer["variant"], layer["grid"], layer["threads"]) == ("fp32_k128", "6", "512")
     nothing = kda_cuda.explain(op="decode", **{**more, **{n: more[n][:0] for n in ("q", "k", "v", "g", "beta")}})

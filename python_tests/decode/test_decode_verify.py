@@ -124,7 +124,7 @@ def test_commit_stays_inside(device):
     decode_calls.decode(x, expected)
     expected[1] = state[1]
     accepted = torch.tensor([1000, -7], device=device)
-    namespace.decode_commit(state, None, None, None, *records, accepted, None, True, False)
+    namespace.decode_commit(state, None, None, None, *records, accepted, None, None, None, True, False)
     assert torch.equal(state, expected)
 
 

@@ -4,6 +4,7 @@
 
 #include "kda/chunk/variants.h"
 #include "kda/chunk_bwd/launch.h"
+#include "kda/select.h"
 
 namespace kda {
 
@@ -23,12 +24,10 @@ inline std::vector<ChunkBwdVariant> const& chunk_bwd_variants() {
 
 /// The first variant that the device can run. Null: none.
 inline ChunkBwdVariant const* select_chunk_bwd(Dtype dtype, int key_dim, DeviceTraits const& device) {
-  int const key_tile = key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256;
-  for (ChunkBwdVariant const& variant : chunk_bwd_variants())
-    if (variant.dtype == dtype && variant.key_tile == key_tile && variant.shared_bytes() <= device.shared_limit &&
-        (device.has_wgmma || !variant.wgmma))
-      return &variant;
-  return nullptr;
+  return first_variant(chunk_bwd_variants(), [&](ChunkBwdVariant const& variant) {
+    return variant.dtype == dtype && variant.key_tile == key_tile_of(key_dim) &&
+           variant.shared_bytes() <= device.shared_limit && (device.has_wgmma || !variant.wgmma);
+  });
 }
 
 }  // namespace kda

@@ -4,6 +4,7 @@
 
 #include "kda/chunk/variants.h"
 #include "kda/chunk_fwd/schedule.h"
+#include "kda/select.h"
 
 namespace kda {
 
@@ -22,15 +23,13 @@ inline std::vector<ChunkFwdVariant> const& chunk_fwd_variants() {
   return table;
 }
 
-/// The first variant that the device can run, whose tile holds key_dim (and is not twice too wide) and whose chunk
-/// divides `state_tokens`, the distance of kept states. Null: none.
+/// The first variant that the device can run, whose tile holds key_dim and whose chunk divides
+/// `state_tokens`, the distance of kept states. Null: none.
 inline ChunkFwdVariant const* select_chunk_fwd(Dtype dtype, int key_dim, int state_tokens, DeviceTraits const& device) {
-  int const key_tile = key_dim <= 64 ? 64 : key_dim <= 128 ? 128 : 256;
-  for (ChunkFwdVariant const& variant : chunk_fwd_variants())
-    if (variant.dtype == dtype && variant.key_tile == key_tile && state_tokens % variant.chunk == 0 &&
-        variant.shared_bytes() <= device.shared_limit && (device.has_wgmma || !variant.wgmma))
-      return &variant;
-  return nullptr;
+  return first_variant(chunk_fwd_variants(), [&](ChunkFwdVariant const& variant) {
+    return variant.dtype == dtype && variant.key_tile == key_tile_of(key_dim) && state_tokens % variant.chunk == 0 &&
+           variant.shared_bytes() <= device.shared_limit && (device.has_wgmma || !variant.wgmma);
+  });
 }
 
 }  // namespace kda

@@ -71,11 +71,11 @@ KDA_DEVICE void zero_outputs(DecodeParams const& p, DecodeWork const& work, int6
     for (int i = thread_index(); i < value_tile && work.first_value + i < p.value_dim; i += threads)
       store_float(p.o, p.dtype, work.offset(p.o_strides, t, work.value_head) + work.first_value + i, 0.f);
 }
-/// Of a sequence in a null slot.
+/// A sequence in a null slot has outputs of zero.
 KDA_DEVICE void zero_sequence(DecodeParams const& p, DecodeWork const& work, int value_tile, int threads) {
   zero_outputs(p, work, 0, work.tokens, 1, value_tile, threads);
 }
-/// Of the tokens after the last sequence, which a captured graph has when it is replayed with fewer: sequences take
+/// So have the tokens after the last sequence, which a captured graph has when it runs with fewer: sequences take
 /// turns.
 KDA_DEVICE void zero_others(DecodeParams const& p, DecodeWork const& work, int value_tile, int threads) {
   zero_outputs(p, work, work.others + work.sequence - work.begin, p.tokens - work.begin, p.sequences, value_tile,
@@ -85,18 +85,18 @@ KDA_DEVICE void zero_others(DecodeParams const& p, DecodeWork const& work, int v
 /// The tokens of a sequence: prepare(first, count) by all threads puts some into storage.tokens, step(i, t) takes
 /// token t, the i-th of them. The state, on its way since before, is in its registers from the first step on.
 template <class Shape, class Prepare, class Step>
-KDA_DEVICE void for_tokens(StateTile<Shape>& tile, DecodeWork const& work, Prepare prepare, Step step) {
+KDA_DEVICE void for_tokens(StateTile<Shape>& tile, int64_t tokens, Prepare prepare, Step step) {
   int64_t first = 0;
   do {
-    int const count = int(work.tokens - first < kStagedTokens ? work.tokens - first : kStagedTokens);
+    int const count = int(tokens - first < kStagedTokens ? tokens - first : kStagedTokens);
     prepare(first, count);
     sync_block();
     if (first == 0) tile.finish_fetch();
 #pragma unroll 1
     for (int i = 0; i < count; ++i) step(i, first + i);
     first += kStagedTokens;
-    if (first < work.tokens) sync_block();  // before the tokens are overwritten
-  } while (first < work.tokens);
+    if (first < tokens) sync_block();  // before the tokens are overwritten
+  } while (first < tokens);
 }
 
 template <class Shape>
@@ -117,7 +117,8 @@ KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM) decode_k
     if (to >= 0) tile.store(static_cast<State*>(p.new_state.data) + to);
   };
   for_tokens<Shape>(
-      tile, work, [&](int64_t first, int count) { prepare_tokens<Shape>(storage->tokens, p, work, first, count); },
+      tile, work.tokens,
+      [&](int64_t first, int count) { prepare_tokens<Shape>(storage->tokens, p, work, first, Neighbours{}, count); },
       [&](int i, int64_t t) {
         auto const& token = storage->tokens[i];
         decode_step(tile, token, token.v, storage->exchange[i % 2], p.scale, DecodeOutput(p, work, t));
@@ -126,27 +127,78 @@ KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM) decode_k
   if (p.new_state.data && !p.every_token) store(0);
 }
 
-/// S = Diag(exp g) S + k u^T for the accepted tokens, in the order and with the roundings of decode_kernel.
+/// Whether token t is the parent of another one. All lanes of a warp.
+KDA_DEVICE bool has_child(DecodeParams const& p, DecodeWork const& work, int64_t t) {
+  for (int64_t first = t + 1; first < work.tokens; first += 32) {
+    int64_t const other = first + lane_index();
+    if (warp_any(other < work.tokens && work.parent(p, other) == t)) return true;
+  }
+  return false;
+}
+
 template <class Shape>
-KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM)
-    decode_commit_kernel(DecodeCommitParams const p) {
+struct DecodeTreeStorage {
+  DecodeStorage<Shape> steps;
+  int64_t path[kStagedTokens];  // which tokens are in steps.tokens
+};
+
+/// decode_kernel for trees. Every path from the root to a leaf is a chain that starts from the stored state. What paths
+/// have in common is computed once for each of them, from the same numbers in the same order: its bits are equal, and
+/// no state is kept beside the registers. One kernel for states that lie anywhere serves them all.
+template <class Shape>
+KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM) decode_tree_kernel(DecodeParams const p) {
   using State = typename Shape::State;
-  KDA_DYNAMIC_SHARED(DecodeStorage<Shape>, storage);
+  KDA_DYNAMIC_SHARED(DecodeTreeStorage<Shape>, storage);
   take_over();
-  DecodeWork work(p, p.value_heads, Shape::kValueTile);
-  int64_t const accepted = p.accepted.at(work.sequence);
-  if (accepted < work.tokens) work.tokens = accepted > 0 ? accepted : 0;
+  DecodeWork const work(p, p.value_heads, Shape::kValueTile);
+  int64_t const from = work.state_offset(p.state, p, work.first_column(p));
+  if (p.cu_seqlens.data) zero_others(p, work, Shape::kValueTile, Shape::kThreads);
+  if (p.state.data && from < 0) return zero_sequence(p, work, Shape::kValueTile, Shape::kThreads);
+
+  StateTile<Shape> tile(p, work.first_value);
+#pragma unroll 1
+  for (int64_t leaf = 0; leaf < work.tokens; ++leaf) {
+    if (has_child(p, work, leaf)) continue;
+    TreePath const path(p, work, leaf);
+    sync_block();  // the path before has been read
+    tile.fetch(p.state.data ? static_cast<State const*>(p.state.data) + from : nullptr);
+    for_tokens<Shape>(
+        tile, path.length,
+        [&](int64_t first, int count) {
+          int const i = thread_index();
+          if (i < count) storage->path[i] = path.token(p, work, first + i);
+          sync_block();
+          prepare_tokens<Shape>(storage->steps.tokens, p, work, 0, Scattered{storage->path, count}, count);
+        },
+        [&](int i, int64_t) {
+          auto const& token = storage->steps.tokens[i];
+          int64_t const t = storage->path[i];
+          decode_step(tile, token, token.v, storage->steps.exchange[i % 2], p.scale, DecodeOutput(p, work, t));
+          if (!p.every_token) return;
+          int64_t const to = work.state_offset(p.new_state, p, t);
+          if (to >= 0) tile.store(static_cast<State*>(p.new_state.data) + to);
+        });
+  }
+}
+
+/// S = Diag(exp g) S + k u^T for the accepted tokens, in the order and with the roundings of decode_kernel.
+template <class Shape, class Path>
+KDA_DEVICE void commit_path(DecodeStorage<Shape>* storage, DecodeCommitParams const& p) {
+  using State = typename Shape::State;
+  take_over();
+  DecodeWork const work(p, p.value_heads, Shape::kValueTile);
+  Path const path(p, work);
   int64_t const from = work.state_offset(p.state, p, 0), to = work.state_offset(p.new_state, p, 0);
-  if (from < 0 || to < 0 || (work.tokens == 0 && work.keeps_state(p, from))) return;
+  if (from < 0 || to < 0 || (path.length == 0 && work.keeps_state(p, from))) return;
 
   StateTile<Shape> tile(p, work.first_value);
   tile.fetch(static_cast<State const*>(p.state.data) + from);
   for_tokens<Shape>(
-      tile, work,
+      tile, path.length,
       [&](int64_t first, int count) {
 #pragma unroll 1
         for (int i = thread_index() / 32; i < count; i += Shape::kWarps)
-          load_records(storage->tokens[i], p, work, first + i);
+          load_records(storage->tokens[i], p, work, path.token(p, work, first + i));
       },
       [&](int i, int64_t) {
         auto const& token = storage->tokens[i];
@@ -156,6 +208,19 @@ KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM)
         tile.add(token.k, u);
       });
   tile.store(static_cast<State*>(p.new_state.data) + to);
+}
+
+template <class Shape>
+KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM)
+    decode_commit_kernel(DecodeCommitParams const p) {
+  KDA_DYNAMIC_SHARED(DecodeStorage<Shape>, storage);
+  commit_path<Shape, AcceptedChain>(storage, p);
+}
+template <class Shape>
+KDA_GLOBAL void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM)
+    decode_commit_tree_kernel(DecodeCommitParams const p) {
+  KDA_DYNAMIC_SHARED(DecodeTreeStorage<Shape>, storage);
+  commit_path<Shape, TreePath>(&storage->steps, p);
 }
 
 }  // namespace kda

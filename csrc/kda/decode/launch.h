@@ -1,14 +1,15 @@
-// What the host calls. A variant is a file in variants/: the dtype of the state and the tile of K.
+// What the host knows of one compiled variant of decode and decode_commit.
 #pragma once
 #include <vector>
 
-#include "kda/decode/layer_params.h"
+#include "kda/decode/params.h"
 #include "platform/launch.h"
 
 namespace kda {
 
+/// What a variant of the decoding kernels is compiled for: an element of the states, a tile of K.
 template <class StateElement, int kTileOfK>
-struct DecodeVariant {
+struct DecodeTile {
   using State = StateElement;
   static constexpr int kKeyTile = kTileOfK;
 };
@@ -19,19 +20,19 @@ struct DecodePlan {
   int32_t threads, value_tile;  // values per block
   size_t shared_bytes;
 };
+inline dim3 grid_of(DecodePlan const& plan) { return dim3(unsigned(plan.blocks)); }
 
-/// `in_pieces`: the states can be moved 16 bytes at a time. Instantiated in variants/ alone.
-template <class Variant>
-struct DecodeLauncher {
-  using ServedVariant = Variant;
-  static void steps(DecodeParams const& p, bool in_pieces, cudaStream_t stream);
-  static void commit(DecodeCommitParams const& p, bool in_pieces, cudaStream_t stream);
-  static void layer(DecodeLayerParams const& p, bool in_pieces, cudaStream_t stream);
-  /// Of steps and commit, and of layer.
-  static DecodePlan plan(DecodeParams const& p, bool in_pieces);
-  static DecodePlan layer_plan(DecodeParams const& p, bool in_pieces);
-  /// As they are launched where a sequence has several tokens.
-  static std::vector<KernelLaunch> kernels();
+/// `in_pieces`: the states can be moved 16 bytes at a time.
+struct DecodeVariant {
+  int state_bytes, key_tile;
+  DecodePlan (*plan)(DecodeParams const&, bool in_pieces);
+  std::vector<KernelLaunch> (*kernels)();  // as they are launched where a sequence has several tokens
+  void (*steps)(DecodeParams const&, bool in_pieces, cudaStream_t);
+  void (*commit)(DecodeCommitParams const&, bool in_pieces, cudaStream_t);
 };
+
+/// Instantiated by the file of each variant.
+template <class Tile>
+DecodeVariant describe_decode();
 
 }  // namespace kda

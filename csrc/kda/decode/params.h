@@ -54,10 +54,12 @@ struct DecodeParams {
   StatePool new_state;    // may be `state` itself; without data nothing is written
   bool every_token;       // the state after token t goes to column t of new_state.slot_of; else the last to column 0
   DecodeRecords records;  // written if there; the state then stays as it was
+  Indices parents;        // [batch, tokens]: whose state a token starts from; absent: that of the token before
 };
 
-/// decode_commit: the first `accepted` tokens of every sequence, from their records; `state` is read and written.
-/// Uses tokens, sequences, cu_seqlens, sizes, states, records (read) and accepted.
+/// decode_commit: the first `accepted` tokens of every sequence, from their records; `state` is read and written. With
+/// parents, `accepted` is a token of each sequence, and those from the root of its tree to it are meant; below 0: none.
+/// Uses tokens, sequences, cu_seqlens, parents, sizes, states, records (read) and accepted.
 using DecodeCommitParams = DecodeParams;
 
 }  // namespace kda

@@ -1,4 +1,4 @@
-// A block's part of a state in registers, in either layout: how it is loaded, decayed, projected, corrected, stored.
+// A block's slice of a state in registers, in either layout: how it is loaded, decayed, projected, corrected, stored.
 #pragma once
 #include "kda/decode/config.h"
 
@@ -102,7 +102,7 @@ struct StatePieces {
 template <class Shape>
 struct ValueFirstTile : StatePieces<Shape, ValueFirstTile<Shape>> {
   static constexpr int kElements = Shape::kElements, kLanesPerRow = Shape::kLanesPerRow, kRows = Shape::kRows;
-  static constexpr int kParts = Shape::kPiecesPerRow;
+  static constexpr int kRowPieces = Shape::kPiecesPerRow;
   static constexpr int kOwn = 1;          // values whose sums this thread knows
   static constexpr int kUpdates = kRows;  // values that this thread updates
   struct Exchange {};
@@ -113,17 +113,17 @@ struct ValueFirstTile : StatePieces<Shape, ValueFirstTile<Shape>> {
   KDA_DEVICE ValueFirstTile(DecodeParams const& p, int first)
       : StatePieces<Shape, ValueFirstTile<Shape>>(p), first_value(first), key_dim(p.key_dim), value_dim(p.value_dim) {}
 
-  KDA_DEVICE static int key(int part) { return (part * kLanesPerRow + lane_index() % kLanesPerRow) * kElements; }
+  KDA_DEVICE static int key(int piece) { return (piece * kLanesPerRow + lane_index() % kLanesPerRow) * kElements; }
   KDA_DEVICE static int row(int r) {
     return thread_index() / 32 * Shape::kRowsPerWarp + r * Shape::kRowsAtOnce + lane_index() / kLanesPerRow;
   }
   KDA_DEVICE int offset(int i) const {
     int const width = Shape::kVector ? Shape::kKeyTile : key_dim;
-    return (first_value + row(i / kParts)) * width + key(i % kParts);
+    return (first_value + row(i / kRowPieces)) * width + key(i % kRowPieces);
   }
   KDA_DEVICE int present(int i) const {
-    if (first_value + row(i / kParts) >= value_dim) return 0;
-    return Shape::kVector ? kElements : key_dim - key(i % kParts);
+    if (first_value + row(i / kRowPieces) >= value_dim) return 0;
+    return Shape::kVector ? kElements : key_dim - key(i % kRowPieces);
   }
   KDA_DEVICE static int own(int) { return row(lane_index() % kRows); }
   KDA_DEVICE static bool writes_output() { return lane_index() % kLanesPerRow < kRows; }
@@ -131,13 +131,13 @@ struct ValueFirstTile : StatePieces<Shape, ValueFirstTile<Shape>> {
   /// S <- Diag(decay) S
   KDA_DEVICE void decay(float const* decay) {
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
+    for (int piece = 0; piece < kRowPieces; ++piece) {
       float d[kElements];
-      load_floats(d, decay + key(part));
+      load_floats(d, decay + key(piece));
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
 #pragma unroll
-        for (int j = 0; j < kElements; ++j) x[r * kParts + part][j] *= d[j];
+        for (int j = 0; j < kElements; ++j) x[r * kRowPieces + piece][j] *= d[j];
     }
   }
 
@@ -147,15 +147,15 @@ struct ValueFirstTile : StatePieces<Shape, ValueFirstTile<Shape>> {
 #pragma unroll
     for (int r = 0; r < 2 * kRows; ++r) sums[r] = 0.f;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      float key_part[kElements], query_part[kElements];
-      load_floats(key_part, k + key(part)), load_floats(query_part, q + key(part));
+    for (int piece = 0; piece < kRowPieces; ++piece) {
+      float keys[kElements], queries[kElements];
+      load_floats(keys, k + key(piece)), load_floats(queries, q + key(piece));
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
 #pragma unroll
         for (int j = 0; j < kElements; ++j) {
-          sums[r] = fmaf(x[r * kParts + part][j], key_part[j], sums[r]);
-          sums[kRows + r] = fmaf(x[r * kParts + part][j], query_part[j], sums[kRows + r]);
+          sums[r] = fmaf(x[r * kRowPieces + piece][j], keys[j], sums[r]);
+          sums[kRows + r] = fmaf(x[r * kRowPieces + piece][j], queries[j], sums[kRows + r]);
         }
     }
     sum_rows(sums);
@@ -166,13 +166,14 @@ struct ValueFirstTile : StatePieces<Shape, ValueFirstTile<Shape>> {
   /// S <- S + k u^T
   KDA_DEVICE void add(float const* k, float const (&u)[kRows]) {
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      float key_part[kElements];
-      load_floats(key_part, k + key(part));
+    for (int piece = 0; piece < kRowPieces; ++piece) {
+      float keys[kElements];
+      load_floats(keys, k + key(piece));
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
 #pragma unroll
-        for (int j = 0; j < kElements; ++j) x[r * kParts + part][j] = fmaf(key_part[j], u[r], x[r * kParts + part][j]);
+        for (int j = 0; j < kElements; ++j)
+          x[r * kRowPieces + piece][j] = fmaf(keys[j], u[r], x[r * kRowPieces + piece][j]);
     }
   }
 
@@ -232,7 +233,7 @@ struct KeyFirstTile : StatePieces<Shape, KeyFirstTile<Shape>> {
       for (int j = 0; j < kElements; ++j) x[i][j] *= d[i];
   }
 
-  /// This warp's part of S^T k and S^T q. One barrier.
+  /// This warp's share of S^T k and S^T q. One barrier.
   KDA_DEVICE void project(float const* k, float const* q, Exchange& exchange) const {
     int const warp = thread_index() / 32;
     sum_keys(k, exchange.on_key[warp]);
@@ -244,12 +245,12 @@ struct KeyFirstTile : StatePieces<Shape, KeyFirstTile<Shape>> {
 
   /// S <- S + k u^T
   KDA_DEVICE void add(float const* k, float const (&u)[kElements]) {
-    float key_part[kRows];
-    load_floats(key_part, k + key(0));
+    float keys[kRows];
+    load_floats(keys, k + key(0));
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) x[i][j] = fmaf(key_part[i], u[j], x[i][j]);
+      for (int j = 0; j < kElements; ++j) x[i][j] = fmaf(keys[i], u[j], x[i][j]);
   }
 
   KDA_DEVICE void spread(float (&u)[kElements], float const (&own)[kElements]) const {
@@ -263,13 +264,13 @@ struct KeyFirstTile : StatePieces<Shape, KeyFirstTile<Shape>> {
  private:
   /// S^T row over the keys of this warp.
   KDA_DEVICE void sum_keys(float const* row, float* of_warp) const {
-    float part[kRows], sums[kElements];
-    load_floats(part, row + key(0));
+    float own[kRows], sums[kElements];
+    load_floats(own, row + key(0));
 #pragma unroll
     for (int j = 0; j < kElements; ++j) {
       sums[j] = 0.f;
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) sums[j] = fmaf(x[i][j], part[i], sums[j]);
+      for (int i = 0; i < kRows; ++i) sums[j] = fmaf(x[i][j], own[i], sums[j]);
     }
     sum_groups<Shape::kLanesPerRow>(sums, of_warp + column());
   }

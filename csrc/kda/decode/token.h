@@ -113,8 +113,10 @@ struct TokenElements {
   KDA_DEVICE static int element(int e) { return thread_index() % kCount + e * kThreads; }
   KDA_DEVICE static int token(int i) { return i * kTokensAtOnce + thread_index() / kCount; }
 
-  /// Of `tokens` tokens, the first at element `at`, `stride` apart; elements from `dim` on are zero.
-  KDA_DEVICE TokenElements(ElementFormat f, void const* from, int64_t at, int64_t stride, int tokens, int dim)
+  /// Of `tokens` tokens, the i-th at element at + of(i) stride; elements from `dim` on are zero.
+  template <class Which>
+  KDA_DEVICE TokenElements(ElementFormat f, void const* from, int64_t at, int64_t stride, Which const& of, int tokens,
+                           int dim)
       : format(f) {
     format.with_words(from, [&](auto const* words) {
 #pragma unroll
@@ -122,7 +124,7 @@ struct TokenElements {
         if (i * kTokensAtOnce >= tokens) break;
 #pragma unroll
         for (int e = 0; e < kElements; ++e)
-          bits[i][e] = token(i) < tokens && element(e) < dim ? words[at + token(i) * stride + element(e)] : 0u;
+          bits[i][e] = token(i) < tokens && element(e) < dim ? words[at + of(token(i)) * stride + element(e)] : 0u;
       }
     });
   }
@@ -139,18 +141,29 @@ struct TokenElements {
   }
 };
 
-/// Tokens first, first + 1, ... of the sequence. All threads: of q, k and beta each warp prepares a token, of the
-/// decays and v each thread an element; all that comes from global memory is on its way before any of it is used.
-template <class Shape, int kKeyTile, int kValueTile>
+/// Which tokens are prepared together: neighbours, or some that lie anywhere.
+struct Neighbours {
+  KDA_DEVICE int operator()(int i) const { return i; }
+};
+struct Scattered {
+  int64_t const* tokens;
+  int count;
+  KDA_DEVICE int64_t operator()(int i) const { return i < count ? tokens[i] : 0; }
+};
+
+/// Tokens first + of(0), first + of(1), ... of the sequence. All threads: of q, k and beta each warp prepares a token,
+/// of the decays and v each thread an element; all that comes from global memory is on its way before any of it is
+/// used.
+template <class Shape, int kKeyTile, int kValueTile, class Which>
 KDA_DEVICE void prepare_tokens(DecodeToken<kKeyTile, kValueTile>* to, DecodeParams const& p, DecodeWork const& work,
-                               int64_t first, int count) {
+                               int64_t first, Which const& of, int count) {
   using Channels = TokenElements<Shape::kThreads, kKeyTile>;
   int const warp = thread_index() / 32;
   Channels const g(ElementFormat(p.dtype, p.g_is_fp32), p.g, work.offset(p.g_strides, first, work.value_head),
-                   p.g_strides.token, count, p.key_dim);
+                   p.g_strides.token, of, count, p.key_dim);
   TokenElements<Shape::kThreads, kValueTile> const v(
       ElementFormat(p.dtype), p.v, work.offset(p.v_strides, first, work.value_head) + work.first_value,
-      p.v_strides.token, count, p.value_dim - work.first_value);
+      p.v_strides.token, of, count, p.value_dim - work.first_value);
   bool const gated = p.gate.kind != GateKind::kLogDecay;
   float const A_log = gated && p.gate.A_log ? p.gate.A_log[work.value_head] : 0.f;
   float bias[Channels::kElements];
@@ -159,13 +172,13 @@ KDA_DEVICE void prepare_tokens(DecodeToken<kKeyTile, kValueTile>* to, DecodePara
     bool const has_bias = gated && p.gate.dt_bias && Channels::element(e) < p.key_dim;
     bias[e] = has_bias ? p.gate.dt_bias[work.value_head * p.key_dim + Channels::element(e)] : 0.f;
   }
-  RawKeys<kKeyTile> const keys(p, work, first + warp, warp < count);
+  RawKeys<kKeyTile> const keys(p, work, first + of(warp), warp < count);
   g.finish(count, [&](int t, int c, float x) { to[t].decay[c] = x; });
   v.finish(count, [&](int t, int i, float x) { to[t].v[i] = x; });
-  if (warp < count) keys.finish(to[warp], p, work, first + warp);
+  if (warp < count) keys.finish(to[warp], p, work, first + of(warp));
   if constexpr (Shape::kWarps < kStagedTokens)
     for (int i = warp + Shape::kWarps; i < count; i += Shape::kWarps)
-      RawKeys<kKeyTile>(p, work, first + i, true).finish(to[i], p, work, first + i);
+      RawKeys<kKeyTile>(p, work, first + of(i), true).finish(to[i], p, work, first + of(i));
   bool const records = p.records.g && work.first_value == 0;
 #pragma unroll
   for (int e = 0; e < Channels::kElements; ++e) {
@@ -176,7 +189,7 @@ KDA_DEVICE void prepare_tokens(DecodeToken<kKeyTile, kValueTile>* to, DecodePara
       float const log_decay = gate.log_decay(to[t].decay[c]);  // of this thread's own making
       to[t].decay[c] = exp_accurate(log_decay);
       if (records && c < p.key_dim)
-        p.records.g[work.record_offset(p, first + t, p.value_heads, work.value_head, p.key_dim) + c] = log_decay;
+        p.records.g[work.record_offset(p, first + of(t), p.value_heads, work.value_head, p.key_dim) + c] = log_decay;
     }
   }
 }

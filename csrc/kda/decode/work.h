@@ -29,9 +29,15 @@ struct DecodeWork {
   KDA_DEVICE int64_t offset(RowStrides const& s, int64_t t, int of_head) const {
     return batch_row * s.batch + (begin + t) * s.token + of_head * s.head;
   }
-  /// Of token t in the records: [batch, tokens, heads, dim], contiguous.
+  /// Where token t lies in a record: [batch, tokens, heads, dim], contiguous.
   KDA_DEVICE int64_t record_offset(DecodeParams const& p, int64_t t, int heads, int of_head, int dim) const {
     return ((batch_row * p.tokens + begin + t) * heads + of_head) * dim;
+  }
+
+  /// The token whose state token t starts from; -1: the state in the pool. Before t, whatever `parents` contains.
+  KDA_DEVICE int64_t parent(DecodeParams const& p, int64_t t) const {
+    int64_t const given = p.parents.at(batch_row, begin + t);
+    return given < -1 ? -1 : given < t ? given : t - 1;
   }
 
   /// The slot in `column` of the sequence's slots; negative: a null slot.
@@ -65,6 +71,37 @@ struct DecodeWork {
   KDA_DEVICE static int64_t boundary(DecodeParams const& p, int32_t n) {
     int64_t const t = p.cu_seqlens.at(n);
     return t < 0 ? 0 : t > p.tokens ? p.tokens : t;
+  }
+};
+
+/// The tokens of a chain that commit takes; inside the sequence, whatever `accepted` contains.
+struct AcceptedChain {
+  int64_t length;
+
+  KDA_DEVICE AcceptedChain(DecodeParams const& p, DecodeWork const& work) : length(work.tokens) {
+    int64_t const accepted = p.accepted.at(work.sequence);
+    if (accepted < work.tokens) length = accepted > 0 ? accepted : 0;
+  }
+  /// The i-th of them.
+  KDA_DEVICE int64_t token(DecodeParams const&, DecodeWork const&, int64_t i) const { return i; }
+};
+
+/// The tokens from the root of a tree to `last`; below 0: none.
+struct TreePath {
+  int64_t last, length;
+
+  KDA_DEVICE TreePath(DecodeParams const& p, DecodeWork const& work, int64_t end) : last(end), length(0) {
+    for (int64_t t = last; t >= 0; t = work.parent(p, t)) ++length;
+  }
+  /// Those that commit takes; inside the sequence, whatever `accepted` contains.
+  KDA_DEVICE TreePath(DecodeParams const& p, DecodeWork const& work)
+      : TreePath(p, work, p.accepted.at(work.sequence) < work.tokens ? p.accepted.at(work.sequence) : work.tokens - 1) {
+  }
+  /// The i-th of them.
+  KDA_DEVICE int64_t token(DecodeParams const& p, DecodeWork const& work, int64_t i) const {
+    int64_t t = last;
+    for (int64_t above = length - 1; above > i; --above) t = work.parent(p, t);
+    return t;
   }
 };
 

@@ -1,7 +1,7 @@
 // The launches for one element type of g; included by the files in variants/ alone.
 #pragma once
 #include "kda/kda_gate/kernel.h"
-#include "platform/launch.h"
+#include "kda/kda_gate/launch.h"
 
 namespace kda {
 
@@ -28,6 +28,11 @@ template <class E>
 void launch_kda_gate_bwd(KdaGateParams const& p, cudaStream_t stream) {
   launch(KdaGateKernels<E>::bwd(), dim3(unsigned(p.row_blocks), unsigned(p.value_heads)), stream, p);
   launch(KdaGateKernels<E>::reduce(), dim3(unsigned(p.value_heads)), stream, p);
+}
+
+template <class E>
+KdaGateVariant describe_kda_gate() {
+  return {dtype_of<E>(), &kda_gate_kernels<E>, &launch_kda_gate_fwd<E>, &launch_kda_gate_bwd<E>};
 }
 
 }  // namespace kda

@@ -1,10 +1,9 @@
 // The gate by itself: forward, and backward with the gradients of its parameters.
 #pragma once
-#include <vector>
+#include <cstdint>
 
 #include "kda/dtype.h"
 #include "kda/gate.h"
-#include "platform/launch.h"
 
 namespace kda {
 
@@ -34,12 +33,5 @@ inline int gate_row_blocks(int64_t rows) {
   int64_t const blocks = (rows + 31) / 32;
   return int(blocks < 1 ? 1 : blocks > kGateMaxRowBlocks ? kGateMaxRowBlocks : blocks);
 }
-
-template <class E>
-void launch_kda_gate_fwd(KdaGateParams const& p, cudaStream_t stream);
-template <class E>
-void launch_kda_gate_bwd(KdaGateParams const& p, cudaStream_t stream);
-template <class E>
-std::vector<KernelLaunch> kda_gate_kernels();
 
 }  // namespace kda

@@ -1,3 +1,3 @@
 #include "kda/decode/launch_variant.h"
 
-template struct kda::DecodeLauncher<kda::DecodeVariant<float, 128>>;
+template kda::DecodeVariant kda::describe_decode<kda::DecodeTile<float, 128>>();

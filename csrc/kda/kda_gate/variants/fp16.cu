@@ -1,7 +1,3 @@
 #include "kda/kda_gate/launch_variant.h"
 
-namespace kda {
-template void launch_kda_gate_fwd<Fp16>(KdaGateParams const&, cudaStream_t);
-template void launch_kda_gate_bwd<Fp16>(KdaGateParams const&, cudaStream_t);
-template std::vector<KernelLaunch> kda_gate_kernels<Fp16>();
-}  // namespace kda
+template kda::KdaGateVariant kda::describe_kda_gate<kda::Fp16>();

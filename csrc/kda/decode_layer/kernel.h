@@ -1,7 +1,7 @@
 // One decoding step of a whole KDA layer, per block one head of one sequence: convolutions, recurrence, gated RMSNorm.
 #pragma once
 #include "kda/decode/kernel.h"
-#include "kda/decode/layer_params.h"
+#include "kda/decode_layer/params.h"
 
 namespace kda {
 

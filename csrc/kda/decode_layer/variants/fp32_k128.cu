@@ -1,0 +1,3 @@
+#include "kda/decode_layer/launch_variant.h"
+
+template kda::DecodeLayerVariant kda::describe_decode_layer<kda::DecodeTile<float, 128>>();
