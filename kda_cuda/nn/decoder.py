@@ -96,7 +96,6 @@ class CausalLM(Generation, nn.Module):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cp_context: object | None = None,
         *,
         last_only: bool = False,
         cp_context: object | None = None,
@@ -114,7 +113,6 @@ class CausalLM(Generation, nn.Module):
                 padding: they change nothing, may be any number, and their logits mean nothing. Not with a cache.
             position_ids: int32 or int64 ``[batch, tokens]``, instead of ``cu_seqlens``: a document begins with every
                 row and wherever a position does not follow the one before. The model has no other use for positions.
-            cp_context: as in :func:`kda_cuda.chunk_kda`: tokens is ``[1, tokens of this rank]``. Not with the others.
             last_only: logits ``[batch, vocab_size]`` of the last token of each row alone; zeros in a row without
                 tokens. Not with packed documents.
             cp_context: as in :func:`kda_cuda.chunk_kda`: tokens is ``[1, tokens of this rank]``. Not with the others.
