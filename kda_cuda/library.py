@@ -241,19 +241,19 @@ def _gate_backward(namespace: str, ctx, dy):
 def _conv_backward(namespace: str, ctx, dy, dfinal_state):
     if dy is None and dfinal_state is None:
         return (None,) * len(Conv._fields)
-    saved = _CONV.of(ctx)
-    x = saved["x"]
-    dy = x.new_zeros(x.shape) if dy is None else dy
     if dfinal_state is not None and dfinal_state.numel() == 0:
         dfinal_state = None
-    arguments = ConvBwd(dy=dy, dfinal_state=dfinal_state, **saved)
+    arguments = _CONV.arguments(ctx, dy, dfinal_state)
+    x = arguments.x
+    if dy is None:
+        arguments = arguments._replace(dy=x.new_zeros(x.shape))
     return _CONV.gradients(ctx, _backward(namespace, "short_conv_bwd", x, arguments))
 
 
 def _norm_backward(namespace: str, ctx, dy):
     if dy is None:
         return (None,) * len(Norm._fields)
-    arguments = NormBwd(dy=dy, **_NORM.of(ctx))
+    arguments = _NORM.arguments(ctx, dy)
     return _NORM.gradients(ctx, _backward(namespace, "gated_rmsnorm_bwd", arguments.x, arguments))
 
 

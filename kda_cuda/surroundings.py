@@ -88,12 +88,8 @@ def short_conv(
         output_final_state=output_final_state,
     )
 
-    def returned(results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-        y, final_state = results
-        return y, final_state if output_final_state else None
-
     op = "short_conv" if calls.needs_grad(c, x, weight, bias, initial_state) else "short_conv_fwd"
-    return calls.Call(op, arguments, x, returned)
+    return calls.Call(op, arguments, x, _with_final_state, c)
 
 
 @calls.public
@@ -137,7 +133,12 @@ def gated_rmsnorm(x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-5, *,
     c.choice("activation", activation, GATE_ACTIVATIONS)
     arguments = Norm(x=x, gate=gate, weight=weight, eps=eps, silu=activation == "silu")
     op = "gated_rmsnorm" if calls.needs_grad(c, x, gate, weight) else "gated_rmsnorm_fwd"
-    return calls.Call(op, arguments, x, calls.as_it_is)
+    return calls.Call(op, arguments, x, calls.as_it_is, c)
+
+
+def _with_final_state(arguments: Conv, results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    y, final_state = results
+    return y, final_state if arguments.output_final_state else None
 
 
 def _checked_stream(c: Checker, x: object, dims: str | None) -> tuple[torch.dtype, ...]:

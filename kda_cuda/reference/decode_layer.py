@@ -46,9 +46,9 @@ def decode_layer(
     conv_state[slots[live]] = window[..., 1:].to(conv_state.dtype)
 
     o = torch.empty_like(v)
-    none = (None,) * 3
+    none = (None,) * 8  # no pool to write to, no drafts, no records
     decode(
-        q, k, v, g, beta, A_log, dt_bias, o, state, slots[live], None, None, None, None, *none, scale, True, True, True,
+        q, k, v, g, beta, A_log, dt_bias, o, state, slots[live], *none, scale, True, True, True,
         allow_neg_eigval, lower_bound, True, True, False, False,
     )  # fmt: skip
     o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + norm_eps) * norm_weight.to(dtype)
