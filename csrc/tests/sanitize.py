@@ -49,6 +49,7 @@ FULL = [CASES[name] for name in ("fast", "violent", "varlen_v_first", "gva", "va
 ]
 SLICE = [CASES[name] for name in ("one_token", "varlen_ones", "tail_of_one")] + [
     Case("gated", 20, heads=1, gate="long", beta_sigmoid=True, dtype=torch.bfloat16),
+    Case("drafts_v_first", 9, heads=1, gate="long", beta_sigmoid=True, state_v_first=True),
 ]
 # Where each bug of product_plants.py shows: two heads of one group in rounds of their own, two tiles of V, chunks for
 # more than one turn of the sums, in the first sequence more chunks than the scan has stages, two slices of channels.

@@ -288,7 +288,7 @@ def test_kernels_stay_inside(device):
         counts = torch.tensor(accepted, device=device, dtype=torch.int32)
         namespace.decode(
             *decode_calls.streams(bad).values(), None, None, out, pool.slots, rows, None, None, counts, bad.cu_seqlens,
-            None, None, None, x.scale, True, False, False, False, None, True, True, False, False,
+            None, None, None, None, x.scale, True, False, False, False, None, True, True, False, False,
         )  # fmt: skip
         assert out.isfinite().all() and pool.untouched([0, 1, 2])
 
