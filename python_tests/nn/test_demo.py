@@ -115,10 +115,10 @@ def test_make_demo_builds_kernels_for_a_gpu_alone(tmp_path, gpu):
 def test_a_difference_between_decoding_and_forward_fails_the_demo(tmp_path, monkeypatch):
     reset = demo.HybridLM.forward
 
-    def forgets(self, tokens, cache=None):
+    def forgets(self, tokens, cache=None, **more):
         if cache is not None and tokens.shape[1] == 1:
             cache.reset_states()
-        return reset(self, tokens, cache)
+        return reset(self, tokens, cache, **more)
 
     monkeypatch.setattr(demo.HybridLM, "forward", forgets)
     with pytest.raises(SystemExit, match="step-by-step decoding differs from the parallel forward"):
