@@ -3,6 +3,8 @@
 #pragma once
 #include <vector>
 
+#include "kda/dtype.h"
+
 namespace kda {
 
 /// The tile of K that holds key_dim channels and is not twice too wide.
@@ -14,6 +16,12 @@ Variant const* first_variant(std::vector<Variant> const& table, Serves serves) {
   for (Variant const& variant : table)
     if (serves(variant)) return &variant;
   return nullptr;
+}
+
+/// The variant for an element type, of an operation that has one for each.
+template <class Variant>
+Variant const& variant_of(std::vector<Variant> const& table, Dtype dtype) {
+  return *first_variant(table, [&](Variant const& variant) { return variant.dtype == dtype; });
 }
 
 }  // namespace kda

@@ -1,7 +1,7 @@
 // short_conv and gated_rmsnorm on a case: its q as the stream, with weights and gradients made here.
 #pragma once
-#include "kda/gated_rmsnorm/params.h"
-#include "kda/short_conv/params.h"
+#include "kda/gated_rmsnorm/dispatch.h"
+#include "kda/short_conv/dispatch.h"
 #include "tests/case_kernels.h"
 
 namespace kda::tests {
@@ -72,10 +72,9 @@ inline Tensors run_conv_fwd(ConvCase const& k) {
   ShortConvFwdParams p{};
   k.set(p);
   p.y = k.rows(y), p.final_state = k.states(final_state);
-  with_element(kernel_dtype(k.x), [&](auto e) {
-    plan_short_conv_fwd<decltype(e)>(p, k.x.shape[0] * k.x.shape[1]);
-    launch_short_conv_fwd<decltype(e)>(p, nullptr);
-  });
+  ShortConvVariant const& variant = select_short_conv(kernel_dtype(k.x));
+  variant.plan_fwd(p, k.x.shape[0] * k.x.shape[1]);
+  variant.fwd(p, nullptr);
   return {{"y", y}, {"final_state", final_state}};
 }
 inline Tensors run_conv_bwd(ConvCase const& k) {
@@ -85,12 +84,11 @@ inline Tensors run_conv_bwd(ConvCase const& k) {
   k.set(p);
   p.dy = k.rows(k.dy), p.dx = k.rows(dx), p.d_final_state = k.states(k.dfinal), p.d_initial_state = k.states(dstate);
   p.dweight = dweight.data(), p.dbias = dbias.data();
-  with_element(kernel_dtype(k.x), [&](auto e) {
-    plan_short_conv_bwd<decltype(e)>(p, k.x.shape[0] * k.x.shape[1]);
-    CaseTensor const partial(FileDtype::kFloat32, {p.run_blocks, k.taps + 1, k.channels()});
-    p.partial = partial.data<float>();
-    launch_short_conv_bwd<decltype(e)>(p, nullptr);
-  });
+  ShortConvVariant const& variant = select_short_conv(kernel_dtype(k.x));
+  variant.plan_bwd(p, k.x.shape[0] * k.x.shape[1]);
+  CaseTensor const partial(FileDtype::kFloat32, {p.run_blocks, k.taps + 1, k.channels()});
+  p.partial = partial.data<float>();
+  variant.bwd(p, nullptr);
   return {{"dx", dx}, {"dweight", dweight}, {"dbias", dbias}, {"dstate", dstate}};
 }
 
@@ -197,7 +195,7 @@ inline CaseTensor norm_output(NormCase const& k) {
 inline Tensors run_norm_fwd(NormCase const& k) {
   CaseTensor const y = norm_output(k);
   GatedRmsNormParams const p = k.params(y);
-  with_element(kernel_dtype(k.x), [&](auto e) { launch_gated_rmsnorm_fwd<decltype(e)>(p, nullptr); });
+  select_gated_rmsnorm(kernel_dtype(k.x)).fwd(p, nullptr);
   return {{"y", y}};
 }
 inline Tensors run_norm_bwd(NormCase const& k) {
@@ -207,7 +205,7 @@ inline Tensors run_norm_bwd(NormCase const& k) {
   p.runs = gated_rmsnorm_runs(k.rows());
   CaseTensor const partial(FileDtype::kFloat32, {p.runs, k.dim});
   p.partial = partial.data<float>();
-  with_element(kernel_dtype(k.x), [&](auto e) { launch_gated_rmsnorm_bwd<decltype(e)>(p, nullptr); });
+  select_gated_rmsnorm(kernel_dtype(k.x)).bwd(p, nullptr);
   return {{"dx", dx}, {"dgate", dgate}, {"dweight", dweight}};
 }
 

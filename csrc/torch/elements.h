@@ -1,21 +1,8 @@
-// From a dtype that only the call knows to the element type of a kernel, and checks of tensors that are alike.
+// Checks of tensors that are alike.
 #pragma once
 #include "torch/common.h"
 
 namespace kda {
-
-/// Calls f with a value of the element type.
-template <class F>
-void with_element(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return f(float{});
-    case Dtype::kFloat16:
-      return f(Fp16{});
-    case Dtype::kBfloat16:
-      return f(Bf16{});
-  }
-}
 
 inline int64_t bytes_of(Tensor const& x) { return x.scalar_type() == ScalarType::Float ? 4 : 2; }
 

@@ -1,5 +1,5 @@
 // torch.ops.kda_cuda.gated_rmsnorm_fwd and gated_rmsnorm_bwd.
-#include "kda/gated_rmsnorm/params.h"
+#include "kda/gated_rmsnorm/dispatch.h"
 
 #include <climits>
 #include <vector>
@@ -65,7 +65,7 @@ Tensor gated_rmsnorm_fwd(Tensor x, Tensor gate, Tensor weight, double eps, bool 
   Dtype const dtype = dtype_of_tensor(op, "x", x);
   std::vector<Tensor> const rows = {three_dimensions(x), three_dimensions(gate), three_dimensions(y)};
   GatedRmsNormParams const p = norm_params(op, rows, weight, eps, silu);
-  with_element(dtype, [&](auto e) { launch_gated_rmsnorm_fwd<decltype(e)>(p, device.stream()); });
+  select_gated_rmsnorm(dtype).fwd(p, device.stream());
   return y;
 }
 
@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_rmsnorm_bwd(Tensor dy, Tensor x, Tensor
   Tensor const partial = torch::stable::new_empty(x, {p.runs, p.dim}, ScalarType::Float);
   p.partial = static_cast<float*>(partial.data_ptr());
   p.dweight = dweight.data_ptr();
-  with_element(dtype, [&](auto e) { launch_gated_rmsnorm_bwd<decltype(e)>(p, device.stream()); });
+  select_gated_rmsnorm(dtype).bwd(p, device.stream());
   return {dx, dgate, dweight};
 }
 

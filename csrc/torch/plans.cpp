@@ -11,9 +11,9 @@
 #include "kda/chunk_fwd/dispatch.h"
 #include "kda/decode/dispatch.h"
 #include "kda/decode_layer/dispatch.h"
-#include "kda/gated_rmsnorm/params.h"
+#include "kda/gated_rmsnorm/dispatch.h"
 #include "kda/kda_gate/dispatch.h"
-#include "kda/short_conv/params.h"
+#include "kda/short_conv/dispatch.h"
 #include "platform/device.h"
 
 namespace kda {
@@ -101,10 +101,8 @@ std::vector<KernelLaunch> every_kernel() {
   for (auto const& variant : decode_variants()) add(variant.kernels());
   for (auto const& variant : decode_layer_variants()) add(variant.kernels());
   for (auto const& variant : kda_gate_variants()) add(variant.kernels());
-  auto const add_surroundings = [&](auto e) {
-    add(short_conv_kernels<decltype(e)>()), add(gated_rmsnorm_kernels<decltype(e)>());
-  };
-  add_surroundings(float{}), add_surroundings(Fp16{}), add_surroundings(Bf16{});
+  for (auto const& variant : short_conv_variants()) add(variant.kernels());
+  for (auto const& variant : gated_rmsnorm_variants()) add(variant.kernels());
   return all;
 }
 

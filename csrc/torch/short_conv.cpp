@@ -1,5 +1,5 @@
 // torch.ops.kda_cuda.short_conv_fwd and short_conv_bwd.
-#include "kda/short_conv/params.h"
+#include "kda/short_conv/dispatch.h"
 
 #include "torch/elements.h"
 
@@ -112,10 +112,9 @@ std::tuple<Tensor, Tensor> short_conv_fwd(Tensor x, Tensor weight, OptionalTenso
   ShortConvFwdParams p{call.p, channel_rows(y), {}};
   p.in_pieces = p.in_pieces && moves_in_pieces(y);
   if (output_final_state) p.final_state = conv_states(op, "final_state", final_state);
-  with_element(dtype_of_tensor(op, "x", x), [&](auto e) {
-    plan_short_conv_fwd<decltype(e)>(p, call.batch_tokens());
-    launch_short_conv_fwd<decltype(e)>(p, device.stream());
-  });
+  ShortConvVariant const& variant = select_short_conv(dtype_of_tensor(op, "x", x));
+  variant.plan_fwd(p, call.batch_tokens());
+  variant.fwd(p, device.stream());
   return {y, final_state};
 }
 
@@ -145,12 +144,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> short_conv_bwd(Tensor dy, OptionalTen
   p.in_pieces = p.in_pieces && moves_in_pieces(dy) && moves_in_pieces(dx);
   if (initial_state) p.d_initial_state = conv_states(op, "initial_state", dstate);
   p.dweight = dweight.data_ptr(), p.dbias = bias ? dbias.data_ptr() : nullptr;
-  with_element(dtype_of_tensor(op, "x", x), [&](auto e) {
-    plan_short_conv_bwd<decltype(e)>(p, call.batch_tokens());
-    Tensor const partial = torch::stable::new_empty(x, {p.run_blocks, p.taps + 1, p.channels}, ScalarType::Float);
-    p.partial = static_cast<float*>(partial.data_ptr());
-    launch_short_conv_bwd<decltype(e)>(p, device.stream());
-  });
+  ShortConvVariant const& variant = select_short_conv(dtype_of_tensor(op, "x", x));
+  variant.plan_bwd(p, call.batch_tokens());
+  Tensor const partial = torch::stable::new_empty(x, {p.run_blocks, p.taps + 1, p.channels}, ScalarType::Float);
+  p.partial = static_cast<float*>(partial.data_ptr());
+  variant.bwd(p, device.stream());
   return {dx, dweight, dbias, dstate};
 }
 

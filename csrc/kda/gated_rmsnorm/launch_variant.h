@@ -1,7 +1,7 @@
 // The launches for one element type; included by the files in variants/ alone.
 #pragma once
 #include "kda/gated_rmsnorm/wide_kernel.h"
-#include "platform/launch.h"
+#include "kda/gated_rmsnorm/launch.h"
 
 namespace kda {
 
@@ -59,6 +59,11 @@ void launch_gated_rmsnorm_bwd(GatedRmsNormParams const& p, cudaStream_t stream) 
       p, [&](auto shape) { launch(GatedRmsNormKernels<decltype(shape)>::bwd(), dim3(unsigned(p.runs)), stream, p); });
   if (!in_pieces) launch(WideNormKernels<E>::bwd(), blocks_for(p.runs, kNormWarps), stream, p);
   launch_early(true, WideNormKernels<E>::reduce(), dim3(column_sum_blocks(p.dim)), stream, p);
+}
+
+template <class E>
+GatedRmsNormVariant describe_gated_rmsnorm() {
+  return {dtype_of<E>(), &gated_rmsnorm_kernels<E>, &launch_gated_rmsnorm_fwd<E>, &launch_gated_rmsnorm_bwd<E>};
 }
 
 }  // namespace kda

@@ -1,10 +1,9 @@
 // RMSNorm of each row times an activation of its gate: forward, and backward with every gradient.
 #pragma once
-#include <vector>
+#include <cstdint>
 
 #include "kda/activation.h"
 #include "kda/dtype.h"
-#include "platform/launch.h"
 
 namespace kda {
 
@@ -39,12 +38,5 @@ inline int32_t gated_rmsnorm_runs(int64_t rows) {
   int64_t const runs = (rows + kNormRowsPerRun - 1) / kNormRowsPerRun;
   return int32_t(runs < 1 ? 1 : runs > kNormMaxRuns ? kNormMaxRuns : runs);
 }
-
-template <class E>
-void launch_gated_rmsnorm_fwd(GatedRmsNormParams const& p, cudaStream_t stream);
-template <class E>
-void launch_gated_rmsnorm_bwd(GatedRmsNormParams const& p, cudaStream_t stream);
-template <class E>
-std::vector<KernelLaunch> gated_rmsnorm_kernels();
 
 }  // namespace kda

@@ -10,9 +10,6 @@ inline std::vector<KdaGateVariant> const& kda_gate_variants() {
                                                     describe_kda_gate<Bf16>()};
   return table;
 }
-/// Every dtype has one.
-inline KdaGateVariant const& select_kda_gate(Dtype dtype) {
-  return *first_variant(kda_gate_variants(), [&](KdaGateVariant const& variant) { return variant.dtype == dtype; });
-}
+inline KdaGateVariant const& select_kda_gate(Dtype dtype) { return variant_of(kda_gate_variants(), dtype); }
 
 }  // namespace kda

@@ -1,7 +1,7 @@
 // The launches for one element type; included by the files in variants/ alone.
 #pragma once
 #include "kda/short_conv/backward.h"
-#include "platform/launch.h"
+#include "kda/short_conv/launch.h"
 
 namespace kda {
 
@@ -53,15 +53,6 @@ void plan_short_conv(ShortConvCall& p, int64_t batch_tokens) {
   });
 }
 template <class E>
-void plan_short_conv_fwd(ShortConvCall& p, int64_t batch_tokens) {
-  plan_short_conv<E, false>(p, batch_tokens);
-}
-template <class E>
-void plan_short_conv_bwd(ShortConvCall& p, int64_t batch_tokens) {
-  plan_short_conv<E, true>(p, batch_tokens);
-}
-
-template <class E>
 void launch_short_conv_fwd(ShortConvFwdParams const& p, cudaStream_t stream) {
   with_conv_shape<E, false>(p, [&](auto shape) {
     using Shape = decltype(shape);
@@ -83,6 +74,16 @@ std::vector<KernelLaunch> short_conv_kernels() {
   for_each_conv_shape<E, false>([&](auto shape) { all.push_back(ShortConvFwdKernel<decltype(shape)>::get()); });
   for_each_conv_shape<E, true>([&](auto shape) { all.push_back(ShortConvBwdKernel<decltype(shape)>::get()); });
   return all;
+}
+
+template <class E>
+ShortConvVariant describe_short_conv() {
+  return {dtype_of<E>(),
+          &short_conv_kernels<E>,
+          &plan_short_conv<E, false>,
+          &plan_short_conv<E, true>,
+          &launch_short_conv_fwd<E>,
+          &launch_short_conv_bwd<E>};
 }
 
 }  // namespace kda

@@ -1,11 +1,10 @@
 // The causal depthwise convolution of a few taps: forward, and backward with every gradient.
 #pragma once
-#include <vector>
+#include <cstdint>
 
 #include "kda/activation.h"
 #include "kda/chunk/plan.h"
 #include "kda/dtype.h"
-#include "platform/launch.h"
 
 namespace kda {
 
@@ -62,17 +61,5 @@ inline int64_t conv_run_tokens(int64_t tokens, int64_t channel_blocks) {
   return run < kConvShortestRun ? kConvShortestRun : run > kConvLongestRun ? kConvLongestRun : run;
 }
 inline int32_t conv_run_blocks(ChunkPlan const& plan) { return int32_t((plan.slots() + kConvWarps - 1) / kConvWarps); }
-
-/// Sets the runs of the plan, and how many blocks have them; `batch_tokens`: of all batch rows.
-template <class E>
-void plan_short_conv_fwd(ShortConvCall& p, int64_t batch_tokens);
-template <class E>
-void plan_short_conv_bwd(ShortConvCall& p, int64_t batch_tokens);
-template <class E>
-void launch_short_conv_fwd(ShortConvFwdParams const& p, cudaStream_t stream);
-template <class E>
-void launch_short_conv_bwd(ShortConvBwdParams const& p, cudaStream_t stream);
-template <class E>
-std::vector<KernelLaunch> short_conv_kernels();
 
 }  // namespace kda

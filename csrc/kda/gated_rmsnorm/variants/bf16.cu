@@ -1,7 +1,3 @@
 #include "kda/gated_rmsnorm/launch_variant.h"
 
-namespace kda {
-template void launch_gated_rmsnorm_fwd<Bf16>(GatedRmsNormParams const&, cudaStream_t);
-template void launch_gated_rmsnorm_bwd<Bf16>(GatedRmsNormParams const&, cudaStream_t);
-template std::vector<KernelLaunch> gated_rmsnorm_kernels<Bf16>();
-}  // namespace kda
+template kda::GatedRmsNormVariant kda::describe_gated_rmsnorm<kda::Bf16>();

@@ -1,9 +1,3 @@
 #include "kda/short_conv/launch_variant.h"
 
-namespace kda {
-template void plan_short_conv_fwd<Fp16>(ShortConvCall&, int64_t);
-template void plan_short_conv_bwd<Fp16>(ShortConvCall&, int64_t);
-template void launch_short_conv_fwd<Fp16>(ShortConvFwdParams const&, cudaStream_t);
-template void launch_short_conv_bwd<Fp16>(ShortConvBwdParams const&, cudaStream_t);
-template std::vector<KernelLaunch> short_conv_kernels<Fp16>();
-}  // namespace kda
+template kda::ShortConvVariant kda::describe_short_conv<kda::Fp16>();
