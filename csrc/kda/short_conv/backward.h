@@ -81,7 +81,7 @@ struct ConvBackward {
   }
   /// Of the token `index` of the run, or before it where that is below zero.
   KDA_DEVICE void store_gradient(int index, float (&dx)[Shape::kChannels]) {
-    if (p.d_final_state.data && index >= first_in_final) {
+    if (p.d_final_state.data && index >= first_in_final && index < me.run.count) {
       float passed[Shape::kChannels];
       me.load_state(p.d_final_state, index - first_in_final, passed);
 #pragma unroll
