@@ -94,7 +94,7 @@ step_sanitize() {
   [ $# = 0 ] || names=(--names "$@")
   compute-sanitizer --help 2>&1 | grep -q -- "--kernel-regex" && ours=(--kernel-regex kns=kda)
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # so that every tensor is an allocation of its own
-  if nvcc -O3 -arch=sm_90 -lineinfo bench/device/handover.cu -o "$CACHE/handover" 2>"$OUT/handover.log"; then
+  if nvcc -std=c++17 -O3 -arch=sm_90 -lineinfo -Icsrc bench/device/handover.cu -o "$CACHE/handover" 2>"$OUT/handover.log"; then
     compute-sanitizer --tool racecheck "$CACHE/handover" >"$OUT/handover.log" 2>&1
     echo "control    racecheck of a hand-over without a hazard: $(grep SUMMARY "$OUT/handover.log" | cut -c11-)"
   else
