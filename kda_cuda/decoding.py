@@ -197,8 +197,21 @@ def decode_call(
         out = c.make(v, empty_like)
     else:
         check_like(c, "out", out, q, q.dtype, {"B": v.shape[0], "T": v.shape[1], "HV": v.shape[2], "V": v.shape[3]})
-    c.look(q, check_drafts, pools.sequences, state, slot_of, num_accepted_tokens, written, (names[1], slots_name),
-           slots, state_per_token, zero_is_null, parent_token, cu_seqlens)  # fmt: skip
+    c.look(
+        q,
+        check_drafts,
+        pools.sequences,
+        state,
+        slot_of,
+        num_accepted_tokens,
+        written,
+        (names[1], slots_name),
+        slots,
+        state_per_token,
+        zero_is_null,
+        parent_token,
+        cu_seqlens,
+    )
     record_k, record_u, record_g = records or (None, None, None)
     arguments = Decode(
         **x._asdict(), out=out, state=state, slot_of=slot_of, new_state=new_state, new_slot_of=new_slot_of,
@@ -282,8 +295,21 @@ def commit(
     pools.check_indices("accepted_token" if tree else "num_accepted_tokens", accepted, ranks=(1,))
     written, slots_name, slots = (state, "slot_of", slot_of) if new_state is None else (
         new_state, "new_slot_of", new_slot_of)  # fmt: skip
-    c.look(k, check_slots_and_accepted, pools.sequences, state, slot_of, written, ("slot_of", slots_name), slots,
-           zero_is_null, accepted, k.shape[1], cu_seqlens, parent_token)  # fmt: skip
+    c.look(
+        k,
+        check_slots_and_accepted,
+        pools.sequences,
+        state,
+        slot_of,
+        written,
+        ("slot_of", slots_name),
+        slots,
+        zero_is_null,
+        accepted,
+        k.shape[1],
+        cu_seqlens,
+        parent_token,
+    )
     arguments = Commit(
         state=state, slot_of=slot_of, new_state=new_state, new_slot_of=new_slot_of, record_k=k, record_u=v,
         record_g=records.g, num_accepted_tokens=num_accepted_tokens, cu_seqlens=cu_seqlens,

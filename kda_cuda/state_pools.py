@@ -74,9 +74,17 @@ class PoolContents:
     sequences: int
 
     def check(
-        self, state, slot_of, accepted, written, names: tuple[str, str], written_indices, per_token: bool,
-        zero_is_null: bool, tree: bool = False,
-    ) -> tuple[list[bool], list[bool]]:  # fmt: skip
+        self,
+        state,
+        slot_of,
+        accepted,
+        written,
+        names: tuple[str, str],
+        written_indices,
+        per_token: bool,
+        zero_is_null: bool,
+        tree: bool = False,
+    ) -> tuple[list[bool], list[bool]]:
         """The indices are in range, and no state is written by one sequence and touched by another.
 
         ``names``: of the indices of ``state`` and of ``written``. A sequence that starts from a null slot is padding:
@@ -140,9 +148,19 @@ def check_slots(c: Checker, sequences: int, *given) -> tuple[list[bool], list[bo
 
 
 def check_drafts(
-    c: Checker, sequences: int, state, slot_of, accepted, written, names, indices, per_token: bool, zero_is_null: bool,
-    parents: Tensor | None, cu_seqlens: Tensor | None,
-) -> None:  # fmt: skip
+    c: Checker,
+    sequences: int,
+    state,
+    slot_of,
+    accepted,
+    written,
+    names,
+    indices,
+    per_token: bool,
+    zero_is_null: bool,
+    parents: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
     """What ``decode`` reads: slots, and the parents of a tree of drafts."""
     tree = parents is not None
     live, _ = check_slots(
@@ -153,9 +171,19 @@ def check_drafts(
 
 
 def check_slots_and_accepted(
-    c: Checker, sequences: int, state, slot_of, written, names, indices, zero_is_null: bool, accepted: Tensor,
-    tokens: int, cu_seqlens: Tensor | None, parents: Tensor | None,
-) -> None:  # fmt: skip
+    c: Checker,
+    sequences: int,
+    state,
+    slot_of,
+    written,
+    names,
+    indices,
+    zero_is_null: bool,
+    accepted: Tensor,
+    tokens: int,
+    cu_seqlens: Tensor | None,
+    parents: Tensor | None,
+) -> None:
     """What ``commit`` reads: slots, how much is accepted, and the parents of a tree of drafts."""
     tree = parents is not None
     _, commits = check_slots(c, sequences, state, slot_of, None, written, names, indices, False, zero_is_null)

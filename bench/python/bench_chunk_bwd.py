@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -270,25 +269,17 @@ def main(given: list[str] | None = None) -> None:
         providers[form] = {"kda_cuda": ours, **loaded}
         said |= versions
     bandwidth = timing.copy_bandwidth(args.device)
-    rows: list[dict] = []
     result = {
         **timing.machine(args.device), "device": args.device, "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3),
         "dtype": "bfloat16", "head_dim": 128, "rounds": args.rounds, "peers": said,
-        "columns": __doc__[__doc__.index("gpu_us:") : __doc__.index("Compile")].strip(), "rows": rows,
+        "columns": __doc__[__doc__.index("gpu_us:") : __doc__.index("Compile")].strip(), "rows": [],
     }  # fmt: skip
     print(f"{result['gpu']}, commit {result['commit']}, peers: {said}", flush=True)
     small: set[tuple[str, str]] = set()
     for row in work(args):
-        rows.append(row_or_fault(row, small, providers, args, bandwidth))
-        print("\n".join(table_lines(rows[-1])), flush=True)
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
-        gc.collect()
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
-    if faults := [row["failed"] for row in rows if "failed" in row]:
-        raise SystemExit(f"{len(faults)} of {len(rows)} rows failed, the first: {faults[0]}")
+        done = row_or_fault(row, small, providers, args, bandwidth)
+        timing.note(done, table_lines(done), result, args.out, args.device)
+    timing.end_if_failed(result["rows"])
 
 
 def row_or_fault(

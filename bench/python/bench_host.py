@@ -76,18 +76,31 @@ class Inputs:
     def decode_layer(self) -> dict:
         width = self.heads * self.dim
         like = (self.batch, 1, self.heads, self.dim)
-        return self.streams(self.batch, 1) | self.gate | self.slots | {
-            "output_gate": self.normal(*like), "conv_state": self.zeros(2 * self.batch, 3 * width, 3).bfloat16(),
-            "conv_weights": tuple(self.normal(width, 4) for _ in range(3)), "norm_weight": self.normal(self.dim),
-            "state": self.pool(), "out": self.normal(*like),
-        }  # fmt: skip
+        return (
+            self.streams(self.batch, 1)
+            | self.gate
+            | self.slots
+            | {
+                "output_gate": self.normal(*like),
+                "conv_state": self.zeros(2 * self.batch, 3 * width, 3).bfloat16(),
+                "conv_weights": tuple(self.normal(width, 4) for _ in range(3)),
+                "norm_weight": self.normal(self.dim),
+                "state": self.pool(),
+                "out": self.normal(*like),
+            }
+        )
 
     def kda_gate(self) -> dict:
         return {"g": self.normal(1, self.tokens, self.heads, self.dim)} | self.gate
 
 
-RAW = {"chunk_kda": "chunk_fwd", "decode": "decode", "prefill": "prefill", "decode_layer": "decode_layer",
-       "kda_gate": "kda_gate_fwd"}  # fmt: skip
+RAW = {
+    "chunk_kda": "chunk_fwd",
+    "decode": "decode",
+    "prefill": "prefill",
+    "decode_layer": "decode_layer",
+    "kda_gate": "kda_gate_fwd",
+}
 
 
 def timed(call: Callable[[], object], calls: int, device: str) -> list[float]:
@@ -268,10 +281,13 @@ def main(given: list[str] | None = None) -> None:
         heads = {name: said_by("git", "-C", str(path), "rev-parse", "HEAD") for name, path in checkouts.items()}
         written = machine(args.device) | {
             "processor": platform.processor() or platform.machine(),
-            "commits": heads, "rounds": args.rounds, "calls": args.calls,
+            "commits": heads,
+            "rounds": args.rounds,
+            "calls": args.calls,
             "launches": "on the GPU" if args.device == "cuda" else "switched off, emulated library",
-            "columns": "[fastest, median] in microseconds", "times": results,
-        }  # fmt: skip
+            "columns": "[fastest, median] in microseconds",
+            "times": results,
+        }
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(written, indent=1) + "\n")
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,9 +50,14 @@ def new_layer(host: str, args: argparse.Namespace) -> nn.Module:
         from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 
         config = KimiLinearConfig(
-            hidden_size=args.hidden, linear_head_dim=args.head_dim, linear_num_heads=args.heads, num_hidden_layers=1,
-            layer_types=["linear_attention"], num_attention_heads=args.heads, num_key_value_heads=args.heads,
-        )  # fmt: skip
+            hidden_size=args.hidden,
+            linear_head_dim=args.head_dim,
+            linear_num_heads=args.heads,
+            num_hidden_layers=1,
+            layer_types=["linear_attention"],
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.heads,
+        )
         layer = KimiLinearDeltaAttention(config, 0)
         gate = layer.forget_gate
         with torch.no_grad():  # a layer alone is not initialised by transformers: as a model's would be
@@ -241,18 +245,21 @@ def main(given: list[str] | None = None) -> None:
         raise SystemExit("this benchmark needs a CUDA device")
     rows: list[dict] = []
     result = {
-        **timing.machine(args.device), "device": args.device, "dtype": args.dtype, "hidden": args.hidden,
-        "heads": args.heads, "head_dim": args.head_dim, "rounds": args.rounds,
+        **timing.machine(args.device),
+        "device": args.device,
+        "dtype": args.dtype,
+        "hidden": args.hidden,
+        "heads": args.heads,
+        "head_dim": args.head_dim,
+        "rounds": args.rounds,
         "versions": {name: timing.installed(name) for name in ("fla-core", "transformers", "causal-conv1d")},
-        "columns": __doc__[__doc__.index("ways:") :].strip(), "rows": rows,
-    }  # fmt: skip
+        "columns": __doc__[__doc__.index("ways:") :].strip(),
+        "rows": rows,
+    }
     for host in args.hosts:
         for tokens in args.tokens:
-            rows.append(bench(host, tokens, args))
-            print("\n".join(table_lines(rows[-1])), flush=True)
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(result, indent=1) + "\n")
+            row = bench(host, tokens, args)
+            timing.note(row, table_lines(row), result, args.out, args.device)
     ours = [said for row in rows for name, said in row["ways"].items() if name != "plain"]
     if faults := [said["failed"] for said in ours if "failed" in said]:
         raise SystemExit(f"{len(faults)} of {len(ours)} ways failed, the first: {faults[0]}")

@@ -17,8 +17,6 @@ copy of as many bytes in one tensor takes its turns as the provider `copy`, in a
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -278,30 +276,28 @@ def main(given: list[str] | None = None) -> None:
         raise SystemExit("this benchmark needs a CUDA device")
     os.environ["KDA_CUDA_STRICT"] = "1"  # the reference is never timed in place of a kernel
     bandwidth = timing.copy_bandwidth(args.device)
-    rows: list[dict] = []
     result = {
-        **timing.machine(args.device), "device": args.device, "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3),
-        "dtype": "bfloat16", "taps": TAPS, "rounds": args.rounds, "peers": {},
-        "columns": __doc__[__doc__.index("gpu_us:") :].strip(), "rows": rows,
-    }  # fmt: skip
+        **timing.machine(args.device),
+        "device": args.device,
+        "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3),
+        "dtype": "bfloat16",
+        "taps": TAPS,
+        "rounds": args.rounds,
+        "peers": {},
+        "columns": __doc__[__doc__.index("gpu_us:") :].strip(),
+        "rows": [],
+    }
     for name in args.ops:
         binds, said = loaded_peers(OPS[name], args.peers)
         result["peers"][name] = said
         print(f"{name}, commit {result['commit']}, peers: {said}", flush=True)
         for shape in args.shapes or DEFAULT[name]:
             try:
-                rows.append(bench(name, shape, {"kda_cuda": OPS[name].ours, **binds}, args, bandwidth))
+                row = bench(name, shape, {"kda_cuda": OPS[name].ours, **binds}, args, bandwidth)
             except OurFault as e:
-                rows.append({"op": name, "shape": shape, "failed": str(e)})
-            print("\n".join(table_lines(rows[-1])), flush=True)
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(result, indent=1) + "\n")
-            gc.collect()
-            if args.device == "cuda":
-                torch.cuda.empty_cache()
-    if faults := [row["failed"] for row in rows if "failed" in row]:
-        raise SystemExit(f"{len(faults)} of {len(rows)} rows failed, the first: {faults[0]}")
+                row = {"op": name, "shape": shape, "failed": str(e)}
+            timing.note(row, table_lines(row), result, args.out, args.device)
+    timing.end_if_failed(result["rows"])
 
 
 if __name__ == "__main__":

@@ -61,10 +61,22 @@ def build(text: str, folder: Path) -> Path:
     if not path.exists():
         (folder / f"{name}.cpp").write_text(text)
         command = [
-            os.environ.get("CXX", "c++"), "-std=c++17", "-O2", "-fPIC", "-shared", "-w", f"-I{torch_dir}/include",
-            "-DTORCH_TARGET_VERSION=0x020a000000000000", folder / f"{name}.cpp", "-o", written, f"-L{torch_dir}/lib",
-            "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch",
-        ]  # fmt: skip
+            os.environ.get("CXX", "c++"),
+            "-std=c++17",
+            "-O2",
+            "-fPIC",
+            "-shared",
+            "-w",
+            f"-I{torch_dir}/include",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            folder / f"{name}.cpp",
+            "-o",
+            written,
+            f"-L{torch_dir}/lib",
+            "-Wl,--no-as-needed",
+            "-ltorch_cpu",
+            "-ltorch",
+        ]
         subprocess.run([str(part) for part in command], check=True)
         written.replace(path)
     return path

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
+import json
 import os
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -52,6 +55,23 @@ def copy_bandwidth(device: str = "cuda") -> float:
 
     us = microseconds([copy]) if device == "cuda" else statistics.median(elapsed_us(copy, device) for _ in range(5))
     return 2 * x.numel() / (us * 1e-6)
+
+
+def note(row: dict, lines: Sequence[str], result: dict, out: Path | None, device: str) -> None:
+    """One more of the rows of ``result``: printed, written at once, and nothing of it stays in memory."""
+    result["rows"].append(row)
+    print("\n".join(lines), flush=True)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def end_if_failed(rows: Sequence[dict]) -> None:
+    if faults := [row["failed"] for row in rows if "failed" in row]:
+        raise SystemExit(f"{len(faults)} of {len(rows)} rows failed, the first: {faults[0]}")
 
 
 def synchronize(device: str) -> None:

@@ -42,26 +42,50 @@ _checked = threading.local()  # the call that a verifier has just accepted, for 
 
 
 def _bind_recurrent(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None, initial_state: Tensor | None = None, scale: float | None = None,
-    output_final_state: bool = False, inplace_final_state: bool = True, state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None, **kwargs,
-) -> calls.Call:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    scale: float | None = None,
+    output_final_state: bool = False,
+    inplace_final_state: bool = True,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    **kwargs,
+) -> calls.Call:
     """fla's ``fused_recurrent_kda_fwd``, of which its public function is a wrapper."""
     kwargs = {name: x for name, x in kwargs.items() if x is not None}
     pooled = [name for name in POOLED if name in kwargs] + ["inplace_final_state"] * inplace_final_state
     if pooled:
         raise NotImplementedError(f"kda_cuda::fused_recurrent_kda: got {pooled}, expected none of them through fla")
     return ops.fused_recurrent_kda.bind(
-        q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state, scale=scale,
-        output_final_state=output_final_state, state_v_first=state_v_first, cu_seqlens=cu_seqlens, **kwargs,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        g,
+        beta,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        initial_state=initial_state,
+        scale=scale,
+        output_final_state=output_final_state,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        **kwargs,
+    )
 
 
 def _bind_gate(
-    g: Tensor, A_log: Tensor | None = None, dt_bias: Tensor | None = None, lower_bound: float | None = None,
+    g: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    lower_bound: float | None = None,
     output_dtype: torch.dtype = torch.float32,
-) -> calls.Call:  # fmt: skip
+) -> calls.Call:
     return ops.kda_gate.bind(g, A_log, dt_bias, lower_bound, dtype=output_dtype)
 
 

@@ -40,8 +40,15 @@ def transformers_forward(self, hidden_states, cache_params=None, attention_mask=
         _remember(cache, self.layer_idx, inputs, self.conv_kernel_size)
     gate, g = self.forget_gate, None
     if is_unhooked(gate):
-        g, options = _raw_gate(gate, x), {"use_gate_in_kernel": True, "A_log": gate.A_log, "dt_bias": gate.dt_bias,
-                                          "lower_bound": lower_bound_of(gate)}  # fmt: skip
+        g, options = (
+            _raw_gate(gate, x),
+            {
+                "use_gate_in_kernel": True,
+                "A_log": gate.A_log,
+                "dt_bias": gate.dt_bias,
+                "lower_bound": lower_bound_of(gate),
+            },
+        )
         g = g.unflatten(-1, (-1, self.head_dim))
     else:
         g, options = gate(x), {}
@@ -124,8 +131,10 @@ def fla_forward(
     streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
     if self.use_short_conv:
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        pairs = [_fla_convolved(*each, use_cache, cu_seqlens)
-                 for each in zip(convolutions, streams, conv_states, strict=True)]  # fmt: skip
+        pairs = [
+            _fla_convolved(*each, use_cache, cu_seqlens)
+            for each in zip(convolutions, streams, conv_states, strict=True)
+        ]
         streams, conv_states = [y for y, _ in pairs], tuple(s for _, s in pairs)
     else:
         streams, conv_states = [F.silu(y) for y in streams], None
@@ -135,10 +144,22 @@ def fla_forward(
     g = self.f_proj(x).unflatten(-1, (-1, self.head_k_dim))
     few = state is not None and tokens <= FEW_TOKENS
     o, state = _kda(
-        few, q, k, v, g, self.b_proj(x), state, bool(use_cache), use_gate_in_kernel=True, A_log=self.A_log,
-        dt_bias=self.dt_bias, lower_bound=self.lower_bound, allow_neg_eigval=self.allow_neg_eigval, state_v_first=True,
+        few,
+        q,
+        k,
+        v,
+        g,
+        self.b_proj(x),
+        state,
+        bool(use_cache),
+        use_gate_in_kernel=True,
+        A_log=self.A_log,
+        dt_bias=self.dt_bias,
+        lower_bound=self.lower_bound,
+        allow_neg_eigval=self.allow_neg_eigval,
+        state_v_first=True,
         cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+    )
     update_layer_cache(self, past_key_values, recurrent_state=state, conv_state=conv_states, offset=tokens)
     y = _gated_norm(self.o_norm, o, self.g_proj(x).unflatten(-1, (-1, self.head_v_dim)), "eps")
     y = self.o_proj(y.flatten(-2))

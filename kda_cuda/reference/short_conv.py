@@ -62,9 +62,14 @@ def _past(initial_state: Tensor | None, first: int, rows: slice) -> Tensor | Non
 
 
 def short_conv_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None, silu: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
     output_final_state: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     y, finals = x.new_zeros(x.shape), []
     for first, rows, tokens in _sequences(x, cu_seqlens):
         past = _past(initial_state, first, rows)
@@ -78,9 +83,15 @@ def short_conv_fwd(
 
 
 def short_conv_bwd(
-    dy: Tensor, dfinal_state: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(x.dtype)
     dx = x.new_zeros(x.shape)
     dweight, dbias = weight.new_zeros(weight.shape, dtype=dtype), weight.new_zeros(weight.shape[:1], dtype=dtype)

@@ -26,8 +26,24 @@ def folder() -> Path:
 def test_a_whole_run(device, folder, tmp_path, capsys):
     """Of this checkout twice, in processes of their own."""
     path, sizes = tmp_path / "results" / "host.json", json.dumps(SIZES)
-    bench_host.main(["--rounds", "1", "--calls", "3", "--device", "cpu", "--folder", str(folder), "--sizes", sizes,
-                     "--checkout", str(ROOT), "--json", str(path)])  # fmt: skip
+    bench_host.main(
+        [
+            "--rounds",
+            "1",
+            "--calls",
+            "3",
+            "--device",
+            "cpu",
+            "--folder",
+            str(folder),
+            "--sizes",
+            sizes,
+            "--checkout",
+            str(ROOT),
+            "--json",
+            str(path),
+        ]
+    )
     written, printed = json.loads(path.read_text()), capsys.readouterr().out
     assert set(written["times"]) == {"this", str(ROOT)} and all(name in printed for name in bench_host.RAW)
     for rows in written["times"].values():

@@ -107,7 +107,7 @@ def test_a_failing_provider(tmp_path, monkeypatch, stand_ins):
     assert result["rows"][0]["providers"]["fla"] == {"failed": "RuntimeError: no kernel image"}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, and it is about what is said without one")
 def test_without_a_gpu():
     with pytest.raises(SystemExit, match=r"^this benchmark needs a CUDA device$"):
         bench_surround.main([])

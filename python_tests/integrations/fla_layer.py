@@ -16,8 +16,13 @@ from fla.ops.kda.naive import naive_recurrent_kda
 
 from kda_cuda.integrations import transformers as door
 
-OPTIONS = {"plain": {}, "bounded": {"lower_bound": -5.0, "safe_gate": True}, "negative": {"allow_neg_eigval": True},
-           "grouped": {"num_v_heads": 4, "expand_v": 0.5}, "no convolution": {"use_short_conv": False}}  # fmt: skip
+OPTIONS = {
+    "plain": {},
+    "bounded": {"lower_bound": -5.0, "safe_gate": True},
+    "negative": {"allow_neg_eigval": True},
+    "grouped": {"num_v_heads": 4, "expand_v": 0.5},
+    "no convolution": {"use_short_conv": False},
+}
 
 
 def new_layer(**options) -> KimiDeltaAttention:

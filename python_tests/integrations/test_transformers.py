@@ -14,15 +14,30 @@ from kda_cuda.integrations import transformers as door
 
 from .peers import documented
 
+# `make test` installs both; a GPU machine without a network may lack them, and then says so.
 transformers = pytest.importorskip("transformers", minversion="5.17", reason="no transformers >= 5.17 here")
 
 SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2,
-    "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "linear_head_dim": 16,
-    "linear_num_heads": 2, "num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 16,
-    "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "linear_head_dim": 16,
+    "linear_num_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_token": 2,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 LAYERS = ["model.layers.0.self_attn", "model.layers.2.self_attn"]
 TOKENS = torch.arange(140).reshape(2, 70) * 7 % 61 + 3
 

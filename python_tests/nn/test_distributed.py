@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
-import torch
 from torch import nn
 
 from kda_cuda import parallel
 from kda_cuda.layers import KimiDeltaAttention
 
 from ..support.distributed_checks import CHECKS, RANKS, run_rank
+from ..support.ranks import run_ranks
 
 TIMEOUT = 120  # seconds; all of it takes about ten
 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory) -> dict[str, str]:
-    """Name of the check -> what went wrong on some rank. They meet through a file: no port to be taken."""
-    if not torch.distributed.is_available():
-        pytest.skip("torch.distributed is not available")
-    folder, end = tmp_path_factory.mktemp("ranks"), time.monotonic() + TIMEOUT
-    context = torch.multiprocessing.start_processes(run_rank, (str(folder),), RANKS, join=False, start_method="spawn")
-    try:
-        while not context.join(max(0.1, end - time.monotonic())):
-            assert time.monotonic() < end, f"the ranks did not end within {TIMEOUT} s"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
+    """Name of the check -> what went wrong on some rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(run_rank, RANKS, folder, TIMEOUT)
     return json.loads((folder / "rank0.json").read_text())
 
 

@@ -163,17 +163,26 @@ ONE_ROW = torch.zeros(1, 8, 6)
 CONV_CALLS = [
     ({"x": [1.0]}, TypeError, "x is a list, expected a Tensor"),
     ({"x": torch.zeros(8, 6)}, ValueError, "x has shape [8, 6], expected 3 dimensions [B, T, D]"),
-    ({"x": torch.zeros(2, 8, 6).long()}, TypeError,
-     "x has dtype int64, expected float32 or float16 or bfloat16 or float64"),
-    ({"x": torch.zeros(2, 8, 0), "weight": torch.zeros(0, 4)}, ValueError,
-     "x has shape [2, 8, 0], expected [B, T, D] with D >= 1"),
+    (
+        {"x": torch.zeros(2, 8, 6).long()},
+        TypeError,
+        "x has dtype int64, expected float32 or float16 or bfloat16 or float64",
+    ),
+    (
+        {"x": torch.zeros(2, 8, 0), "weight": torch.zeros(0, 4)},
+        ValueError,
+        "x has shape [2, 8, 0], expected [B, T, D] with D >= 1",
+    ),
     ({"weight": None}, TypeError, "weight is a NoneType, expected a Tensor"),
     ({"weight": torch.zeros(6, 4, device="meta")}, ValueError, "weight is on meta, expected cpu like x"),
     ({"weight": torch.zeros(6)}, ValueError, "weight has shape [6], expected [D, taps] or [D, 1, taps]"),
     ({"weight": torch.zeros(6, 2, 4)}, ValueError, "weight has shape [6, 2, 4], expected [D, taps] or [D, 1, taps]"),
     ({"weight": torch.zeros(6, 4).half()}, TypeError, "weight has dtype float16, expected float32"),
-    ({"x": torch.zeros(2, 8, 6).half(), "weight": torch.zeros(6, 4).bfloat16()}, TypeError,
-     "weight has dtype bfloat16, expected float16 or float32"),
+    (
+        {"x": torch.zeros(2, 8, 6).half(), "weight": torch.zeros(6, 4).bfloat16()},
+        TypeError,
+        "weight has dtype bfloat16, expected float16 or float32",
+    ),
     ({"weight": torch.zeros(5, 1, 4)}, ValueError, "weight has shape [5, 4], expected [D=6, taps=4]"),
     ({"weight": torch.zeros(6, 1)}, ValueError, "weight has 1 taps, expected 2 to 8"),
     ({"weight": torch.zeros(6, 9)}, ValueError, "weight has 9 taps, expected 2 to 8"),
@@ -181,18 +190,30 @@ CONV_CALLS = [
     ({"bias": torch.zeros(6).half()}, TypeError, "bias has dtype float16, expected float32"),
     ({"activation": "gelu"}, ValueError, "activation is 'gelu', expected one of [None, 'silu']"),
     ({"output_final_state": 1}, TypeError, "output_final_state is 1 (int), expected a bool"),
-    ({"initial_state": torch.zeros(2, 6)}, ValueError,
-     "initial_state has shape [2, 6], expected 3 dimensions [N, D, taps-1]"),
-    ({"initial_state": torch.zeros(2, 6, 4)}, ValueError,
-     "initial_state has shape [2, 6, 4], expected [N=2, D=6, taps-1=3]"),
+    (
+        {"initial_state": torch.zeros(2, 6)},
+        ValueError,
+        "initial_state has shape [2, 6], expected 3 dimensions [N, D, taps-1]",
+    ),
+    (
+        {"initial_state": torch.zeros(2, 6, 4)},
+        ValueError,
+        "initial_state has shape [2, 6, 4], expected [N=2, D=6, taps-1=3]",
+    ),
     ({"initial_state": torch.zeros(2, 6, 3).double()}, TypeError, "initial_state has dtype float64, expected float32"),
     ({"cu_seqlens": torch.tensor([0, 8])}, ValueError, "x has shape [2, 8, 6], expected B=1 with cu_seqlens"),
-    ({"x": ONE_ROW, "cu_seqlens": torch.tensor([0, 8.0])}, TypeError,
-     "cu_seqlens has dtype float32, expected int32 or int64"),
+    (
+        {"x": ONE_ROW, "cu_seqlens": torch.tensor([0, 8.0])},
+        TypeError,
+        "cu_seqlens has dtype float32, expected int32 or int64",
+    ),
     ({"x": ONE_ROW, "cu_seqlens": torch.tensor([0, 9])}, ValueError, "cu_seqlens[-1] is 9, expected at most T=8"),
-    ({"x": ONE_ROW, "cu_seqlens": torch.tensor([0, 3, 8]), "initial_state": torch.zeros(1, 6, 3)}, ValueError,
-     "initial_state has shape [1, 6, 3], expected [N=2, D=6, taps-1=3]"),
-]  # fmt: skip
+    (
+        {"x": ONE_ROW, "cu_seqlens": torch.tensor([0, 3, 8]), "initial_state": torch.zeros(1, 6, 3)},
+        ValueError,
+        "initial_state has shape [1, 6, 3], expected [N=2, D=6, taps-1=3]",
+    ),
+]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), CONV_CALLS, ids=[m[:60] for _, _, m in CONV_CALLS])
@@ -206,8 +227,11 @@ def good_norm() -> dict:
 
 NORM_CALLS = [
     ({"x": 1.0}, TypeError, "x is a float, expected a Tensor"),
-    ({"x": torch.zeros(4, 6).int()}, TypeError,
-     "x has dtype int32, expected float32 or float16 or bfloat16 or float64"),
+    (
+        {"x": torch.zeros(4, 6).int()},
+        TypeError,
+        "x has dtype int32, expected float32 or float16 or bfloat16 or float64",
+    ),
     ({"x": torch.zeros(())}, ValueError, "x has shape [], expected [..., D] with D >= 1"),
     ({"x": torch.zeros(4, 0)}, ValueError, "x has shape [4, 0], expected [..., D] with D >= 1"),
     ({"gate": None}, TypeError, "gate is a NoneType, expected a Tensor"),
@@ -221,7 +245,7 @@ NORM_CALLS = [
     ({"eps": float("nan")}, ValueError, "eps is nan, expected a finite positive number"),
     ({"eps": None}, TypeError, "eps is None (NoneType), expected a number"),
     ({"activation": None}, ValueError, "activation is None, expected one of ['sigmoid', 'silu']"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), NORM_CALLS, ids=[m[:60] for _, _, m in NORM_CALLS])
@@ -250,9 +274,11 @@ def test_surrounding_kernels_name_what_is_wrong(device):
 
 @pytest.mark.devices("emulator")
 def test_nothing_is_launched(device):
-    functions = (kda_cuda.chunk_kda, good, CHUNK_CALLS), (kda_cuda.short_conv, good_conv, CONV_CALLS), (
-        kda_cuda.gated_rmsnorm, good_norm, NORM_CALLS
-    )  # fmt: skip
+    functions = (
+        (kda_cuda.chunk_kda, good, CHUNK_CALLS),
+        (kda_cuda.short_conv, good_conv, CONV_CALLS),
+        (kda_cuda.gated_rmsnorm, good_norm, NORM_CALLS),
+    )
     for function, arguments, calls in functions:
         for change, error, _ in calls:
             with pytest.raises(error):

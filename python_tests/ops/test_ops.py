@@ -77,10 +77,16 @@ def plain_arguments(dtype=torch.float32) -> dict:
 def surrounding_samples() -> dict[str, list[tuple]]:
     """Of the convolution and the norm."""
     x, dy = torch.randn(1, T, 8), torch.randn(1, T, 8)
-    rich = {"x": x, "weight": torch.randn(8, 4), "bias": torch.randn(8), "initial_state": torch.randn(3, 8, 3),
-            "cu_seqlens": torch.tensor(SEQUENCES), "silu": True}  # fmt: skip
-    poor = {"x": x.bfloat16().expand(2, T, 8), "weight": torch.randn(8, 2), "bias": None, "initial_state": None,
-            "cu_seqlens": None, "silu": False}  # fmt: skip
+    rich = {
+        "x": x,
+        "weight": torch.randn(8, 4),
+        "bias": torch.randn(8),
+        "initial_state": torch.randn(3, 8, 3),
+        "cu_seqlens": torch.tensor(SEQUENCES),
+        "silu": True,
+    }
+    absent = dict.fromkeys(("bias", "initial_state", "cu_seqlens"))
+    poor = {"x": x.bfloat16().expand(2, T, 8), "weight": torch.randn(8, 2), **absent, "silu": False}
     conv = [Conv(**rich, output_final_state=True), Conv(**poor, output_final_state=False)]
     rows = {"x": torch.randn(B, T, H, K), "gate": torch.randn(B, T, H, K), "weight": torch.randn(K), "eps": 1e-5}
     narrow = {**rows, "x": rows["x"].half(), "gate": rows["gate"].half(), "silu": True}
@@ -88,12 +94,14 @@ def surrounding_samples() -> dict[str, list[tuple]]:
     return {
         "short_conv_fwd": conv,
         "short_conv": conv,
-        "short_conv_bwd": [ConvBwd(**rich, dy=dy, dfinal_state=torch.randn(3, 8, 3)),
-                           ConvBwd(**poor, dy=dy.bfloat16().expand(2, T, 8), dfinal_state=None)],
+        "short_conv_bwd": [
+            ConvBwd(**rich, dy=dy, dfinal_state=torch.randn(3, 8, 3)),
+            ConvBwd(**poor, dy=dy.bfloat16().expand(2, T, 8), dfinal_state=None),
+        ],
         "gated_rmsnorm_fwd": norm,
         "gated_rmsnorm": norm,
         "gated_rmsnorm_bwd": [NormBwd(**x._asdict(), dy=x.gate[..., :1].expand_as(x.gate)) for x in norm],
-    }  # fmt: skip
+    }
 
 
 def op_samples() -> dict[str, list[tuple]]:

@@ -192,8 +192,10 @@ def test_contents_are_looked_at_in_every_call():
 def test_states_of_intermediate_chunks_follow_contents():
     x = streams(batch=1, tokens=130)
     with torch.inference_mode():
-        rows = [kda_cuda.chunk_kda(**x, cu_seqlens=torch.tensor(bounds), return_intermediate_states=True)[2].shape[1]
-                for bounds in ([0, 64, 130], [0, 10, 130], [0, 1, 60])]  # fmt: skip
+        rows = [
+            kda_cuda.chunk_kda(**x, cu_seqlens=torch.tensor(bounds), return_intermediate_states=True)[2].shape[1]
+            for bounds in ([0, 64, 130], [0, 10, 130], [0, 1, 60])
+        ]
     assert rows == [3, 3, 2]
 
 

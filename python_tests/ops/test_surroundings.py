@@ -163,11 +163,14 @@ def test_captured_in_a_graph(name, device):
 
 
 @pytest.mark.devices("cuda")
-@pytest.mark.parametrize(("function", "shapes"), [
-    (norm, {"x": (1, 8192, 32, 128), "gate": (1, 8192, 32, 128), "weight": (128,)}),
-    (conv, {"x": (2, 8192, 4096), "weight": (4096, 4), "bias": (4096,), "initial_state": (2, 4096, 3)}),
-    (conv, {"x": (1, 30001, 96), "weight": (96, 4), "bias": (96,), "initial_state": (1, 96, 3)}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (norm, {"x": (1, 8192, 32, 128), "gate": (1, 8192, 32, 128), "weight": (128,)}),
+        (conv, {"x": (2, 8192, 4096), "weight": (4096, 4), "bias": (4096,), "initial_state": (2, 4096, 3)}),
+        (conv, {"x": (1, 30001, 96), "weight": (96, 4), "bias": (96,), "initial_state": (1, 96, 3)}),
+    ],
+)
 def test_sizes_of_a_model(function, shapes, device, monkeypatch):
     """The shapes that the kernels are made for, beside the reference in fp32 on the same device."""
     make = torch.Generator(device).manual_seed(0)

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
-import torch
 
 from ..support.cp_checks import CHECKS, RANKS, run_rank
+from ..support.ranks import run_ranks
 
 TIMEOUT = 240  # seconds; all of it takes about thirty
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, request) -> list[dict]:
-    """What passed and what failed, of each rank that lives on. They meet through a file: no port to be taken."""
-    if not torch.distributed.is_available():
-        pytest.skip("torch.distributed is not available")
-    folder, end = tmp_path_factory.mktemp("ranks"), time.monotonic() + TIMEOUT
-    arguments = (str(folder), not request.config.getoption("--no-emulator"))
-    context = torch.multiprocessing.start_processes(run_rank, arguments, RANKS, join=False, start_method="spawn")
-    try:
-        while not context.join(max(0.1, end - time.monotonic())):
-            assert time.monotonic() < end, f"the ranks did not end within {TIMEOUT} s"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
+    """What passed and what failed, of each rank that lives on."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(run_rank, RANKS, folder, TIMEOUT, not request.config.getoption("--no-emulator"))
     files = [folder / f"rank{rank}.json" for rank in range(RANKS)]
     return [json.loads(file.read_text()) for file in files if file.exists()]
 

@@ -17,8 +17,18 @@ from ..ops.test_ops import LAYOUTS, relaid
 KERNELS = ["short_conv_fwd", "short_conv_bwd", "short_conv_reduce"]
 # (batch, tokens, channels, taps): one token, fewer than taps, several runs of a row, several blocks of channels; single
 # channels where no pieces of 16 bytes fit.
-SIZES = [(2, 1, 40, 4), (1, 2, 8, 4), (2, 21, 136, 4), (1, 45, 24, 3), (2, 19, 16, 2), (1, 30, 40, 8), (1, 18, 8, 5),
-         (1, 26, 37, 4), (2, 9, 3, 7), (1, 12, 1, 2)]  # fmt: skip
+SIZES = [
+    (2, 1, 40, 4),
+    (1, 2, 8, 4),
+    (2, 21, 136, 4),
+    (1, 45, 24, 3),
+    (2, 19, 16, 2),
+    (1, 30, 40, 8),
+    (1, 18, 8, 5),
+    (1, 26, 37, 4),
+    (2, 9, 3, 7),
+    (1, 12, 1, 2),
+]
 LENGTHS = [(0, 1, 2, 3, 5, 17, 0, 40), (37,), (8, 8, 8), (0, 0)]
 
 
