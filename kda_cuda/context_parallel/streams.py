@@ -33,17 +33,13 @@ def exchange_conv_tails(x: Tensor, cp_context: Any, kernel_size: int | None = No
         ValueError, TypeError: an argument does not fit; the message names it.
     """
     c = Checker("exchange_conv_tails")
-    c.tensor("x", x)
-    c.rank("x", x, "1, T, channels")
-    route = route_of(c, cp_context)
+    route = _route_of_tokens(c, x, cp_context)
     taps = cp_context.conv1d_kernel_size if kernel_size is None else kernel_size
     c.integer("kernel_size", taps)
     if cp_context.conv1d_kernel_size not in (None, taps):
         raise c.value_error(
             f"kernel_size is {taps}, expected cp_context.conv1d_kernel_size={cp_context.conv1d_kernel_size}"
         )
-    if x.shape[:2] != (1, route.bounds[-1]):
-        raise c.value_error(f"x has shape {list(x.shape)}, expected [1, T={route.bounds[-1]}, channels]")
     if not route.exchanges or taps == 1:
         return x.new_zeros(len(route.parts), taps - 1, x.shape[2])
     _check_group(c, cp_context)
@@ -115,6 +111,16 @@ def _sources(slot: int, lengths: list[int], width: int) -> list[tuple[int, tuple
     return found
 
 
+def _route_of_tokens(c: Checker, x: Tensor, cp_context: Any) -> Route:
+    """The route of a context whose tokens on this rank are those of ``x``."""
+    c.tensor("x", x)
+    c.rank("x", x, "1, T, channels")
+    route = route_of(c, cp_context)
+    if x.shape[:2] != (1, route.bounds[-1]):
+        raise c.value_error(f"x has shape {list(x.shape)}, expected [1, T={route.bounds[-1]}, channels]")
+    return route
+
+
 def gather_tokens(x: Tensor, cp_context: Any) -> Tensor:
     """The tokens of all ranks in their order, ``[1, all, channels]`` for ``x`` ``[1, T, channels]``, with gradients.
 
@@ -122,11 +128,7 @@ def gather_tokens(x: Tensor, cp_context: Any) -> Tensor:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
     c = Checker("gather_tokens")
-    c.tensor("x", x)
-    c.rank("x", x, "1, T, channels")
-    route = route_of(c, cp_context)
-    if x.shape[:2] != (1, route.bounds[-1]):
-        raise c.value_error(f"x has shape {list(x.shape)}, expected [1, T={route.bounds[-1]}, channels]")
+    route = _route_of_tokens(c, x, cp_context)
     if route.ranks == 1 and len(route.parts) == 1:
         return x
     _check_group(c, cp_context)
