@@ -11,7 +11,7 @@ export PATH := $(BIN):$(PATH)
 
 venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(VENV)/.demo
-	$(BIN)/python -m pip install -q setuptools wheel pybind11 ninja "cmake>=3.24" pytest hypothesis ruff==0.17.6 clang-format==23.1.5 \
+	$(BIN)/python -m pip install -q setuptools wheel pybind11 ninja "cmake>=3.24" pytest pytest-xdist==3.8.0 hypothesis ruff==0.17.6 clang-format==23.1.5 \
 	    transformers==5.17.0 safetensors==0.8.0 tokenizers==0.23.3 peft==0.21.0
 	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/peers/triton triton==3.6.0 einops==0.8.2
 	for v in 0.5.2 0.6.0; do $(BIN)/python -m pip install -q --no-deps --target $(VENV)/peers/fla-$$v fla-core==$$v flash-linear-attention==$$v; done
@@ -73,7 +73,7 @@ lint: venv
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'bench/*.cpp' 'bench/*.h' | xargs $(BIN)/clang-format --dry-run --Werror
 
 test: build emulator cpp-tests test-sanitizers lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # What ptxas said of the kernels of the last build: the committed baseline, and the check against it.
 RESOURCE_REPORTS = $$(ls build/cmake-cpython-*/kernels/*.ptxas)

@@ -10,7 +10,11 @@ import torch
 from kda_cuda import build_info, testing
 
 from .support import bwd_calls
-from .support.devices import NAMES, Device, kernels_seen, note_kernels
+from .support.devices import NAMES, Device, note_kernels, take_kernels
+
+REPORTED = "what ran"  # where in a report: the device of the test, and its kernels by device
+outcomes = {name: Counter() for name in (*NAMES, "-")}
+kernels_seen = {name: Counter() for name in NAMES}
 
 
 def pytest_addoption(parser):
@@ -21,7 +25,6 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "devices(*names): of cpu, emulator and cuda, where a test with `device` runs")
     torch.manual_seed(0)
-    config.kda_outcomes = {name: Counter() for name in (*NAMES, "-")}
 
 
 def pytest_generate_tests(metafunc):
@@ -80,18 +83,26 @@ def poisoned_memory():
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if call.when == "call" or report.outcome != "passed":
-        item.config.kda_outcomes[_device_of(item)][report.outcome] += 1
+    report.user_properties.append((REPORTED, (_device_of(item), take_kernels())))
     return report
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_runtest_logreport(report):
+    """In the process that prints the summary: reports also come from workers (pytest-xdist)."""
+    device, kernels = dict(report.user_properties).get(REPORTED, ("-", {}))
+    if report.when == "call" or report.outcome != "passed":
+        outcomes[device][report.outcome] += 1
+    for name, counts in kernels.items():
+        kernels_seen[name].update(counts)
+
+
+def pytest_terminal_summary(terminalreporter):
     write = terminalreporter.write_line
     terminalreporter.section("what ran where")
     write(f"torch {torch.__version__}; kernels: {build_info()['ops'] or 'not built'}")
-    for name, outcomes in config.kda_outcomes.items():
-        if not outcomes:
+    for name, of_device in outcomes.items():
+        if not of_device:
             continue
-        counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items()))
+        counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(of_device.items()))
         kernels = ", ".join(f"{kernel} x{n}" for kernel, n in sorted(kernels_seen.get(name, {}).items()))
         write(f"{'no device' if name == '-' else name:>10}: {counts}" + (f"; kernels {kernels}" if kernels else ""))

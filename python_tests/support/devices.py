@@ -11,7 +11,7 @@ import torch
 from kda_cuda import testing
 
 NAMES = ("cpu", "emulator", "cuda")
-kernels_seen: dict[str, Counter] = {name: Counter() for name in NAMES}  # for the summary at the end of the run
+_noted: dict[str, Counter] = {name: Counter() for name in NAMES}  # since they were last taken
 
 
 class Device(str):
@@ -43,7 +43,15 @@ class Device(str):
 
 
 def note_kernels(name: str, kernels: list[str]) -> None:
-    kernels_seen[name].update(kernels)
+    _noted[name].update(kernels)
+
+
+def take_kernels() -> dict[str, dict[str, int]]:
+    """Which kernels have been noted, how often, by device; then none are."""
+    taken = {name: dict(counts) for name, counts in _noted.items() if counts}
+    for counts in _noted.values():
+        counts.clear()
+    return taken
 
 
 def _profiled(call: Callable[[], Any]) -> tuple[Any, list[str]]:
