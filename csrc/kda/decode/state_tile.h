@@ -21,23 +21,21 @@ KDA_DEVICE uint4 load_piece(State const* from, int count) {
   }
   return {word[0], word[1], word[2], word[3]};
 }
-/// 16 bytes to a state, or at most `count` elements of it. Of Bits16, `is_bf16` says which.
-template <class State, bool kVector>
-KDA_DEVICE void store_piece(State* to, float const (&x)[16 / sizeof(State)], int count, bool is_bf16) {
+/// 16 bytes to a state of E, or at most `count` elements of it.
+template <class E, bool kVector, class State>
+KDA_DEVICE void store_piece(State* to, float const (&x)[16 / sizeof(State)], int count) {
   if constexpr (!kVector) {
 #pragma unroll
     for (int j = 0; j < int(16 / sizeof(State)); ++j)
       if (j < count) {
         if constexpr (sizeof(State) == 4) to[j] = x[j];
-        else to[j].bits = uint16_t(is_bf16 ? pack2<Bf16>(x[j], 0.f) : pack2<Fp16>(x[j], 0.f));
+        else to[j].bits = uint16_t(pack2<E>(x[j], 0.f));
       }
   } else if (count > 0) {
     uint4 piece;
     if constexpr (sizeof(State) == 4)
       piece = {float_to_bits(x[0]), float_to_bits(x[1]), float_to_bits(x[2]), float_to_bits(x[3])};
-    else if (is_bf16)
-      piece = {pack2<Bf16>(x[0], x[1]), pack2<Bf16>(x[2], x[3]), pack2<Bf16>(x[4], x[5]), pack2<Bf16>(x[6], x[7])};
-    else piece = {pack2<Fp16>(x[0], x[1]), pack2<Fp16>(x[2], x[3]), pack2<Fp16>(x[4], x[5]), pack2<Fp16>(x[6], x[7])};
+    else piece = {pack2<E>(x[0], x[1]), pack2<E>(x[2], x[3]), pack2<E>(x[4], x[5]), pack2<E>(x[6], x[7])};
     *reinterpret_cast<uint4*>(to) = piece;
   }
 }
@@ -78,10 +76,11 @@ struct StatePieces {
       else widen<Fp16>();
     }
   }
+  /// One branch for all pieces, not one for each.
   KDA_DEVICE void store(State* to) const {
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i)
-      store_piece<State, Shape::kVector>(to + self().offset(i), x[i], self().present(i), type == Dtype::kBfloat16);
+    if constexpr (sizeof(State) == 4) store_as<float>(to);
+    else if (type == Dtype::kBfloat16) store_as<Bf16>(to);
+    else store_as<Fp16>(to);
   }
 
  private:
@@ -94,6 +93,11 @@ struct StatePieces {
         float2 const pair = unpack2<E>(float_to_bits(x[i][j]));
         x[i][2 * j] = pair.x, x[i][2 * j + 1] = pair.y;
       }
+  }
+  template <class E>
+  KDA_DEVICE void store_as(State* to) const {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) store_piece<E, Shape::kVector>(to + self().offset(i), x[i], self().present(i));
   }
   KDA_DEVICE Derived const& self() const { return static_cast<Derived const&>(*this); }
 };
