@@ -84,7 +84,7 @@ def floor_us(shape: Shape, gpu: PlannedGpu, variant: Variant = MAIN) -> float:
 
 COLUMNS = {
     "shape": "---",
-    "parts": "---:",
+    "rounds": "---:",
     "prepare": "---:",
     "scan": "---:",
     "H100": "---:",
@@ -143,7 +143,7 @@ def table(measured: dict) -> str:
     for shape, x in every.items():
         kernels = [f"{MAIN.us(shape, H100, of):.0f}" for of in ("prepare", "scan")]
         last = [split_of(rows[str(shape), "long"]), PUBLISHED.get(str(shape), "")]
-        lines.append(line([str(shape), MAIN.plan(shape, H100)["parts"], *kernels, *comparison(x), *last]))
+        lines.append(line([str(shape), MAIN.plan(shape, H100)["rounds"], *kernels, *comparison(x), *last]))
     mean = {name: geomean([every[shape][name] for shape in TEN]) for name in every[TEN[0]]}
     lines.append(line(["geomean of the ten", "", "", "", *comparison(mean), "", PUBLISHED_TEN]))
     return "\n".join(lines) + "\n"

@@ -72,7 +72,7 @@ PLANTS = (
         "before(cell);",
         "if (kPass == ScanPass::kReverse || i == 0) before(cell);\n"
         "if (kPass == ScanPass::kStates && i + 1 < count)\n"
-        "  before(BackwardCell<Variant>(p, first_slot + i + 1, work.value_head));",
+        "  before(BackwardCell<Variant>(p, first_cell + i + 1, work.value_head));",
         "plain",
         wrong("dq", "dg"),
     ),
@@ -89,7 +89,7 @@ PLANTS = (
         "sum_of_one_turn",
         REDUCE,
         "sum += channel < kKeyTile ? chunk.ddt_bias[channel] : chunk.dA_log_of_all();",
-        "if (slot < kRows) sum += channel < kKeyTile ? chunk.ddt_bias[channel] : chunk.dA_log_of_all();",
+        "if (cell < kRows) sum += channel < kKeyTile ? chunk.ddt_bias[channel] : chunk.dA_log_of_all();",
         "plain",
         wrong("ddt_bias", "dA_log"),
     ),

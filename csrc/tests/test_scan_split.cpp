@@ -39,17 +39,17 @@ ChunkFwdCall call_of(int64_t tokens, int value_heads, int sequences = 0, bool ba
   return ChunkFwdCall(p);
 }
 
-/// Each chunk of the part once, its segments in order and next to each other, none beyond the host's bound.
+/// Each chunk of the round once, its segments in order and next to each other, none beyond the host's bound.
 void expect_cover(ChunkFwdParams const& p) {
   ChunkPlan const plan = plan_of<Variant16>(p);
-  int64_t const length = p.segment_tokens / plan.chunk, blocks = part_segments(p.plan, p.part_slots, length);
-  std::vector<int> covered(size_t(p.part_slots), 0), finished(size_t(plan.sequences), 0);
+  int64_t const length = p.segment_tokens / plan.chunk, blocks = round_segments(p.plan, p.round_cells, length);
+  std::vector<int> covered(size_t(p.round_cells), 0), finished(size_t(plan.sequences), 0);
   ScanWork work, before{};
   for (int64_t x = 0; x < blocks + 5; ++x) {
     if (!find_scan_work<Variant16>(work, p, x, 0)) continue;
     ASSERT_LT(x, blocks);
     ASSERT_LT(x + (work.following ? 1 : 0), blocks) << "its summary would have no place";
-    for (int64_t i = work.begin; i < work.end; ++i) ++covered[size_t(work.sequence.first_slot + i - p.first_slot)];
+    for (int64_t i = work.begin; i < work.end; ++i) ++covered[size_t(work.sequence.first_cell + i - p.first_cell)];
     if (work.chunks == 0) ++finished[size_t(work.n)];
     EXPECT_LE(work.end - work.begin, length);
     if (!work.first) {
@@ -62,26 +62,26 @@ void expect_cover(ChunkFwdParams const& p) {
   }
   for (int n = 0; n < plan.sequences; ++n) {
     Sequence const s = plan.sequence(n);
-    int64_t const chunks = plan.chunks_of(s.length), from = p.first_slot - s.first_slot;
+    int64_t const chunks = plan.chunks_of(s.length), from = p.first_cell - s.first_cell;
     for (int64_t i = 0; i < chunks; ++i)
-      if (i >= from && i < from + p.part_slots) {
+      if (i >= from && i < from + p.round_cells) {
         EXPECT_EQ(covered[size_t(i - from)], 1) << "chunk " << i << " of sequence " << n;
         covered[size_t(i - from)] = 0;
       }
     if (chunks == 0) {
-      EXPECT_EQ(finished[size_t(n)], from <= 0 && from + p.part_slots > 0) << "sequence " << n;
+      EXPECT_EQ(finished[size_t(n)], from <= 0 && from + p.round_cells > 0) << "sequence " << n;
     }
   }
   for (int rest : covered) EXPECT_EQ(rest, 0);
 }
 
-void expect_cover_of_every_part(ChunkFwdParams& p) {
-  int64_t const slots = p.plan.slots();
+void expect_cover_of_every_round(ChunkFwdParams& p) {
+  int64_t const cells = p.plan.cells();
   for (int64_t const length : {int64_t(1), int64_t(2), int64_t(4), p.plan.chunks_of(p.plan.tokens) + 1})
-    for (int64_t const part_slots : {slots, (slots + 1) / 2, int64_t(7), int64_t(1)}) {
+    for (int64_t const round_cells : {cells, (cells + 1) / 2, int64_t(7), int64_t(1)}) {
       p.segment_tokens = length * p.plan.chunk;
-      for (p.first_slot = 0; p.first_slot < slots && part_slots; p.first_slot += part_slots) {
-        p.part_slots = int32_t(std::min(part_slots, slots - p.first_slot));
+      for (p.first_cell = 0; p.first_cell < cells && round_cells; p.first_cell += round_cells) {
+        p.round_cells = int32_t(std::min(round_cells, cells - p.first_cell));
         expect_cover(p);
       }
     }
@@ -96,7 +96,7 @@ TEST(ScanSplit, EveryChunkOfRaggedSequencesOnce) {
     ChunkFwdParams p{};
     p.value_heads = 1;
     p.plan = {bounds.back() + int32_t(random() % 2 * 50), int32_t(bounds.size()) - 1, bounds.data(), false, 16, {}};
-    expect_cover_of_every_part(p);
+    expect_cover_of_every_round(p);
   }
 }
 
@@ -106,7 +106,7 @@ TEST(ScanSplit, EveryChunkOfEqualSequencesOnce) {
       ChunkFwdParams p{};
       p.value_heads = 1;
       p.plan = {tokens, batch, nullptr, false, 16, {}};
-      expect_cover_of_every_part(p);
+      expect_cover_of_every_round(p);
     }
 }
 
@@ -122,7 +122,7 @@ TEST(ScanSplit, SequencesWithoutTokensAreFinishedOnce) {
     EXPECT_EQ(work.chunks, 0);
   }
   EXPECT_FALSE(find_scan_work<Variant16>(work, p, 3, 0));
-  EXPECT_EQ(part_segments(p.plan, 0, 1), 3);
+  EXPECT_EQ(round_segments(p.plan, 0, 1), 3);
 }
 
 TEST(ScanSplit, FewHeadsAreSplitAndManyAreNot) {
@@ -154,22 +154,22 @@ TEST(ScanSplit, FewHeadsAreSplitAndManyAreNot) {
   }
 }
 
-/// Parts come after each other and are all of the work, in the workspace that the schedule asks for.
-TEST(ScanSplit, PartsAreAllOfTheWork) {
+/// Rounds come after each other and are all of the work, in the workspace that the schedule asks for.
+TEST(ScanSplit, RoundsAreAllOfTheWork) {
   ChunkFwdVariant const v = sizes_of<Bf16K128Sm90>();
   for (int64_t const tokens : {1, 64, 1000, 8192, 70000})
     for (int const heads : {1, 16, 64})
       for (int const sequences : {0, 1, 7}) {
         ChunkFwdCall const call = call_of(tokens, heads, sequences);
         ChunkFwdSchedule const s = schedule_chunk_fwd(v, call, kH100);
-        int64_t slots = 0;
-        for (int64_t i = 0; i < s.parts; ++i) {
-          slots += s.part(i).slots;
-          EXPECT_GT(s.part(i).slots, 0);
-          EXPECT_LE(s.part(i).slots, s.workspace.most_slots);
-          EXPECT_LE(s.part(i).walkers, s.part(i).slots);
+        int64_t cells = 0;
+        for (int64_t i = 0; i < s.rounds; ++i) {
+          cells += s.round(i).cells;
+          EXPECT_GT(s.round(i).cells, 0);
+          EXPECT_LE(s.round(i).cells, s.workspace.most_cells);
+          EXPECT_LE(s.round(i).walkers, s.round(i).cells);
         }
-        EXPECT_EQ(slots, call.plan.slots()) << tokens << " tokens, " << heads << " heads";
+        EXPECT_EQ(cells, call.plan.cells()) << tokens << " tokens, " << heads << " heads";
         EXPECT_LE(s.workspace.carry, s.workspace.progress);
         EXPECT_LT(s.workspace.progress, s.workspace.segments);
         EXPECT_EQ(s.workspace.bytes(), kRecordAlignment + s.workspace.segments + s.workspace.segment_bytes);
@@ -182,10 +182,10 @@ TEST(ScanSplit, ScanRunsBesidePrepareWhereItLeavesMultiprocessorsFree) {
        {std::tuple{8192, 16, true}, {4096, 8, true}, {8192, 24, true}, {8192, 64, false}, {64, 4, false}}) {
     ChunkFwdCall const call = call_of(tokens, heads);
     ChunkFwdSchedule const s = schedule_chunk_fwd(v, call, kH100);
-    std::printf("%d tokens, %d heads: %.0f us, parts of %lld slots, %lld multiprocessors for the scan, %d walkers\n",
-                tokens, heads, s.unsplit_us, (long long)s.whole.slots, (long long)s.reserved, s.whole.walkers);
+    std::printf("%d tokens, %d heads: %.0f us, rounds of %lld cells, %lld multiprocessors for the scan, %d walkers\n",
+                tokens, heads, s.unsplit_us, (long long)s.whole.cells, (long long)s.reserved, s.whole.walkers);
     EXPECT_EQ(s.reserved > 0, beside) << tokens << " tokens, " << heads << " heads";
-    EXPECT_LE(size_t(s.whole.slots * heads * s.workspace.cell_bytes), s.workspace.carry);
+    EXPECT_LE(size_t(s.whole.cells * heads * s.workspace.cell_bytes), s.workspace.carry);
     if (!beside) continue;
     EXPECT_EQ(s.reserved, 2 * heads) << "a block for 64 columns of V";
     EXPECT_LE(divide_up(int64_t(s.whole.walkers) * heads, s.teams) + s.reserved, 132) << "all at once";

@@ -90,7 +90,7 @@ inline void set_plan(char const* op, ChunkInputs& p, Tensor const& q, OptionalTe
   }
   p.plan.sequences = int32_t(sequences);
   int64_t const most = INT32_MAX - 2;  // blocks in a row of a grid, and two ranges that no sequence owns
-  require(sequences <= most && p.plan.slots() <= most, op, [&] {
+  require(sequences <= most && p.plan.cells() <= most, op, [&] {
     return "q has shape " + shape_text(q) + ", expected less than 2^31 sequences and less than 2^31 chunks";
   });
 }

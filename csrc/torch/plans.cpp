@@ -28,7 +28,7 @@ std::string split_text(ChunkFwdSchedule const& s, ChunkFwdVariant const& v, Chun
                     split = microseconds(s.split_us), unsplit = "in one piece " + microseconds(s.unsplit_us),
                     by = "by cost: predicted to take " + split + " split, " + unsplit,
                     segments = "sequences into segments of " + std::to_string(s.segment_chunks * v.chunk) +
-                               " tokens, " + std::to_string(s.mean_segments) + " for one of mean length in a part, ";
+                               " tokens, " + std::to_string(s.mean_segments) + " for one of mean length in a round, ";
   switch (s.reason) {
     case SplitReason::kInvariant:
       return value + "no sequence, as batch_invariant asks";
@@ -57,7 +57,7 @@ std::string describe(ChunkFwdSchedule const& s, ChunkFwdVariant const& v, ChunkF
     else text += std::string(name) + "=" + value + "\n";
   };
   line("variant", v.name), line("chunk", v.chunk), line("key_tile", v.key_tile);
-  line("parts", s.parts);
+  line("rounds", s.rounds);
   line("overlap", s.reserved ? "the scan runs beside the prepare kernel, on " + std::to_string(s.reserved) +
                                    " multiprocessors that it leaves free"
                   : s.beside ? "the scan follows the prepare kernel as that one ends"
@@ -88,7 +88,7 @@ std::string kernels_of(Wanted wanted, bool grouped, bool packed) {
 
 /// `sequences`: entries of cu_seqlens less one, or -1 without cu_seqlens.
 ChunkPlan plan_of_call(int64_t batch, int64_t tokens, int sequences, int chunk) {
-  static char const known = 0;  // slots() asks only whether there are boundaries
+  static char const known = 0;  // cells() asks only whether there are boundaries
   bool const packed = sequences >= 0;
   return {tokens, packed ? sequences : int32_t(batch), packed ? &known : nullptr, false, chunk, {}};
 }

@@ -18,8 +18,8 @@ from ..support.cases import CASES, Case, Inputs
 
 CLEAR = ["chunk_fwd_clear"]  # first of all, where there is cu_seqlens: the outputs of tokens that no sequence has
 RESET = ["chunk_fwd_reset"]  # once, where kernels run beside each other: the counters that they wait for
-WHOLE = ["chunk_prepare", "chunk_fwd_scan"]  # the launches of a part, and where sequences are split
-SPLIT = ["chunk_prepare", "chunk_fwd_summarise", "chunk_fwd_join", "chunk_fwd_scan"]
+WHOLE = ["chunk_prepare", "chunk_fwd_scan"]  # the launches of a round, and where sequences are split
+SPLIT = ["chunk_prepare", "chunk_fwd_summarise", "chunk_fwd_chain", "chunk_fwd_scan"]
 # Tests that compare a whole with a part of it bit by bit ask for this: whether a sequence is split depends on its
 # length and batch, so only then are the bits promised. Split calls are held to the recurrence: test_sequence_split.
 INVARIANT = {"deterministic": "batch_invariant"}
@@ -34,7 +34,7 @@ def run(x: Inputs, **options) -> dict[str, Tensor]:
 
 
 def assert_ran(kernels: list[str], device) -> None:
-    """Every launch, part by part: the emulator works in parts, and splits sequences, in small calls already."""
+    """Every launch, round by round: the emulator works in rounds, and splits sequences, in small calls already."""
     kernels = kernels[kernels[:1] == CLEAR :]
     steps = SPLIT if SPLIT[1] in kernels else WHOLE
     kernels = kernels[kernels[:1] == RESET and steps == WHOLE :]

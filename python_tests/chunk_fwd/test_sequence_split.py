@@ -128,10 +128,10 @@ def test_in_place_with_checkpoints(device):
 
 
 @pytest.mark.devices("emulator")
-def test_parts_beside_each_other(device):
+def test_rounds_beside_each_other(device):
     """Where the scan leaves multiprocessors free, it runs beside the prepare kernel, whose blocks then are teams, and
-    parts follow each other through the same records. Parts change no bit."""
-    case = Case("parts", 4096 + 7, heads=1, value_dim=8, initial_state=True, dtype=torch.bfloat16, gate="long")
+    rounds follow each other through the same records. Rounds change no bit."""
+    case = Case("rounds", 4096 + 7, heads=1, value_dim=8, initial_state=True, dtype=torch.bfloat16, gate="long")
     x = case.inputs()
     results = {}
     for multiprocessors, overlap in (
@@ -144,7 +144,7 @@ def test_parts_beside_each_other(device):
             assert plan["overlap"].startswith(overlap)
             results[multiprocessors], kernels = device.run(lambda: run(x, **INVARIANT))
             prepare = "chunk_prepare_teams" if multiprocessors == 4 else "chunk_prepare"
-            assert int(plan["parts"]) >= 2 and kernels == RESET + [prepare, "chunk_fwd_scan"] * int(plan["parts"])
+            assert int(plan["rounds"]) >= 2 and kernels == RESET + [prepare, "chunk_fwd_scan"] * int(plan["rounds"])
     check(case, results[132])
     for name, y in results[132].items():
         assert torch.equal(y, results[1][name]) and torch.equal(y, results[4][name]), name
@@ -167,7 +167,7 @@ def test_a_long_sequence_on_a_gpu(dtype, gate):
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [4096, 4096 - 5])
 def test_the_scan_beside_the_prepare_kernel_on_a_gpu(tokens):
-    """More than one part, in which every record is written and read twice; beside each other, again, and per head."""
+    """More than one round, in which every record is written and read twice; beside each other, again, and per head."""
     case = Case(
         "beside_on_gpu",
         tokens,
@@ -180,7 +180,7 @@ def test_the_scan_beside_the_prepare_kernel_on_a_gpu(tokens):
     )
     x = case.inputs("cuda")
     plan = kda_cuda.explain(**x.public(), **INVARIANT).forward.plan
-    assert plan["overlap"].startswith("the scan runs beside the prepare kernel") and int(plan["parts"]) >= 2
+    assert plan["overlap"].startswith("the scan runs beside the prepare kernel") and int(plan["rounds"]) >= 2
     results, again = run(x, **INVARIANT), run(x, **INVARIANT)
     for name, y in results.items():
         assert torch.equal(y, again[name]), name
@@ -196,7 +196,7 @@ def test_the_scan_beside_the_prepare_kernel_on_a_gpu(tokens):
 def test_explain_says_why(device):
     x = long_case("bf16_k64_sm90")[0].inputs()
     assert split_of(x).startswith(
-        "V into 1 of 64 columns; sequences into segments of 256 tokens, 3 for one of mean length in a part, as this "
+        "V into 1 of 64 columns; sequences into segments of 256 tokens, 3 for one of mean length in a round, as this "
         "device wants: predicted "
     )
     assert split_of(x, **INVARIANT) == "V into 1 of 64 columns; no sequence, as batch_invariant asks"

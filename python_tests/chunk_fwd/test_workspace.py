@@ -78,7 +78,7 @@ def test_workspace_against_the_inputs(variant, device):
                 "device": "cpu",
             }
             promised = PROMISE * 2 * batch * tokens * heads * key_dim * dtype.itemsize
-            carried = 2 * heads * key_dim * 128 * 4  # states between parts
+            carried = 2 * heads * key_dim * 128 * 4  # states between rounds
             unsplit = kda_cuda.workspace_size(**shape, deterministic="batch_invariant")
             assert unsplit <= max(promised, SMALL) + carried + 1024
             segments = kda_cuda.workspace_size(**shape) - unsplit

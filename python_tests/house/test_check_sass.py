@@ -74,7 +74,7 @@ def test_faults(check_sass, case):
 def test_what_is_demanded_of_which_kernel(check_sass):
     for kernel in (KERNEL, "chunk_fwd_scan_kernel<Fp16K256>", "chunk_fwd_summarise_kernel<Bf16K64C32>"):
         assert check_sass.is_demanding(kernel)
-    for kernel in ("chunk_fwd_join_kernel<Bf16K64>", "decode_kernel<KeyFirstShape<float, 64, true> >"):
+    for kernel in ("chunk_fwd_chain_kernel<Bf16K64>", "decode_kernel<KeyFirstShape<float, 64, true> >"):
         assert not check_sass.is_demanding(kernel) and check_sass.faults(kernel, []) == []
 
 

@@ -8,7 +8,7 @@
 namespace kda {
 
 template <class Variant>
-struct JoinShape {
+struct ChainShape {
   static constexpr int kRows = 16, kKeyTile = Variant::config.key_tile;
   static constexpr int kThreads = 128, kLanes = kKeyTile / 4;   // threads that share a row of M, a float4 each
   static constexpr int kGroups = kThreads / kLanes;             // of threads: each sums over its own rows of M
@@ -18,8 +18,8 @@ struct JoinShape {
 };
 
 template <class Variant>
-struct JoinStorage {
-  using Shape = JoinShape<Variant>;
+struct ChainStorage {
+  using Shape = ChainShape<Variant>;
   float4 sum[Shape::kGroups][Shape::kRows][Shape::kLanes];
   float state[Shape::kRows][Shape::kKeyTile];
 };
@@ -31,8 +31,8 @@ KDA_DEVICE void add(float4& sum, float4 const& x) { sum.x += x.x, sum.y += x.y, 
 
 /// sum <- this group's share of the rows of `state` times M.
 template <class Variant>
-KDA_DEVICE void multiply_by_transition(JoinStorage<Variant>& s, SegmentAt const& segment) {
-  using Shape = JoinShape<Variant>;
+KDA_DEVICE void multiply_by_transition(ChainStorage<Variant>& s, SegmentAt const& segment) {
+  using Shape = ChainShape<Variant>;
   int const group = thread_index() / Shape::kLanes, lane = thread_index() % Shape::kLanes;
   float4 sum[Shape::kRows] = {};
 #pragma unroll 1
@@ -55,11 +55,11 @@ KDA_DEVICE void multiply_by_transition(JoinStorage<Variant>& s, SegmentAt const&
   for (int row = 0; row < Shape::kRows; ++row) s.sum[group][row][lane] = sum[row];
 }
 
-/// Only the block of a sequence's first segment in the part works, on all of them.
+/// Only the block of a sequence's first segment in the round works, on all of them.
 template <class Variant>
-KDA_GLOBAL void __launch_bounds__(JoinShape<Variant>::kThreads) chunk_fwd_join_kernel(ChunkCall const p) {
-  using Shape = JoinShape<Variant>;
-  KDA_DYNAMIC_SHARED(JoinStorage<Variant>, storage);
+KDA_GLOBAL void __launch_bounds__(ChainShape<Variant>::kThreads) chunk_fwd_chain_kernel(ChunkCall const p) {
+  using Shape = ChainShape<Variant>;
+  KDA_DYNAMIC_SHARED(ChainStorage<Variant>, storage);
   auto& s = *storage;
   ScanWork work;
   if (!find_scan_work<Variant>(work, p, blockIdx.x, blockIdx.y) || !work.first || work.following == 0) return;

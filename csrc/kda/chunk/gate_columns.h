@@ -55,17 +55,17 @@ KDA_DEVICE ChunkPlan plan_of(ChunkInputs const& p) {
 template <class Variant>
 KDA_DEVICE ChunkOfHead chunk_of_head(ChunkInputs const& p, Sequence const& sequence, int64_t i, int value_head) {
   constexpr int kChunk = Variant::config.chunk;
-  int64_t const first = i * kChunk, left = sequence.length - first;
-  return {sequence.batch_row, sequence.begin + first, int32_t(left < kChunk ? left : kChunk),
+  int64_t const first = i * kChunk, remaining = sequence.length - first;
+  return {sequence.batch_row, sequence.begin + first, int32_t(remaining < kChunk ? remaining : kChunk),
           value_head / (p.value_heads / p.heads), value_head};
 }
 
-/// The chunk in a slot of the plan. False: there is none.
+/// The chunk in a cell of the plan. False: there is none.
 template <class Variant>
-KDA_DEVICE bool chunk_in_slot(ChunkOfHead& chunk, ChunkInputs const& p, int64_t slot, int value_head) {
+KDA_DEVICE bool chunk_in_cell(ChunkOfHead& chunk, ChunkInputs const& p, int64_t cell, int value_head) {
   ChunkPlan const plan = plan_of<Variant>(p);
-  Sequence const sequence = plan.sequence(plan.sequence_of_slot(slot));
-  int64_t const i = slot - sequence.first_slot;
+  Sequence const sequence = plan.sequence(plan.sequence_of_cell(cell));
+  int64_t const i = cell - sequence.first_cell;
   if (i < 0 || i >= plan.chunks_of(sequence.length)) return false;
   chunk = chunk_of_head<Variant>(p, sequence, i, value_head);
   return true;

@@ -1,4 +1,4 @@
-// What every chunkwise operation is given, and which part of its work one launch covers.
+// What every chunkwise operation is given, and which round of the work one launch covers.
 #pragma once
 #include "kda/chunk/plan.h"
 #include "kda/gate.h"
@@ -23,23 +23,23 @@ struct ChunkInputs {
   bool batch_invariant;  // the bits of a sequence may not depend on what it is batched with
 };
 
-/// The part of the work that one launch covers: cells [first_slot, first_slot + part_slots) of the plan, and the value
-/// heads [first_head, first_head + part_heads).
-struct ChunkPart {
-  void* workspace;         // the records of the part (record.h)
+/// The round of the work that one launch covers: cells [first_cell, first_cell + round_cells) of the plan, and the
+/// value heads [first_head, first_head + round_heads).
+struct ChunkRound {
+  void* workspace;         // the records of the round (record.h)
   int64_t cell_bytes;      // of one chunk of one value head there
   int32_t inverse_offset;  // in a cell: where the prepare kernel leaves a ChunkInverse; 0: it does not
-  int32_t first_head, part_heads;
-  int64_t first_slot;
-  int32_t part_slots, part;
+  int32_t first_head, round_heads;
+  int64_t first_cell;
+  int32_t round_cells, round;
   int32_t walkers;         // of the prepare kernel, for each value head: teams of threads, each of which takes every
-                           // walkers-th slot
-  bool last_first;         // they begin with the last slots: the first ones are then in the L2 when the scan reads them
-  bool more_parts;         // another one follows, in the same records
+                           // walkers-th cell
+  bool last_first;         // they begin with the last cells: the first ones are then in the L2 when the scan reads them
+  bool more_rounds;        // another one follows, in the same records
   uint32_t* progress;      // record.h: what kernels that run beside each other wait for; null: they do not
-  float* carry;            // [2, value_heads, ...]: the state of the sequence that goes on into the next part
+  float* carry;            // [2, value_heads, ...]: the state of the sequence that goes on into the next round
   int64_t segment_tokens;  // of the scan, a multiple of plan.chunk; not split: more than any sequence has
-  float* segments;         // [segments of the part, value_heads, ...], segments.h; null: not split
+  float* segments;         // [segments of the round, value_heads, ...], segments.h; null: not split
 
   // Of the backward, [batch, tokens, value_heads, ...], Element: where the prepare kernel leaves rows of its own
   // tokens.
@@ -48,6 +48,6 @@ struct ChunkPart {
 };
 
 /// What the kernels that all chunkwise operations share are launched with.
-struct ChunkCall : ChunkInputs, ChunkPart {};
+struct ChunkCall : ChunkInputs, ChunkRound {};
 
 }  // namespace kda

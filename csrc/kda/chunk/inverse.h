@@ -5,8 +5,8 @@
 
 namespace kda {
 
-/// What solves with I + Diag(beta) A_kk, together with ChunkPart::l: the backward needs it once more. And what is known
-/// of the chunk by then.
+/// What solves with I + Diag(beta) A_kk, together with ChunkRound::l: the backward needs it once more. And what is
+/// known of the chunk by then.
 template <class Variant>
 struct alignas(ChunkRecord<Variant>) ChunkInverse {
   tile::DiagonalBlock diagonal[ChunkShape<Variant>::kBlocks];  // the inverses of the diagonal blocks

@@ -45,10 +45,10 @@ struct PrepareVariant {
   PrepareCost cost() const { return {dtype, key_tile}; }
 
   /// With as many walkers as make the last wave of them nearly full.
-  PrepareWalk walk(int64_t part_slots, int value_heads, DeviceTraits const& device) const {
+  PrepareWalk walk(int64_t round_cells, int value_heads, DeviceTraits const& device) const {
     PrepareWalk best{1, 0};
     for (int32_t turns = 1; turns <= 16; ++turns) {
-      int64_t const walkers = std::max<int64_t>(divide_up(part_slots, turns), 1), all = walkers * value_heads,
+      int64_t const walkers = std::max<int64_t>(divide_up(round_cells, turns), 1), all = walkers * value_heads,
                     waves = divide_up(all, int64_t(device.multiprocessors) * teams);
       double const us =
           double(waves) * (turns + kFirstLoad) * (all <= device.multiprocessors ? cost().turn_alone : cost().turn);
@@ -61,7 +61,7 @@ struct PrepareVariant {
 template <class Variant>
 PrepareVariant describe_prepare();
 
-/// Everything of one part that no state is needed for. `teams`: of threads, in a block; 1, or as many as fit. `early`:
+/// Everything of one round that no state is needed for. `teams`: of threads, in a block; 1, or as many as fit. `early`:
 /// the kernel may start before the one ahead of it has ended.
 template <class Variant>
 void launch_prepare(ChunkCall const& p, int teams, bool early, cudaStream_t stream);

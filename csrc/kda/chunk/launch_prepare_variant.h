@@ -30,7 +30,7 @@ PrepareVariant describe_prepare() {
 
 template <class Variant>
 void launch_prepare(ChunkCall const& p, int teams, bool early, cudaStream_t stream) {
-  dim3 const grid(unsigned((int64_t(p.walkers) * p.part_heads + teams - 1) / teams));
+  dim3 const grid(unsigned((int64_t(p.walkers) * p.round_heads + teams - 1) / teams));
   if constexpr (Variant::config.wgmma)
     if (teams > 1) return launch_early(early, PrepareKernels<Variant>::teams(), grid, stream, p);
   launch_early(early, PrepareKernels<Variant>::one_team(), grid, stream, p);

@@ -1,7 +1,7 @@
 // Which chunk of which sequence is whose work, and where it lies in the workspace: said once, for host and device.
 // Segments of many chunks are the chunks of a coarser plan.
 //
-// Sequence n has ceil(length / chunk) chunks. With cu_seqlens their workspace slots begin at begin / chunk + n, which
+// Sequence n has ceil(length / chunk) chunks. With cu_seqlens their cells begin at begin / chunk + n, which
 // needs no prefix sum over the sequences (floor(a) + ceil(b - a) <= floor(b) + 1), so the host never reads cu_seqlens.
 #pragma once
 #include <cstdint>
@@ -15,7 +15,7 @@ struct Sequence {
   int64_t batch_row;
   int64_t begin;  // first token in its batch row
   int64_t length;
-  int64_t first_slot;
+  int64_t first_cell;
 };
 
 struct ChunkPlan {
@@ -28,8 +28,8 @@ struct ChunkPlan {
 
   KDA_HOST_DEVICE int64_t chunks_of(int64_t length) const { return (length + chunk - 1) / chunk; }
 
-  /// Workspace slots, used or not; each holds one chunk of every head.
-  KDA_HOST_DEVICE int64_t slots() const {
+  /// Cells, used or not; each holds one chunk of every head.
+  KDA_HOST_DEVICE int64_t cells() const {
     return cu_seqlens ? tokens / chunk + sequences : int64_t(sequences) * chunks_of(tokens);
   }
 
@@ -54,13 +54,13 @@ struct ChunkPlan {
 
   KDA_DEVICE bool is_null(int32_t n) const { return state_slots.index.data && state_slots.of(n) < 0; }
 
-  /// The sequence whose slots contain `slot`: the last one that starts at or before it.
-  KDA_DEVICE int32_t sequence_of_slot(int64_t slot) const {
-    if (!cu_seqlens) return int32_t(uint32_t(slot) / uint32_t(chunks_of(tokens)));  // a grid's size: 31 bits
+  /// The sequence whose cells contain `cell`: the last one that starts at or before it.
+  KDA_DEVICE int32_t sequence_of_cell(int64_t cell) const {
+    if (!cu_seqlens) return int32_t(uint32_t(cell) / uint32_t(chunks_of(tokens)));  // a grid's size: 31 bits
     int32_t low = 0, high = sequences - 1;
     while (low < high) {
       int32_t const middle = (low + high + 1) / 2;
-      if (boundary(middle) / chunk + middle <= slot) low = middle;
+      if (boundary(middle) / chunk + middle <= cell) low = middle;
       else high = middle - 1;
     }
     return low;

@@ -21,22 +21,22 @@ struct Prepare : PrepareThread<Variant, kTeams> {
 
   static constexpr int kNextFinder = kThreads - 64;  // a thread whose warp has neither beta nor V to load
 
-  /// All chunks of one walker: of one value head, every p.walkers-th slot of the part, the `first` one first.
+  /// All chunks of one walker: of one value head, every p.walkers-th cell of the round, the `first` one first.
   KDA_DEVICE static void run(ChunkCall const& p, typename Base::Storage& s, int value_head, int32_t first) {
     Prepare{{{p, s}}}.start(value_head, first);
     int turn = 0;
-    for (; is_inside(p, s.walk[turn].slot); turn ^= 1) {
+    for (; is_inside(p, s.walk[turn].cell); turn ^= 1) {
       WalkedChunk const &now = s.walk[turn], &next = s.walk[turn ^ 1];
-      Prepare prepare{{{p, s}, {p, now.slot, value_head}}};
+      Prepare prepare{{{p, s}, {p, now.cell, value_head}}};
       cp_async_wait<0>();
       Base::sync_team();
       prepare.begin(now.chunk);
       bool const finder = prepare.thread == kNextFinder;
-      if (finder && p.part > 0 && p.progress) prepare.wait_until_free(now.slot, value_head);
+      if (finder && p.round > 0 && p.progress) prepare.wait_until_free(now.cell, value_head);
       prepare.normalise();
       if (finder) prepare.look_ahead(now, s.walk[turn ^ 1], value_head);
       prepare.scores();
-      prepare.solve(now.chunk, next.chunk, is_inside(p, next.slot));
+      prepare.solve(now.chunk, next.chunk, is_inside(p, next.cell));
     }
     if (!p.progress) return;
     Base::sync_team();
@@ -47,20 +47,20 @@ struct Prepare : PrepareThread<Variant, kTeams> {
   KDA_DEVICE void start(int value_head, int32_t first) {
     if (thread == 0) {
       if (p.progress) {
-        if (p.part == 0) wait_for_previous_kernel();  // its counters are zero now
+        if (p.round == 0) wait_for_previous_kernel();  // its counters are zero now
         let_next_kernel_start();
       }
-      s.walk[0] = find_chunk(value_head, p.last_first ? p.part_slots - 1 - first : first), s.walk[1].slot = -1;
+      s.walk[0] = find_chunk(value_head, p.last_first ? p.round_cells - 1 - first : first), s.walk[1].cell = -1;
     }
     this->load_gate_parameters(value_head);
     Base::sync_team();
-    if (!is_inside(p, s.walk[0].slot)) return;
+    if (!is_inside(p, s.walk[0].cell)) return;
     this->load_inputs(s.walk[0].chunk);
     if (this->gate_is_wide()) this->load_wide_gate(s.walk[0].chunk);
   }
 
-  KDA_DEVICE void wait_until_free(int32_t slot, int value_head) const {
-    wait_flag(progress_of_record(p, slot, value_head).freed, p.part * value_tiles(p.value_dim));
+  KDA_DEVICE void wait_until_free(int32_t cell, int value_head) const {
+    wait_flag(progress_of_record(p, cell, value_head).freed, p.round * value_tiles(p.value_dim));
   }
   /// One thread, some time after the chunk before has been written by all, so that little of it is still on its way:
   /// hands that one to the scan, and finds the chunk after this one.
@@ -69,31 +69,33 @@ struct Prepare : PrepareThread<Variant, kTeams> {
     other = next_chunk(now, value_head);
   }
   KDA_DEVICE static void hand_over(ChunkCall const& p, WalkedChunk const& written, int value_head) {
-    if (written.slot >= 0) set_flag(progress_of_record(p, written.slot, value_head).ready, p.part + 1);
+    if (written.cell >= 0) set_flag(progress_of_record(p, written.cell, value_head).ready, p.round + 1);
   }
 
   KDA_DEVICE int32_t step() const { return p.last_first ? -p.walkers : p.walkers; }
-  KDA_DEVICE static bool is_inside(ChunkCall const& p, int32_t slot) { return unsigned(slot) < unsigned(p.part_slots); }
+  KDA_DEVICE static bool is_inside(ChunkCall const& p, int32_t cell) {
+    return unsigned(cell) < unsigned(p.round_cells);
+  }
 
-  /// The first slot of the walk, from `slot` on, that has a chunk.
-  KDA_DEVICE WalkedChunk find_chunk(int value_head, int32_t slot) const {
+  /// The first cell of the walk, from `cell` on, that has a chunk.
+  KDA_DEVICE WalkedChunk find_chunk(int value_head, int32_t cell) const {
     ChunkPlan const plan = plan_of<Variant>(p);
-    for (; is_inside(p, slot); slot += step()) {
-      Sequence const sequence = plan.sequence(plan.sequence_of_slot(p.first_slot + slot));
-      int64_t const i = p.first_slot + slot - sequence.first_slot;
+    for (; is_inside(p, cell); cell += step()) {
+      Sequence const sequence = plan.sequence(plan.sequence_of_cell(p.first_cell + cell));
+      int64_t const i = p.first_cell + cell - sequence.first_cell;
       if (i >= 0 && i < plan.chunks_of(sequence.length))
-        return {chunk_of_head<Variant>(p, sequence, i, value_head), slot, i, sequence.length};
+        return {chunk_of_head<Variant>(p, sequence, i, value_head), cell, i, sequence.length};
       if (!p.progress) continue;
-      wait_until_free(slot, value_head);  // or else a part that still waits would take this for its own
-      raise_flag(progress_of_record(p, slot, value_head).freed, value_tiles(p.value_dim));
+      wait_until_free(cell, value_head);  // or else a round that still waits would take this for its own
+      raise_flag(progress_of_record(p, cell, value_head).freed, value_tiles(p.value_dim));
     }
-    return {{}, slot, 0, 0};
+    return {{}, cell, 0, 0};
   }
   KDA_DEVICE WalkedChunk next_chunk(WalkedChunk x, int value_head) const {
-    x.slot += step(), x.index += step();
-    int64_t const first = x.index * kChunk, left = x.length - first;
-    if (!is_inside(p, x.slot) || first < 0 || left <= 0) return find_chunk(value_head, x.slot);
-    x.chunk.begin += int64_t(step()) * kChunk, x.chunk.rows = int32_t(left < kChunk ? left : kChunk);
+    x.cell += step(), x.index += step();
+    int64_t const first = x.index * kChunk, remaining = x.length - first;
+    if (!is_inside(p, x.cell) || first < 0 || remaining <= 0) return find_chunk(value_head, x.cell);
+    x.chunk.begin += int64_t(step()) * kChunk, x.chunk.rows = int32_t(remaining < kChunk ? remaining : kChunk);
     return x;
   }
 

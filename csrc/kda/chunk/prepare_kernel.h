@@ -8,9 +8,9 @@ template <class Variant, int kTeams>
 KDA_DEVICE void prepare_chunks(ChunkCall const& p) {
   using Team = Prepare<Variant, kTeams>;
   KDA_DYNAMIC_SHARED(PrepareStorage<Variant>, storage);
-  int32_t const team = Team::team(), walker = blockIdx.x * kTeams + team, first = walker / p.part_heads;
-  if (first < p.walkers) Team::run(p, storage[team], p.first_head + walker % p.part_heads, first);
-  // The scan of the part before may still run. So that nothing behind this kernel starts before that one ends:
+  int32_t const team = Team::team(), walker = blockIdx.x * kTeams + team, first = walker / p.round_heads;
+  if (first < p.walkers) Team::run(p, storage[team], p.first_head + walker % p.round_heads, first);
+  // The scan of the round before may still run. So that nothing behind this kernel starts before that one ends:
   if (p.progress && blockIdx.x == 0) wait_for_previous_kernel();
 }
 template <class Variant>

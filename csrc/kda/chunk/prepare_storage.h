@@ -7,7 +7,7 @@ namespace kda {
 
 struct WalkedChunk {
   ChunkOfHead chunk;
-  int32_t slot;           // of the part
+  int32_t cell;           // of the round
   int64_t index, length;  // in its sequence, of so many tokens
 };
 

@@ -1,4 +1,4 @@
-// What the prepare kernel hands to the scan: one record per workspace slot and value head.
+// What the prepare kernel hands to the scan: one record per cell and value head.
 #pragma once
 #include "kda/chunk/inputs.h"
 #include "kda/chunk/shape.h"
@@ -43,22 +43,22 @@ struct ChunkFlags {
   alignas(16) float beta_share[kChunk];  // gate_columns.h
 };
 
-/// How far the records and the carried states have come, where the kernels of all parts run beside each other: counters
-/// (flags.h), zero at first. Every kernel waits only for kernels launched before it.
+/// How far the records and the carried states have come, where the kernels of all rounds run beside each other:
+/// counters (flags.h), zero at first. Every kernel waits only for kernels launched before it.
 struct Progress {
-  uint32_t* ready;  // of a record: the last part that it was written in, plus one
-  uint32_t* freed;  // of the same: by how many blocks of scans it was read, of all parts; slots without a chunk count
+  uint32_t* ready;  // of a record: the last round that it was written in, plus one
+  uint32_t* freed;  // of the same: by how many blocks of scans it was read, of all rounds; cells without a chunk count
                     // as read
 };
 inline constexpr int kCountersPerRecord = 2;
 KDA_HOST_DEVICE int64_t progress_counters(int64_t records, int value_heads, int value_dim) {
   return int64_t(value_heads) * value_tiles(value_dim) + kCountersPerRecord * records;
 }
-KDA_DEVICE Progress progress_of_record(ChunkCall const& p, int64_t slot, int value_head) {
-  uint32_t* const at = p.progress + progress_counters(slot * p.value_heads + value_head, p.value_heads, p.value_dim);
+KDA_DEVICE Progress progress_of_record(ChunkCall const& p, int64_t cell, int value_head) {
+  uint32_t* const at = p.progress + progress_counters(cell * p.value_heads + value_head, p.value_heads, p.value_dim);
   return {at, at + 1};
 }
-/// Of the state that goes on into the next part, 64 columns of V: the last part that left it, plus one.
+/// Of the state that goes on into the next round, 64 columns of V: the last round that left it, plus one.
 KDA_DEVICE uint32_t* carry_ready(ChunkCall const& p, int value_head, int value_tile) {
   return p.progress + value_head * value_tiles(p.value_dim) + value_tile;
 }
@@ -70,9 +70,9 @@ struct ChunkRecordAt {
   char* bytes = nullptr;
 
   ChunkRecordAt() = default;
-  /// `slot`: of the part.
-  KDA_DEVICE ChunkRecordAt(ChunkPart const& p, int64_t slot, int value_head)
-      : bytes(static_cast<char*>(p.workspace) + (slot * p.part_heads + (value_head - p.first_head)) * p.cell_bytes) {}
+  /// `cell`: of the round.
+  KDA_DEVICE ChunkRecordAt(ChunkRound const& p, int64_t cell, int value_head)
+      : bytes(static_cast<char*>(p.workspace) + (cell * p.round_heads + (value_head - p.first_head)) * p.cell_bytes) {}
   KDA_DEVICE Record& record() const { return *reinterpret_cast<Record*>(bytes); }
   KDA_DEVICE typename Record::Values& values(int tile) const {
     return reinterpret_cast<typename Record::Values*>(bytes + sizeof(Record))[tile];

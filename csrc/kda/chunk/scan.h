@@ -6,8 +6,8 @@
 //     U^T = (T V)^T - S^T W^T
 //     O^T = S^T (scale Gamma.Q)^T + U^T A_qk^T          S^T <- S^T Diag(Gamma_C) + U^T K~
 // Where two warps have half of K each, they add up S^T W^T through shared memory, and the first completes the outputs.
-// Helper warps bring the records of the next chunks (record.h) and take the outputs away meanwhile. In the backward W
-// does not lie in the records but in rows of its own (ChunkPart::w).
+// Producer warps bring the records of the next chunks (record.h) and take the outputs away meanwhile. In the backward W
+// does not lie in the records but in rows of its own (ChunkRound::w).
 //
 // The passes differ in what they keep (ScanPass). The gradients of the states run through the same records from the
 // last to the first (chunk_bwd/scan.h).
@@ -29,11 +29,11 @@ enum class ScanPass {
 template <class Variant, ScanPass kPass>
 struct ScanShape : ChunkShape<Variant> {
   static constexpr ChunkConfig kConfig = Variant::config;
-  static constexpr int kParts = kConfig.key_parts, kPartTile = kConfig.key_tile / kParts;
+  static constexpr int kKeySlices = kConfig.key_slices, kSliceTile = kConfig.key_tile / kKeySlices;
   static constexpr bool kIsSummary = kPass == ScanPass::kSummary;
   static constexpr bool kOfBackward = kPass == ScanPass::kStates || kPass == ScanPass::kReverse;
-  static constexpr int kConsumers = kConsumerWarps * kParts * 32, kHelpers = kIsSummary ? 32 : 128;
-  static constexpr int kThreads = kConsumers + kHelpers;
+  static constexpr int kConsumers = kConsumerWarps * kKeySlices * 32, kProducers = kIsSummary ? 32 : 128;
+  static constexpr int kThreads = kConsumers + kProducers;
   /// Summaries: two blocks per SM, each of which waits for its own products most of the time.
   static constexpr int kStages = !kIsSummary || kConfig.stages < 2 ? kConfig.stages : 2;
   static constexpr int kBlocksPerSm = !kIsSummary || kConfig.key_tile > 128 || sizeof(typename Variant::Element) == 4
@@ -41,7 +41,7 @@ struct ScanShape : ChunkShape<Variant> {
                                           : 2;
   /// sm_90: bulk copies, and asynchronous products: the output of a chunk is finished while the next one starts.
   static constexpr bool kAsync = kConfig.wgmma;
-  static_assert(kParts == 1 || (kParts == 2 && kConfig.chunk == 16 && !kAsync));
+  static_assert(kKeySlices == 1 || (kKeySlices == 2 && kConfig.chunk == 16 && !kAsync));
 };
 
 template <class Values, int kWarps, ScanPass kPass>
@@ -59,11 +59,11 @@ struct NoFlags {};
 
 /// Sums over half of K, of alternate chunks, lane by lane. A chain of bases: nvcc reaches a second base by a conversion
 /// that hides that this is shared memory.
-template <class Results, int kTokenTiles, int kParts>
+template <class Results, int kTokenTiles, int kKeySlices>
 struct ScanPartials : Results {
   struct {
-    float4 x[kParts][kTokenTiles][32];  // S^T W^T
-    float4 o[kTokenTiles][32];          // O^T of the second part
+    float4 x[kKeySlices][kTokenTiles][32];  // S^T W^T
+    float4 o[kTokenTiles][32];              // O^T of the second slice
   } partials[2][kConsumerWarps];
 };
 template <class Results, int kTokenTiles>
@@ -71,7 +71,7 @@ struct ScanPartials<Results, kTokenTiles, 1> : Results {};
 
 template <class Variant, ScanPass kPass, class Shape = ScanShape<Variant, kPass>>
 struct ScanStorage : ScanPartials<ScanResults<typename ChunkTransition<Variant>::Values, Shape::kConsumers / 32, kPass>,
-                                  Shape::kChunk / 8, Shape::kParts> {
+                                  Shape::kChunk / 8, Shape::kKeySlices> {
   static constexpr bool kWhole = kPass == ScanPass::kOutputs || kPass == ScanPass::kReverse;
   using Record = std::conditional_t<kWhole, ChunkRecord<Variant>, ChunkTransition<Variant>>;
   /// A base, since members of no size would take an alignment each.
@@ -82,21 +82,23 @@ struct ScanStorage : ScanPartials<ScanResults<typename ChunkTransition<Variant>:
   Mbarrier full[Shape::kStages];  // wgmma variants: what bulk copies bring has arrived
 };
 
-/// Named barriers, all of consumers and helpers; 0 is sync_block.
+/// Named barriers, all of consumers and producers; 0 is sync_block.
 template <class Variant, ScanPass kPass>
 struct ScanBarrier {
   using Shape = ScanShape<Variant, kPass>;
   static constexpr int kStages = Shape::kStages;
-  static KDA_DEVICE int empty(int stage) { return 1 + stage; }                         // consumers arrive, helpers wait
-  static KDA_DEVICE int full(int stage) { return 1 + kStages + stage; }                // the reverse
-  static KDA_DEVICE int output_full(int buffer) { return 1 + 2 * kStages + buffer; }   // consumers arrive, helpers wait
+  static KDA_DEVICE int empty(int stage) { return 1 + stage; }           // consumers arrive, producers wait
+  static KDA_DEVICE int full(int stage) { return 1 + kStages + stage; }  // the reverse
+  static KDA_DEVICE int output_full(int buffer) {
+    return 1 + 2 * kStages + buffer;
+  }  // consumers arrive, producers wait
   static KDA_DEVICE int output_empty(int buffer) { return 3 + 2 * kStages + buffer; }  // the reverse
   static KDA_DEVICE void wait(int barrier) { sync_named(barrier, Shape::kThreads); }
   static KDA_DEVICE void arrive(int barrier) { arrive_named(barrier, Shape::kThreads); }
   static constexpr int kConsumers = 5 + 2 * kStages;  // of the consumers alone
   /// Of the warps that share rows.
-  static KDA_DEVICE void join_parts(int rows) { sync_named(kConsumers + 1 + rows, Shape::kParts * 32); }
-  static_assert(kConsumers + (Shape::kParts > 1 ? kConsumerWarps : 0) < 16);
+  static KDA_DEVICE void add_slices(int rows) { sync_named(kConsumers + 1 + rows, Shape::kKeySlices * 32); }
+  static_assert(kConsumers + (Shape::kKeySlices > 1 ? kConsumerWarps : 0) < 16);
 };
 
 /// Every how many chunks it is asked whether a segment has forgotten what it began from. At least as many as there are
@@ -108,7 +110,7 @@ inline constexpr int kCheckInterval = 4;
 inline constexpr float kNegligible = 1.17549435e-38f;
 
 template <class Variant, ScanPass kPass>
-struct ScanHelper {
+struct ScanProducer {
   using E = typename Variant::Element;
   using Shape = ScanShape<Variant, kPass>;
   using Barrier = ScanBarrier<Variant, kPass>;
@@ -118,12 +120,12 @@ struct ScanHelper {
   int const value0;   // negative: rows of M, no T V
   Rows const stream;  // O, which they store; in reverse dO, which they load
   int const thread = thread_index() - Shape::kConsumers;
-  int64_t seen = 0;  // records of the part before this one are there
+  int64_t seen = 0;  // so many records of the round are known to be there
 
-  /// Starts the copy of a chunk, once its record is there, to a stage that is free. `left`: chunks from it on.
-  KDA_DEVICE void load(int64_t slot, int value_head, int stage, int64_t left) {
-    ChunkRecordAt<Variant> const from(p, slot, value_head);
-    if (kPass == ScanPass::kOutputs && p.progress && slot >= seen) wait_for_record(slot, value_head, left);
+  /// Starts the copy of a chunk, once its record is there, to a stage that is free. `remaining`: chunks from it on.
+  KDA_DEVICE void load(int64_t cell, int value_head, int stage, int64_t remaining) {
+    ChunkRecordAt<Variant> const from(p, cell, value_head);
+    if (kPass == ScanPass::kOutputs && p.progress && cell >= seen) wait_for_record(cell, value_head, remaining);
     auto& to = s.stage[stage];
     constexpr int kSkipped = Shape::kOfBackward ? sizeof(to.record.w) : 0, kBytes = sizeof(to.record) - kSkipped;
     bool const has_values = kLoadsValues && (!Shape::kIsSummary || value0 >= 0);
@@ -156,10 +158,10 @@ struct ScanHelper {
     static_assert(Shape::kOfBackward);
     auto& to = s.stage[stage];
     tile_rows<E>(p.w, chunk, chunk.value_head, 0, p.key_dim)
-        .template load<Shape::kKeyTile>(to.record.w, 0, thread, Shape::kHelpers);
+        .template load<Shape::kKeyTile>(to.record.w, 0, thread, Shape::kProducers);
     if constexpr (kPass == ScanPass::kReverse)
       tile_rows<E>(stream, chunk, chunk.value_head, value0, p.value_dim - value0)
-          .template load<kValueTile>(to.u, 0, thread, Shape::kHelpers);
+          .template load<kValueTile>(to.u, 0, thread, Shape::kProducers);
     if constexpr (Shape::kAsync) cp_async_commit();
   }
   /// The chunk before the last kPending ones. Bulk copies announce themselves.
@@ -171,15 +173,15 @@ struct ScanHelper {
       Barrier::arrive(Barrier::full(stage));
     }
   }
-  /// The record of a chunk that has been consumed may be written over by the next part.
-  KDA_DEVICE void free_record(int64_t slot, int value_head) {
-    if (p.progress && p.more_parts && thread == 0)
-      raise_flag_after_reads(progress_of_record(p, slot, value_head).freed, 1);
+  /// The record of a chunk that has been consumed may be written over by the next round.
+  KDA_DEVICE void free_record(int64_t cell, int value_head) {
+    if (p.progress && p.more_rounds && thread == 0)
+      raise_flag_after_reads(progress_of_record(p, cell, value_head).freed, 1);
   }
   KDA_DEVICE void store_output(ChunkOfHead const& chunk, int buffer, bool again) {
     Barrier::wait(Barrier::output_full(buffer));
     tile_rows<E>(stream, chunk, chunk.value_head, value0, p.value_dim - value0)
-        .template store<kValueTile>(s.o[buffer], 0, thread, Shape::kHelpers);
+        .template store<kValueTile>(s.o[buffer], 0, thread, Shape::kProducers);
     if (again) Barrier::arrive(Barrier::output_empty(buffer));
   }
 
@@ -190,20 +192,21 @@ struct ScanHelper {
     return Shape::kOfBackward ? &record.k_tilde : &record.w;
   }
   /// Every warp that copies, for itself. Fences would hold up the copies on their way: one for all that is there.
-  KDA_DEVICE void wait_for_record(int64_t slot, int value_head, int64_t left) {
+  KDA_DEVICE void wait_for_record(int64_t cell, int value_head, int64_t remaining) {
     if (Shape::kAsync && thread >= 32) return;
     int const lane = lane_index();
-    if (lane == 0) wait_flag(progress_of_record(p, slot, value_head).ready, p.part + 1);
+    if (lane == 0) wait_flag(progress_of_record(p, cell, value_head).ready, p.round + 1);
     sync_warp();
-    bool const ready = lane < left && flag_reached(progress_of_record(p, slot + lane, value_head).ready, p.part + 1);
-    seen = slot + warp_count_leading(ready);
+    bool const ready =
+        lane < remaining && flag_reached(progress_of_record(p, cell + lane, value_head).ready, p.round + 1);
+    seen = cell + warp_count_leading(ready);
     sync_warp();  // what one lane has seen of its record, all have
     if constexpr (Shape::kAsync) fence_proxy_async_global();
   }
   /// All but a gap of kGap bytes behind the first kBefore.
   template <int kBefore = 0, int kGap = 0>
   KDA_DEVICE void copy(void* to, void const* from, int bytes) {
-    for (int i = thread * 16; i < bytes; i += Shape::kHelpers * 16) {
+    for (int i = thread * 16; i < bytes; i += Shape::kProducers * 16) {
       int const at = i < kBefore ? i : i + kGap;
       cp_async_16(static_cast<char*>(to) + at, static_cast<char const*>(from) + at);
     }
@@ -218,11 +221,11 @@ struct ScanConsumer {
   using Storage = ScanStorage<Variant, kPass>;
   static constexpr bool kOutputs = kPass == ScanPass::kOutputs;
   using Stage = typename Storage::Stage;
-  static constexpr int kChunk = Shape::kChunk, kParts = Shape::kParts, kPartTile = Shape::kPartTile;
-  static constexpr int kTokenTiles = kChunk / 8, kKeyTiles = kPartTile / 8;
+  static constexpr int kChunk = Shape::kChunk, kKeySlices = Shape::kKeySlices, kSliceTile = Shape::kSliceTile;
+  static constexpr int kTokenTiles = kChunk / 8, kKeyTiles = kSliceTile / 8;
 
-  using Products = std::conditional_t<Shape::kAsync, tile::WgmmaProducts<E, kChunk, kPartTile>,
-                                      tile::MmaProducts<E, kChunk, kPartTile>>;
+  using Products = std::conditional_t<Shape::kAsync, tile::WgmmaProducts<E, kChunk, kSliceTile>,
+                                      tile::MmaProducts<E, kChunk, kSliceTile>>;
 
   Storage& s;
   int const warp;
@@ -234,9 +237,9 @@ struct ScanConsumer {
   Products products;
 
   KDA_DEVICE int row() const { return warp % kConsumerWarps * 16; }  // of S^T in the tile: 16 columns of V
-  KDA_DEVICE int key() const { return kParts == 1 ? 0 : warp / kConsumerWarps * kPartTile; }
-  KDA_DEVICE bool completes_output() const { return kParts == 1 || warp < kConsumerWarps; }
-  KDA_DEVICE StatePart part(int row0) const { return {row0 + row(), key(), Shape::kKeyTile}; }
+  KDA_DEVICE int key() const { return kKeySlices == 1 ? 0 : warp / kConsumerWarps * kSliceTile; }
+  KDA_DEVICE bool completes_output() const { return kKeySlices == 1 || warp < kConsumerWarps; }
+  KDA_DEVICE StateSlice slice(int row0) const { return {row0 + row(), key(), Shape::kKeyTile}; }
 
   KDA_DEVICE void wait_for_record(int stage, uint32_t parity) {
     if constexpr (Shape::kAsync) mbarrier_wait(s.full[stage], parity);
@@ -250,14 +253,14 @@ struct ScanConsumer {
     Stage const& in = s.stage[stage];
     start(in);
     products.template wait<kOutputs ? 1 : 0>();
-    if constexpr (kParts > 1) join_parts((stage + Shape::kStages * int(parity)) % 2);
+    if constexpr (kKeySlices > 1) add_slices((stage + Shape::kStages * int(parity)) % 2);
     correct_values(in);
     if constexpr (kPass == ScanPass::kStates)
       if (in.has_small_beta) take_shares(in.beta_share);
     advance(in);
   }
 
-  /// O of a chunk for the helpers.
+  /// O of a chunk for the producers.
   KDA_DEVICE void hand_over_output(int buffer) {
 #pragma unroll
     for (int c = 0; c < kTokenTiles; c += 2)
@@ -284,8 +287,8 @@ struct ScanConsumer {
   KDA_DEVICE void start(Stage const& in) {
     products.read(state);
     if constexpr (Shape::kAsync) decay(in);
-    auto const& w = in.record.w.template columns<kPartTile>(key());
-    if constexpr (kOutputs) products.start_rows(state, x, w, o, in.record.gamma_q.template columns<kPartTile>(key()));
+    auto const& w = in.record.w.template columns<kSliceTile>(key());
+    if constexpr (kOutputs) products.start_rows(state, x, w, o, in.record.gamma_q.template columns<kSliceTile>(key()));
     else products.start_rows(state, x, w);
     if constexpr (!Shape::kAsync) decay(in);
   }
@@ -295,7 +298,7 @@ struct ScanConsumer {
     sum.x[0] += a.x, sum.x[1] += a.y, sum.x[2] += a.z, sum.x[3] += a.w;
   }
   /// From sums over half of K to sums over all of it. Both warps come to the same x, bit by bit.
-  KDA_DEVICE void join_parts(int buffer) {
+  KDA_DEVICE void add_slices(int buffer) {
     auto& partial = s.partials[buffer][warp % kConsumerWarps];
     int const lane = lane_index(), mine = warp / kConsumerWarps;
 #pragma unroll
@@ -303,7 +306,7 @@ struct ScanConsumer {
       partial.x[mine][c][lane] = to_float4(x[c]);
       if (kOutputs && !completes_output()) partial.o[c][lane] = to_float4(o[c]);
     }
-    Barrier::join_parts(warp % kConsumerWarps);  // and so the other has read the sums of two chunks ago
+    Barrier::add_slices(warp % kConsumerWarps);  // and so the other has read the sums of two chunks ago
 #pragma unroll
     for (int c = 0; c < kTokenTiles; ++c) {
       add(x[c], partial.x[mine ^ 1][c][lane]);
@@ -329,7 +332,7 @@ struct ScanConsumer {
 
   /// S^T += U^T K~ and O^T += U^T A_qk^T.
   KDA_DEVICE void advance(Stage const& in) {
-    products.start_outer(state, left, in.record.k_tilde.template columns<kPartTile>(key()));
+    products.start_outer(state, left, in.record.k_tilde.template columns<kSliceTile>(key()));
     if constexpr (kOutputs)
       if (completes_output()) products.start_lower(o, left, in.record.a_qk);
     products.template wait<0>();

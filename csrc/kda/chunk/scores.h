@@ -184,7 +184,7 @@ struct SplitScores {
     if (c.thread < kChunk) {
       float dot = 0.f;
 #pragma unroll
-      for (auto const& part : c.s.dots) dot += part[c.thread];
+      for (auto const& partial : c.s.dots) dot += partial[c.thread];
       c.s.a_qk.at(c.thread, c.thread) = from_float<E>(c.p.scale * dot);
     }
     level<kChunk / 2>();

@@ -10,7 +10,7 @@ struct ChunkConfig {
   int key_tile = 128;  // K rounded up to 64, 128 or 256; channels beyond key_dim are zero
   int stages = 2;      // records in shared memory at once
   bool wgmma = false;  // products by warpgroups (sm_90a; C = 64), else by warps
-  int key_parts = 1;   // warps of the scan that share 16 columns of V: 2 have half of K each (C = 16)
+  int key_slices = 1;  // warps of the scan that share 16 columns of V: 2 have half of K each (C = 16)
 };
 
 inline constexpr int kTokensPerThread = 8;  // of one pair of key channels
@@ -20,11 +20,11 @@ inline constexpr int kConsumerWarps = kValueTile / 16;
 KDA_HOST_DEVICE int value_tiles(int value_dim) { return (value_dim + kValueTile - 1) / kValueTile; }
 
 /// What a warp of the scan holds of S^T, or of M: rows from `row` on, of their `channels` those from `channel` on.
-struct StatePart {
+struct StateSlice {
   int row, channel, channels;
 };
 
-// fp32 states between parts and segments (segments.h), rows [key_tile]: S^T; S^T, M and a flag per 64 rows of M.
+// fp32 states between rounds and segments (segments.h), rows [key_tile]: S^T; S^T, M and a flag per 64 rows of M.
 KDA_HOST_DEVICE int64_t state_floats(int value_dim, int key_tile) {
   return int64_t(value_tiles(value_dim)) * kValueTile * key_tile;
 }

@@ -19,11 +19,11 @@ KDA_DEVICE StateAt state_in_slot(StateRef const& ref, ChunkInputs const& p, int6
           ref.type};
 }
 
-/// Calls f(accumulator element, its place) for what exists of this warp's part of S^T.
+/// Calls f(accumulator element, its place) for what exists of this warp's slice of S^T.
 template <class T, int kKeyTiles, class F>
 KDA_DEVICE void for_state_of(tile::Accumulator (&state)[kKeyTiles], StateAt const& at, ChunkInputs const& p,
-                             StatePart part, F f) {
-  int const v = part.row + lane_index() / 4, d = part.channel + lane_index() % 4 * 2;
+                             StateSlice slice, F f) {
+  int const v = slice.row + lane_index() / 4, d = slice.channel + lane_index() % 4 * 2;
   T* pair = static_cast<T*>(at.data) + at.offset + v * at.value_stride + d * at.key_stride;
   int64_t const next_row = 8 * at.value_stride, next_tile = 8 * at.key_stride;
 #pragma unroll
@@ -35,26 +35,26 @@ KDA_DEVICE void for_state_of(tile::Accumulator (&state)[kKeyTiles], StateAt cons
 }
 template <int kKeyTiles, class F>
 KDA_DEVICE void for_state(tile::Accumulator (&state)[kKeyTiles], StateAt const& at, ChunkInputs const& p,
-                          StatePart part, F f) {
-  if (at.type == Dtype::kFloat32) for_state_of<float>(state, at, p, part, f);
-  else if (at.type == Dtype::kBfloat16) for_state_of<Bf16>(state, at, p, part, f);
-  else for_state_of<Fp16>(state, at, p, part, f);
+                          StateSlice slice, F f) {
+  if (at.type == Dtype::kFloat32) for_state_of<float>(state, at, p, slice, f);
+  else if (at.type == Dtype::kBfloat16) for_state_of<Bf16>(state, at, p, slice, f);
+  else for_state_of<Fp16>(state, at, p, slice, f);
 }
 
 /// S^T <- the state, or zero where there is none.
 template <int kKeyTiles>
 KDA_DEVICE void load_state(tile::Accumulator (&state)[kKeyTiles], StateAt const& at, ChunkInputs const& p,
-                           StatePart part) {
+                           StateSlice slice) {
 #pragma unroll
   for (int tile = 0; tile < kKeyTiles; ++tile) state[tile] = tile::Accumulator{};
-  if (at.data) for_state(state, at, p, part, [](float& x, auto const* from) { x = to_float(*from); });
+  if (at.data) for_state(state, at, p, slice, [](float& x, auto const* from) { x = to_float(*from); });
 }
 
 template <int kKeyTiles>
 KDA_DEVICE void store_state(tile::Accumulator (&state)[kKeyTiles], StateAt const& at, ChunkInputs const& p,
-                            StatePart part) {
+                            StateSlice slice) {
   if (at.data)
-    for_state(state, at, p, part,
+    for_state(state, at, p, slice,
               [](float x, auto* to) { *to = from_float<std::remove_reference_t<decltype(*to)>>(x); });
 }
 

@@ -18,13 +18,13 @@ inline char* align_workspace(void* workspace) {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// No more segments than this have chunks in a part of so many slots. Between the first and the last slot, d slots and
+/// No more segments than this have chunks in a round of so many cells. Between the first and the last cell, d cells and
 /// m sequences apart, lie (d - m) / L + m segments, and less than one each for where the chunk and its sequence begin.
-inline int64_t part_segments(ChunkPlan const& plan, int64_t part_slots, int64_t segment_chunks) {
-  int64_t const all = plan.with_chunk(segment_chunks * plan.chunk).slots();
-  if (part_slots == 0) return plan.sequences;
-  int64_t const further = std::min<int64_t>(plan.sequences, part_slots) - 1;
-  return std::min(all, 1 + (part_slots - 1 + (further + 2) * (segment_chunks - 1)) / segment_chunks);
+inline int64_t round_segments(ChunkPlan const& plan, int64_t round_cells, int64_t segment_chunks) {
+  int64_t const all = plan.with_chunk(segment_chunks * plan.chunk).cells();
+  if (round_cells == 0) return plan.sequences;
+  int64_t const further = std::min<int64_t>(plan.sequences, round_cells) - 1;
+  return std::min(all, 1 + (round_cells - 1 + (further + 2) * (segment_chunks - 1)) / segment_chunks);
 }
 
 /// A segment that has every chunk of any sequence.

@@ -7,7 +7,7 @@
 //   keys       reads U, S_0, dS_C and the gradients of the scores; writes what one chunk adds to dA_log and ddt_bias
 //   reduce     sums these
 //
-// W and L (ChunkPart::w and l) are not in cells. They lie where the keys kernel writes dk and dq later, in rows of the
+// W and L (ChunkRound::w and l) are not in cells. They lie where the keys kernel writes dk and dq later, in rows of the
 // same tokens: nobody reads them by then. The place of W in a record, its first bytes, belongs to the cell before.
 #pragma once
 #include "kda/chunk/inverse.h"
@@ -71,8 +71,8 @@ struct BackwardCell {
   char* bytes;  // of the record
   int tiles;    // of V
 
-  KDA_DEVICE BackwardCell(ChunkCall const& p, int64_t slot, int value_head)
-      : bytes(ChunkRecordAt<Variant>(p, slot, value_head).bytes), tiles(value_tiles(p.value_dim)) {}
+  KDA_DEVICE BackwardCell(ChunkCall const& p, int64_t cell, int value_head)
+      : bytes(ChunkRecordAt<Variant>(p, cell, value_head).bytes), tiles(value_tiles(p.value_dim)) {}
 
   static constexpr KDA_HOST_DEVICE int64_t inverse_offset(int tiles) {
     return int64_t(sizeof(Record)) + tiles * int64_t(sizeof(typename Record::Values));

@@ -37,7 +37,7 @@ KDA_GLOBAL void __launch_bounds__(ScanShape<Variant, ScanPass::kReverse>::kThrea
   }
 }
 
-/// Block x: a slot; block y: a value head.
+/// Block x: a cell; block y: a value head.
 template <class Variant>
 KDA_GLOBAL void __launch_bounds__(ValueGradients<Variant>::kThreads, ValueGradients<Variant>::kBlocksPerSm)
     chunk_bwd_values_kernel(ChunkBwdParams const p) {
@@ -45,21 +45,22 @@ KDA_GLOBAL void __launch_bounds__(ValueGradients<Variant>::kThreads, ValueGradie
   KDA_DYNAMIC_SHARED(Storage, storage);
   int const value_head = p.first_head + int(blockIdx.y);
   ChunkOfHead chunk;
-  if (!chunk_in_slot<Variant>(chunk, p, blockIdx.x, value_head)) return;
+  if (!chunk_in_cell<Variant>(chunk, p, blockIdx.x, value_head)) return;
   ValueGradients<Variant>{p, *storage, {p, blockIdx.x, value_head}, chunk}.run();
 }
 
-/// Block x: a slice of the channels of a slot, which run at the same time; block y: a value head.
+/// Block x: a slice of the channels of a cell, which run at the same time; block y: a value head.
 template <class Variant>
 KDA_GLOBAL void __launch_bounds__(KeysThread<Variant>::kThreads, Variant::config.wgmma ? 2 : 1)
     chunk_bwd_keys_kernel(__grid_constant__ ChunkBwdParams const p) {
   using Storage = KeysStorage<Variant>;
   constexpr int kSlices = KeysSlice<Variant>::kSlices, kChannels = Storage::kKeyTile;
   KDA_DYNAMIC_SHARED(Storage, storage);
-  int const value_head = p.first_head + int(blockIdx.y), slot = blockIdx.x / kSlices, slice = blockIdx.x % kSlices;
-  BackwardCell<Variant> const cell(p, slot, value_head);
+  int const value_head = p.first_head + int(blockIdx.y), cell_index = blockIdx.x / kSlices,
+            slice = blockIdx.x % kSlices;
+  BackwardCell<Variant> const cell(p, cell_index, value_head);
   ChunkOfHead chunk;
-  if (chunk_in_slot<Variant>(chunk, p, slot, value_head)) {
+  if (chunk_in_cell<Variant>(chunk, p, cell_index, value_head)) {
     KeyGradients<Variant>{{{p, *storage, {}, slice * kChannels}, p, cell, chunk}}.run();
     return;
   }

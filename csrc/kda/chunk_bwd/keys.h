@@ -107,7 +107,7 @@ struct KeyGradients : KeysThread<Variant> {
     int const row = this->row(j);
     float dot = 0.f;
 #pragma unroll
-    for (auto const& part : s.dots[kind]) dot += part[row];
+    for (auto const& partial : s.dots[kind]) dot += partial[row];
     return (dy + y * Base::both(-dot)) * Base::both(s.norm[kind * Base::kChunk + row]);
   }
 

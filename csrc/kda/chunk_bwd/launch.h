@@ -40,16 +40,16 @@ struct ChunkBwdVariant {
 /// In rounds of so many value heads.
 inline ChunkBwdSchedule schedule_rounds(ChunkBwdVariant const& variant, ChunkPlan const& plan, int value_heads,
                                         int value_dim, int64_t heads_per_round, DeviceTraits const& device) {
-  int64_t const slots = plan.slots(), rounds = divide_up(value_heads, heads_per_round);
-  auto const walkers = [&](int64_t heads) { return variant.prepare.walk(slots, int(heads), device).walkers; };
+  int64_t const cells = plan.cells(), rounds = divide_up(value_heads, heads_per_round);
+  auto const walkers = [&](int64_t heads) { return variant.prepare.walk(cells, int(heads), device).walkers; };
   return {int(rounds), int(heads_per_round), walkers(heads_per_round),
           walkers(value_heads - (rounds - 1) * heads_per_round),
-          size_t(variant.front_bytes + heads_per_round * slots * variant.cell_bytes(value_dim)) + kRecordAlignment};
+          size_t(variant.front_bytes + heads_per_round * cells * variant.cell_bytes(value_dim)) + kRecordAlignment};
 }
 
 inline ChunkBwdSchedule schedule_chunk_bwd(ChunkBwdVariant const& variant, ChunkPlan const& plan, int value_heads,
                                            int value_dim, DeviceTraits const& device) {
-  int64_t const per_head = plan.slots() * variant.cell_bytes(value_dim);
+  int64_t const per_head = plan.cells() * variant.cell_bytes(value_dim);
   double const tokens = double(plan.cu_seqlens ? plan.tokens : plan.tokens * plan.sequences);
   double const scale = double(variant.key_tile * variant.element_bytes()) / 256.;  // beside K = V = 128 in 16 bits
   double const allowed =

@@ -47,18 +47,18 @@ Rows rows_in_gradient(Rows const& d, int columns) {
   return {d.data, {n * d.strides.batch, n * d.strides.token, n * d.strides.head}, sizeof(E) == 4, in_pieces};
 }
 
-/// Everything of the value heads [p.first_head, p.first_head + p.part_heads).
+/// Everything of the value heads [p.first_head, p.first_head + p.round_heads).
 template <class Variant>
 void launch_round(ChunkBwdParams const& p, cudaStream_t stream) {
   using Kernels = ChunkBwdKernels<Variant>;
-  unsigned const heads = unsigned(p.part_heads), slots = unsigned(p.part_slots);
+  unsigned const heads = unsigned(p.round_heads), cells = unsigned(p.round_cells);
   unsigned const tiles = unsigned(value_tiles(p.value_dim));
-  unsigned const segments = unsigned(part_segments(p.plan, p.part_slots, p.segment_tokens / Variant::config.chunk));
+  unsigned const segments = unsigned(round_segments(p.plan, p.round_cells, p.segment_tokens / Variant::config.chunk));
   bool const of_tokens = p.dv.data, of_keys = p.dq.data || p.dk.data || p.dg.data || p.dA_log || p.ddt_bias;
-  if (slots) launch_prepare<Variant>(p, 1, false, stream);
+  if (cells) launch_prepare<Variant>(p, 1, false, stream);
   launch(Kernels::scan(), dim3(segments, heads, of_tokens ? 2 * tiles : tiles), stream, p);
-  if (slots && of_tokens) launch(Kernels::values(), dim3(slots, heads), stream, p);
-  if (slots && of_keys) launch(Kernels::keys(), dim3(slots * KeysSlice<Variant>::kSlices, heads), stream, p);
+  if (cells && of_tokens) launch(Kernels::values(), dim3(cells, heads), stream, p);
+  if (cells && of_keys) launch(Kernels::keys(), dim3(cells * KeysSlice<Variant>::kSlices, heads), stream, p);
   if (p.dA_log || p.ddt_bias)
     launch(Kernels::reduce(), dim3(heads, unsigned(Variant::config.key_tile / 32 + 1)), stream, p);
 }
@@ -71,12 +71,12 @@ void launch_chunk_bwd(ChunkBwdParams p, ChunkBwdSchedule const& schedule, cudaSt
   p.inverse_offset = int32_t(BackwardCell<Variant>::inverse_offset(tiles));
   if (!p.w.data) p.w = rows_in_gradient<typename Variant::Element>(p.dk, p.key_dim);
   if (!p.l.data) p.l = rows_in_gradient<typename Variant::Element>(p.dq, Variant::config.chunk);
-  p.first_slot = 0, p.part = 0, p.part_slots = int32_t(p.plan.slots());
+  p.first_cell = 0, p.round = 0, p.round_cells = int32_t(p.plan.cells());
   p.segment_tokens = unsplit_chunks(p.plan) * p.plan.chunk;
   if (p.plan.cu_seqlens && p.dv.data) launch(ChunkBwdKernels<Variant>::clear(), dim3(2, kClearBlocks), stream, p);
   for (int round = 0; round < schedule.rounds; ++round) {
     p.first_head = round * schedule.heads_per_round;
-    p.part_heads = std::min(schedule.heads_per_round, p.value_heads - p.first_head);
+    p.round_heads = std::min(schedule.heads_per_round, p.value_heads - p.first_head);
     p.walkers = round + 1 < schedule.rounds ? schedule.walkers : schedule.last_walkers;
     launch_round<Variant>(p, stream);
   }

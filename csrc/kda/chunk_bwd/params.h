@@ -4,7 +4,7 @@
 
 namespace kda {
 
-/// Of ChunkPart `w` and `l` are given only where dk and dq have no room for them (ChunkBwdScratch).
+/// Of ChunkRound `w` and `l` are given only where dk and dq have no room for them (ChunkBwdScratch).
 struct ChunkBwdParams : ChunkCall {
   Rows d_o;                // [batch, tokens, value_heads, value_dim], Element
   StateRef d_final_state;  // absent: zero

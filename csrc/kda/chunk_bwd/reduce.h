@@ -20,8 +20,8 @@ KDA_GLOBAL void __launch_bounds__(kReduceThreads) chunk_bwd_reduce_kernel(ChunkB
   int const channel = int(blockIdx.y) * kColumns + column;  // the one behind the last channel: dA_log
   float sum = 0.f;
   if (channel <= kKeyTile)
-    for (int64_t slot = row; slot < p.part_slots; slot += kRows) {
-      ChunkSums<Variant> const& chunk = BackwardCell<Variant>(p, slot, head).sums();
+    for (int64_t cell = row; cell < p.round_cells; cell += kRows) {
+      ChunkSums<Variant> const& chunk = BackwardCell<Variant>(p, cell, head).sums();
       sum += channel < kKeyTile ? chunk.ddt_bias[channel] : chunk.dA_log_of_all();
     }
   storage->sum[row][column] = sum;

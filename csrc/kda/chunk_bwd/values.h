@@ -165,8 +165,8 @@ struct ValueGradients {
   }
   /// The sums over this warp's columns of V, from token first_block * 16 on; `more`: beside those of other tiles.
   template <int kCount>
-  KDA_DEVICE void add_beta(float const (&part)[kCount], int first_block, bool more) {
-    float sum = group_sum_scattered<kCount, 4>(part);
+  KDA_DEVICE void add_beta(float const (&partial)[kCount], int first_block, bool more) {
+    float sum = group_sum_scattered<kCount, 4>(partial);
 #pragma unroll
     for (int bits = 4 * kCount; bits < 32; bits *= 2) sum += shuffle_xor(sum, bits);
     int const i = lane / 4 % kCount;

@@ -7,19 +7,19 @@ namespace kda {
 /// What a variant takes beside its prepare kernel (PrepareCost), in microseconds on an H100, fitted to the same
 /// measurements. What has to be moved takes what it takes at copy_tb_s of the device.
 struct ScanCost {
-  double replay, summarise;           // a chunk of a block
-  static constexpr double kJoin = 5;  // a segment
+  double output, summarise;            // a chunk of a block
+  static constexpr double kChain = 5;  // a segment
   static constexpr double kLaunch = 5;
   static constexpr double kWorthwhile = 0.9;  // of the time without a split
 
   ScanCost(Dtype dtype, int key_tile) {
-    if (dtype == Dtype::kFloat32) replay = key_tile == 256 ? 4 : 2.8;
-    else replay = key_tile == 64 ? 0.9 : 1.1;
-    summarise = replay * 7 / 11;
+    if (dtype == Dtype::kFloat32) output = key_tile == 256 ? 4 : 2.8;
+    else output = key_tile == 64 ? 0.9 : 1.1;
+    summarise = output * 7 / 11;
   }
 };
 
-/// Of one call on one device, in microseconds. The work goes in `parts` equal parts.
+/// Of one call on one device, in microseconds. The work goes in `rounds` equal rounds.
 struct ChunkFwdCost {
   ChunkFwdVariant const& variant;
   ChunkFwdCall const& call;
@@ -28,7 +28,7 @@ struct ChunkFwdCost {
 
   /// Blocks of an unsplit scan that run together.
   int64_t scan_blocks() const {
-    return std::min(call.plan.slots(), int64_t(call.plan.sequences)) * call.value_heads * value_tiles(call.value_dim);
+    return std::min(call.plan.cells(), int64_t(call.plan.sequences)) * call.value_heads * value_tiles(call.value_dim);
   }
   /// Chunks of a sequence of mean length.
   int64_t mean_chunks() const {
@@ -36,39 +36,39 @@ struct ChunkFwdCost {
     return plan.chunks_of(plan.cu_seqlens ? divide_up(plan.tokens, plan.sequences) : plan.tokens);
   }
 
-  /// Of one part: its prepare kernel; its scan, unsplit.
-  double prepare_us(int64_t parts) const {
-    double const us = variant.prepare.walk(divide_up(call.plan.slots(), parts), call.value_heads, device).us;
-    return ScanCost::kLaunch + std::max(us, chunk_heads(parts) * prepare_traffic_us());
+  /// Of one round: its prepare kernel; its scan, unsplit.
+  double prepare_us(int64_t rounds) const {
+    double const us = variant.prepare.walk(divide_up(call.plan.cells(), rounds), call.value_heads, device).us;
+    return ScanCost::kLaunch + std::max(us, chunk_heads(rounds) * prepare_traffic_us());
   }
-  double scan_us(int64_t parts) const {
-    double const us = double(waves(scan_blocks()) * mean_chunks()) / double(parts) * scan.replay;
-    return ScanCost::kLaunch + std::max(us, chunk_heads(parts) * replay_traffic_us());
+  double scan_us(int64_t rounds) const {
+    double const us = double(waves(scan_blocks()) * mean_chunks()) / double(rounds) * scan.output;
+    return ScanCost::kLaunch + std::max(us, chunk_heads(rounds) * output_traffic_us());
   }
 
-  /// Of all parts, unsplit: the two kernels after each other.
-  double sequential_us(int64_t parts) const { return double(parts) * (prepare_us(parts) + scan_us(parts)); }
+  /// Of all rounds, unsplit: the two kernels after each other.
+  double sequential_us(int64_t rounds) const { return double(rounds) * (prepare_us(rounds) + scan_us(rounds)); }
 
   /// The scan beside the prepare kernel, which takes so many turns. Sequences are prepared one after another.
-  double beside_us(int64_t parts, int64_t turns, int teams) const {
+  double beside_us(int64_t rounds, int64_t turns, int teams) const {
     PrepareCost const prepare_cost = variant.prepare.cost();
     double const turn = kBesideScan * (teams == 1 ? prepare_cost.turn_alone : prepare_cost.turn),
                  prepare = (turns + kFirstLoad) * turn, others = 1 - 1 / double(std::max(1, call.plan.sequences));
-    double const last = prepare * others + (1 + kFirstLoad) * turn + mean_chunks() * scan.replay,
-                 traffic = chunk_heads(1) * (prepare_traffic_us() + replay_traffic_us());
-    return double(1 + parts) * ScanCost::kLaunch + std::max({prepare, last, traffic});
+    double const last = prepare * others + (1 + kFirstLoad) * turn + mean_chunks() * scan.output,
+                 traffic = chunk_heads(1) * (prepare_traffic_us() + output_traffic_us());
+    return double(1 + rounds) * ScanCost::kLaunch + std::max({prepare, last, traffic});
   }
 
-  /// Of all parts, each with so many sequences beside each other, in n segments of so many chunks.
-  double split_us(int64_t parts, int64_t sequences, int64_t n, int64_t segment_chunks) const {
+  /// Of all rounds, each with so many sequences beside each other, in n segments of so many chunks.
+  double split_us(int64_t rounds, int64_t sequences, int64_t n, int64_t segment_chunks) const {
     int64_t const together = sequences * call.value_heads;
     int64_t const columns = together * value_tiles(call.value_dim), rows = together * (variant.key_tile / kValueTile);
     double const summaries =
                      double(waves((n - 1) * columns + (n - 2) * rows)) * double(segment_chunks) * scan.summarise,
-                 replays = double(waves(n * columns)) * double(segment_chunks) * scan.replay;
-    return double(parts) * (prepare_us(parts) + 3 * ScanCost::kLaunch + double(n - 2) * ScanCost::kJoin +
-                            std::max(summaries, chunk_heads(parts) * summarise_traffic_us()) +
-                            std::max(replays, chunk_heads(parts) * replay_traffic_us()));
+                 outputs = double(waves(n * columns)) * double(segment_chunks) * scan.output;
+    return double(rounds) * (prepare_us(rounds) + 3 * ScanCost::kLaunch + double(n - 2) * ScanCost::kChain +
+                             std::max(summaries, chunk_heads(rounds) * summarise_traffic_us()) +
+                             std::max(outputs, chunk_heads(rounds) * output_traffic_us()));
   }
 
  private:
@@ -76,14 +76,14 @@ struct ChunkFwdCost {
   static constexpr double kBesideScan = 1.1;  // of a turn, whose loads and stores meet those of the scan
 
   int64_t waves(int64_t blocks) const { return divide_up(blocks, device.multiprocessors); }
-  double chunk_heads(int64_t parts) const { return double(call.plan.slots() * call.value_heads) / double(parts); }
+  double chunk_heads(int64_t rounds) const { return double(call.plan.cells() * call.value_heads) / double(rounds); }
   // What a chunk of a head takes to move: inputs and record; record and outputs; what it takes without outputs.
   double traffic_us(size_t bytes) const { return double(bytes) / device.copy_tb_s * 1e-6; }
   double prepare_traffic_us() const {
     int const columns = 3 * call.key_dim + call.value_dim + 1;
     return traffic_us(size_t(variant.chunk) * size_t(columns) * size_t(variant.element_bytes()) + cell_bytes());
   }
-  double replay_traffic_us() const {
+  double output_traffic_us() const {
     return traffic_us(cell_bytes() + size_t(variant.chunk * call.value_dim * variant.element_bytes()));
   }
   double summarise_traffic_us() const {

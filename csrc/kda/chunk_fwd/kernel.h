@@ -1,70 +1,70 @@
 // The kernels of the chunkwise forward behind prepare: the scan (chunk after chunk), where sequences are split in three
 // steps (segments.h).
 #pragma once
-#include "kda/chunk/join.h"
+#include "kda/chunk/chain.h"
 #include "kda/chunk/scan.h"
 #include "kda/chunk_fwd/states.h"
 
 namespace kda {
 
-/// The scan's helper warps: at each step they bring one chunk, announce the one before and take away the output of the
+/// The scan's producers: at each step they bring one chunk, announce the one before and take away the output of the
 /// one before that. The consumers may then be anywhere between: whatever either side waits for is already under way.
 template <class Variant, ScanPass kPass>
-KDA_DEVICE void help_scan(ScanHelper<Variant, kPass> helper, ScanWork const& work) {
+KDA_DEVICE void produce_chunks(ScanProducer<Variant, kPass> producer, ScanWork const& work) {
   using Barrier = ScanBarrier<Variant, kPass>;
   constexpr int kStages = ScanShape<Variant, kPass>::kStages;
   constexpr bool kOutputs = kPass == ScanPass::kOutputs;
-  ChunkCall const& p = helper.p;
-  int64_t const count = work.end - work.begin, first_record = work.sequence.first_slot + work.begin - p.first_slot;
+  ChunkCall const& p = producer.p;
+  int64_t const count = work.end - work.begin, first_record = work.sequence.first_cell + work.begin - p.first_cell;
   for (int64_t i = 0; i < count + (kOutputs ? 2 : 1); ++i) {
-    if (i >= 1 && i - 1 < count) helper.announce(int((i - 1) % kStages));
+    if (i >= 1 && i - 1 < count) producer.announce(int((i - 1) % kStages));
     if (i < count) {
       int const stage = int(i % kStages);
       if (i >= kStages) {
         Barrier::wait(Barrier::empty(stage));
-        if (helper.is_done(i - kStages)) return;
+        if (producer.is_done(i - kStages)) return;
       }
-      helper.load(first_record + i, work.value_head, stage, count - i);
-      if (kOutputs && i >= kStages) helper.free_record(first_record + i - kStages, work.value_head);
+      producer.load(first_record + i, work.value_head, stage, count - i);
+      if (kOutputs && i >= kStages) producer.free_record(first_record + i - kStages, work.value_head);
     }
     if constexpr (kOutputs)
       if (i >= 2)
-        helper.store_output(chunk_of_head<Variant>(p, work.sequence, work.begin + i - 2, work.value_head), int(i % 2),
-                            i < count);
+        producer.store_output(chunk_of_head<Variant>(p, work.sequence, work.begin + i - 2, work.value_head), int(i % 2),
+                              i < count);
   }
   if constexpr (kOutputs)  // the consumers have handed over their last output
     for (int64_t i = count < kStages ? 0 : count - kStages; i < count; ++i)
-      helper.free_record(first_record + i, work.value_head);
+      producer.free_record(first_record + i, work.value_head);
 }
 
-/// The state of the sequence that comes from the part before, or goes on into the next one. Consumer warps.
+/// The state of the sequence that comes from the round before, or goes on into the next one. Consumer warps.
 template <class Variant, int kKeyTiles>
 KDA_DEVICE void load_carry(tile::Accumulator (&state)[kKeyTiles], ChunkFwdParams const& p, int value_head,
-                           StatePart part) {
+                           StateSlice slice) {
   if (p.progress) {
-    if (lane_index() == 0) wait_flag(carry_ready(p, value_head, part.row / kValueTile), p.part);
+    if (lane_index() == 0) wait_flag(carry_ready(p, value_head, slice.row / kValueTile), p.round);
     sync_warp();
   }
-  load_rows(state, carry_at<Variant>(p, p.part + 1, value_head), part);
+  load_rows(state, carry_at<Variant>(p, p.round + 1, value_head), slice);
 }
 template <class Variant, int kKeyTiles>
 KDA_DEVICE void store_carry(tile::Accumulator const (&state)[kKeyTiles], ChunkFwdParams const& p, int value_head,
-                            StatePart part) {
+                            StateSlice slice) {
   if (p.progress) wait_for_previous_kernel();  // and for those before: nobody reads these rows any more
-  store_rows(state, carry_at<Variant>(p, p.part, value_head), part);
+  store_rows(state, carry_at<Variant>(p, p.round, value_head), slice);
   if (!p.progress) return;
   sync_named(ScanBarrier<Variant, ScanPass::kOutputs>::kConsumers, ScanShape<Variant, ScanPass::kOutputs>::kConsumers);
-  if (thread_index() == 0) set_flag(carry_ready(p, value_head, part.row / kValueTile), p.part + 1);
+  if (thread_index() == 0) set_flag(carry_ready(p, value_head, slice.row / kValueTile), p.round + 1);
 }
 
 /// The scan's consumer warps: the recurrence, with outputs.
 template <class Variant>
-KDA_DEVICE void replay_chunks(ChunkFwdParams const& p, ScanConsumer<Variant, ScanPass::kOutputs> consumer,
+KDA_DEVICE void output_chunks(ChunkFwdParams const& p, ScanConsumer<Variant, ScanPass::kOutputs> consumer,
                               ScanWork const& work, int value0) {
   using Barrier = ScanBarrier<Variant, ScanPass::kOutputs>;
   constexpr int kStages = ScanShape<Variant, ScanPass::kOutputs>::kStages, kChunk = Variant::config.chunk;
   int const n = work.n, value_head = work.value_head;
-  StatePart const value = consumer.part(value0);
+  StateSlice const value = consumer.slice(value0);
   if (p.segments) load_rows(consumer.state, segment_at<Variant>(p, work.segment, value_head).state, value);
   else if (work.begin == 0) load_state(consumer.state, initial_state_at(p, n, value_head), p, value);
   else load_carry<Variant>(consumer.state, p, value_head, value);
@@ -116,7 +116,7 @@ KDA_DEVICE bool summarise_chunks(ScanConsumer<Variant, ScanPass::kSummary>& cons
 template <class Variant>
 KDA_DEVICE void summarise_segment(ChunkFwdParams const& p, ScanConsumer<Variant, ScanPass::kSummary> consumer,
                                   ScanWork const& work, int value0, int key0) {
-  StatePart const value = consumer.part(value0), key = consumer.part(key0);
+  StateSlice const value = consumer.slice(value0), key = consumer.slice(key0);
   int64_t const count = work.following ? work.end - work.begin : 0;
   SegmentAt const at = segment_at<Variant>(p, work.segment, work.value_head);
   if (!consumer.has_values) {
@@ -124,7 +124,7 @@ KDA_DEVICE void summarise_segment(ChunkFwdParams const& p, ScanConsumer<Variant,
   } else if (work.begin == 0) {
     load_state(consumer.state, initial_state_at(p, work.n, work.value_head), p, value);
   } else if (work.first) {
-    load_rows(consumer.state, carry_at<Variant>(p, p.part + 1, work.value_head), value);
+    load_rows(consumer.state, carry_at<Variant>(p, p.round + 1, work.value_head), value);
   } else {
     load_state(consumer.state, {}, p, value);
   }
@@ -145,21 +145,21 @@ KDA_GLOBAL void __launch_bounds__(ScanShape<Variant, ScanPass::kOutputs>::kThrea
     chunk_fwd_scan_kernel(ChunkFwdParams const p) {
   using Storage = ScanStorage<Variant, ScanPass::kOutputs>;
   KDA_DYNAMIC_SHARED(Storage, storage);
-  if (p.progress) let_next_kernel_start();  // the prepare kernel of the next part
+  if (p.progress) let_next_kernel_start();  // the prepare kernel of the next round
   else wait_for_previous_kernel();
   if (ScanWork work; find_scan_work<Variant>(work, p, blockIdx.x, blockIdx.y)) {
     int const value0 = blockIdx.z * kValueTile;
     init_scan<Variant, ScanPass::kOutputs>(*storage);
     if (is_consumer<Variant, ScanPass::kOutputs>())
-      replay_chunks<Variant>(p, {*storage, thread_index() / 32, true}, work, value0);
-    else help_scan<Variant, ScanPass::kOutputs>({p, *storage, value0, p.o}, work);
+      output_chunks<Variant>(p, {*storage, thread_index() / 32, true}, work, value0);
+    else produce_chunks<Variant, ScanPass::kOutputs>({p, *storage, value0, p.o}, work);
   }
   // So that nothing behind this kernel starts before those that it ran beside end:
   if (p.progress && blockIdx.x == gridDim.x - 1 && blockIdx.y == 0 && blockIdx.z == 0) wait_for_previous_kernel();
 }
 
-/// Block z: 64 columns of V, then 64 rows of M. Only what the join needs: no M of a first segment, nothing of a last
-/// one, except that the start of the first is kept for its replay.
+/// Block z: 64 columns of V, then 64 rows of M. Only what the chain needs: no M of a first segment, nothing of a last
+/// one, except that the start of the first is kept for the outputs pass.
 template <class Variant>
 KDA_GLOBAL void __launch_bounds__(ScanShape<Variant, ScanPass::kSummary>::kThreads,
                                   ScanShape<Variant, ScanPass::kSummary>::kBlocksPerSm)
@@ -174,7 +174,8 @@ KDA_GLOBAL void __launch_bounds__(ScanShape<Variant, ScanPass::kSummary>::kThrea
   init_scan<Variant, ScanPass::kSummary>(*storage);
   if (is_consumer<Variant, ScanPass::kSummary>())
     summarise_segment<Variant>(p, {*storage, thread_index() / 32, has_values}, work, value0, key0);
-  else if (work.following) help_scan<Variant, ScanPass::kSummary>({p, *storage, has_values ? value0 : -1, {}}, work);
+  else if (work.following)
+    produce_chunks<Variant, ScanPass::kSummary>({p, *storage, has_values ? value0 : -1, {}}, work);
 }
 
 }  // namespace kda

@@ -33,7 +33,7 @@ struct ChunkFwdVariant {
   Dtype dtype;
   int chunk, key_tile;
   bool wgmma;                             // needs compute capability 9.0
-  size_t record_bytes, value_tile_bytes;  // workspace per slot and value head, and per tile of V there
+  size_t record_bytes, value_tile_bytes;  // workspace per cell and value head, and per tile of V there
   PrepareVariant prepare;
   size_t scan_shared_bytes;
   int scan_threads;

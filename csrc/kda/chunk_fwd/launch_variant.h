@@ -24,9 +24,9 @@ struct ChunkFwdKernels {
              sizeof(ScanStorage<Variant, ScanPass::kSummary>)},
             chunk_fwd_summarise_kernel<Variant>};
   }
-  static Kernel<ChunkCall> join() {
-    return {{"chunk_fwd_join", &typeid(Variant), JoinShape<Variant>::kThreads, sizeof(JoinStorage<Variant>)},
-            chunk_fwd_join_kernel<Variant>};
+  static Kernel<ChunkCall> chain() {
+    return {{"chunk_fwd_chain", &typeid(Variant), ChainShape<Variant>::kThreads, sizeof(ChainStorage<Variant>)},
+            chunk_fwd_chain_kernel<Variant>};
   }
   static K scan() {
     return {{"chunk_fwd_scan", &typeid(Variant), ScanShape<Variant, ScanPass::kOutputs>::kThreads,
@@ -34,20 +34,20 @@ struct ChunkFwdKernels {
             chunk_fwd_scan_kernel<Variant>};
   }
   static std::vector<KernelLaunch> all() {
-    std::vector<KernelLaunch> kernels{clear(), reset(), summarise(), join(), scan()};
+    std::vector<KernelLaunch> kernels{clear(), reset(), summarise(), chain(), scan()};
     for (KernelLaunch const& kernel : prepare_kernels<Variant>()) kernels.push_back(kernel);
     return kernels;
   }
 };
 
-/// The scan of one part, so many blocks for each value head and tile of V; where sequences are split, in three steps.
+/// The scan of one round, so many blocks for each value head and tile of V; where sequences are split, in three steps.
 template <class Variant>
 void launch_scan(ChunkFwdParams const& p, int64_t segments, cudaStream_t stream) {
   using Kernels = ChunkFwdKernels<Variant>;
   unsigned const x = unsigned(segments), heads = unsigned(p.value_heads), tiles = unsigned(value_tiles(p.value_dim));
   if (p.segments) {
     launch(Kernels::summarise(), dim3(x, heads, tiles + Variant::config.key_tile / kValueTile), stream, p);
-    launch(Kernels::join(), dim3(x, heads, tiles * (kValueTile / JoinShape<Variant>::kRows)), stream, p);
+    launch(Kernels::chain(), dim3(x, heads, tiles * (kValueTile / ChainShape<Variant>::kRows)), stream, p);
   }
   launch_early(true, Kernels::scan(), dim3(x, heads, tiles), stream, p);
 }
@@ -62,24 +62,24 @@ void launch_chunk_fwd(ChunkFwdParams p, ChunkFwdSchedule const& schedule, cudaSt
     launch(Kernels::clear(), dim3(unsigned(p.plan.sequences + 2 - first_unowned(p.plan)), kClearBlocks), stream, p);
   char* const workspace = align_workspace(p.workspace);
   p.workspace = workspace, p.cell_bytes = w.cell_bytes, p.inverse_offset = 0;
-  p.first_head = 0, p.part_heads = p.value_heads;
+  p.first_head = 0, p.round_heads = p.value_heads;
   p.carry = reinterpret_cast<float*>(workspace + w.carry);
   int64_t const split = schedule.segment_chunks;
   p.segments = split ? reinterpret_cast<float*>(workspace + w.segments) : nullptr;
   p.segment_tokens = (split ? split : unsplit_chunks(p.plan)) * p.plan.chunk;
   p.last_first = schedule.last_first;
   p.progress = nullptr;
-  if (schedule.beside && schedule.whole.slots) {
+  if (schedule.beside && schedule.whole.cells) {
     p.progress = reinterpret_cast<uint32_t*>(workspace + w.progress);
     launch(Kernels::reset(), dim3(1), stream, p.progress, w.counters);
   }
-  p.first_slot = 0;
-  for (p.part = 0; p.part < schedule.parts; ++p.part) {
-    ChunkFwdPart const& part = schedule.part(p.part);
-    p.part_slots = int32_t(part.slots), p.walkers = part.walkers, p.more_parts = p.part + 1 < schedule.parts;
-    if (part.slots) launch_prepare<Variant>(p, schedule.teams, p.progress, stream);
-    launch_scan<Variant>(p, part.segments, stream);  // also where there is no slot at all: it writes final states
-    p.first_slot += part.slots;
+  p.first_cell = 0;
+  for (p.round = 0; p.round < schedule.rounds; ++p.round) {
+    ChunkFwdRound const& round = schedule.round(p.round);
+    p.round_cells = int32_t(round.cells), p.walkers = round.walkers, p.more_rounds = p.round + 1 < schedule.rounds;
+    if (round.cells) launch_prepare<Variant>(p, schedule.teams, p.progress, stream);
+    launch_scan<Variant>(p, round.segments, stream);  // also where there is no cell at all: it writes final states
+    p.first_cell += round.cells;
   }
 }
 

@@ -9,12 +9,12 @@ inline constexpr double kWorkspaceShare = 1.5;  // of the bytes of q and k: reco
 inline constexpr double kSegmentShare = 0.25;   // of the records: states of segments, and never more than
 inline constexpr int64_t kMostSegmentBytes = 32 << 20;
 
-/// What lies where in the workspace: room to align, records of one part, two states per value head where there is more
-/// than one part, counters of progress, states of segments. Never less for more tokens or sequences: how equal the
-/// parts are, and whether sequences are split, does not show.
+/// What lies where in the workspace: room to align, records of one round, two states per value head where there is more
+/// than one round, counters of progress, states of segments. Never less for more tokens or sequences: how equal the
+/// rounds are, and whether sequences are split, does not show.
 struct ChunkFwdWorkspace {
-  int64_t most_slots = 0;                        // of a part
-  int64_t cell_bytes = 0;                        // of a slot and value head
+  int64_t most_cells = 0;                        // of a round
+  int64_t cell_bytes = 0;                        // of a cell and value head
   int64_t counters = 0;                          // of progress
   size_t carry = 0, progress = 0, segments = 0;  // offsets from the first aligned byte
   size_t bytes_per_segment = 0, segment_bytes = 0;
@@ -23,9 +23,9 @@ struct ChunkFwdWorkspace {
   int64_t most_segments() const { return int64_t(segment_bytes / bytes_per_segment); }
 };
 
-/// The work goes in parts where the workspace would be large beside the inputs (kWorkspaceShare).
-struct ChunkFwdPart {
-  int64_t slots = 0;
+/// The work goes in rounds where the workspace would be large beside the inputs (kWorkspaceShare).
+struct ChunkFwdRound {
+  int64_t cells = 0;
   int32_t walkers = 1;   // of the prepare kernel, for each value head
   int64_t segments = 0;  // of the scan: blocks for each value head and tile of V, used or not
 };
@@ -42,36 +42,36 @@ enum class SplitReason {
 /// The one value that says how a call is launched: obeyed by ChunkFwdVariant::launch, told by explain.
 struct ChunkFwdSchedule {
   ChunkFwdWorkspace workspace;
-  int64_t parts = 1;
-  ChunkFwdPart whole, last;  // all parts but the last are alike
+  int64_t rounds = 1;
+  ChunkFwdRound whole, last;  // all rounds but the last are alike
 
   // How the two kernels share the device.
   bool beside = false;      // the scan follows the prepare kernel record by record
   int64_t reserved = 0;     // multiprocessors left to the scan; 0: it gets them as the prepare kernel ends
   int teams = 1;            // in each block of the prepare kernel; all that fit, so that no other fits beside them
-  bool last_first = false;  // the prepare kernel begins with the last slots
+  bool last_first = false;  // the prepare kernel begins with the last cells
 
   // Whether sequences are split into segments, and why.
   int64_t segment_chunks = 0;  // 0: not split
-  int64_t mean_segments = 1;   // of a sequence of mean length, in one part
+  int64_t mean_segments = 1;   // of a sequence of mean length, in one round
   SplitReason reason = SplitReason::kNoSegments;
 
   // Predicted, in microseconds.
   double unsplit_us = 0, split_us = 0;               // of the call; of the best split, 0 if there is none
   double prepare_us = 0, scan_us = 0, total_us = 0;  // of the kernels, one after another; all, beside each other
 
-  ChunkFwdPart const& part(int64_t i) const { return i + 1 < parts ? whole : last; }
+  ChunkFwdRound const& round(int64_t i) const { return i + 1 < rounds ? whole : last; }
 };
 
-inline int64_t chunk_fwd_counters(ChunkFwdCall const& call, int64_t slots) {
-  int64_t const all = progress_counters(slots * call.value_heads, call.value_heads, call.value_dim);
+inline int64_t chunk_fwd_counters(ChunkFwdCall const& call, int64_t cells) {
+  int64_t const all = progress_counters(cells * call.value_heads, call.value_heads, call.value_dim);
   return divide_up(all, 4) * 4;  // segments begin at 16 bytes
 }
 
 inline ChunkFwdWorkspace lay_out_workspace(ChunkFwdVariant const& variant, ChunkFwdCall const& call,
                                            DeviceTraits const& device) {
   ChunkPlan const& plan = call.plan;
-  int64_t const slots = plan.slots(), heads = call.value_heads, rows = plan.cu_seqlens ? 1 : plan.sequences;
+  int64_t const cells = plan.cells(), heads = call.value_heads, rows = plan.cu_seqlens ? 1 : plan.sequences;
   ChunkFwdWorkspace w;
   w.cell_bytes = int64_t(variant.cell_bytes(call.value_dim));
   w.bytes_per_segment = size_t(heads) * size_t(segment_floats(call.value_dim, variant.key_tile)) * sizeof(float);
@@ -80,26 +80,26 @@ inline ChunkFwdWorkspace lay_out_workspace(ChunkFwdVariant const& variant, Chunk
       2 * rows * plan.tokens * heads * call.key_dim * variant.element_bytes();  // q, k of value heads
   int64_t const allowed = std::max(int64_t(kWorkspaceShare * double(inputs)), device.small_workspace);
   int64_t const counters = 4 * chunk_fwd_counters(call, 0) + 16,  // bytes, and room to round
-      per_slot = heads * (w.cell_bytes + 4 * kCountersPerRecord);
-  w.most_slots = std::min(std::max<int64_t>((allowed - counters) / per_slot, 1), slots);
-  w.counters = chunk_fwd_counters(call, w.most_slots);
+      per_cell = heads * (w.cell_bytes + 4 * kCountersPerRecord);
+  w.most_cells = std::min(std::max<int64_t>((allowed - counters) / per_cell, 1), cells);
+  w.counters = chunk_fwd_counters(call, w.most_cells);
 
-  size_t const states = w.most_slots < slots ? 2 * size_t(heads) : 0;
-  w.carry = size_t(w.most_slots * heads * w.cell_bytes);
+  size_t const states = w.most_cells < cells ? 2 * size_t(heads) : 0;
+  w.carry = size_t(w.most_cells * heads * w.cell_bytes);
   w.progress = w.carry + states * size_t(state_floats(call.value_dim, variant.key_tile)) * sizeof(float);
   w.segments = w.progress + size_t(w.counters) * sizeof(uint32_t);
   // No segments where the heads of one sequence fill half of the device: a split costs more than twice the arithmetic.
   bool const fills = 2 * heads * value_tiles(call.value_dim) > device.multiprocessors;
-  if (call.batch_invariant || slots < 2 || (fills && !device.wanted_segments)) return w;
+  if (call.batch_invariant || cells < 2 || (fills && !device.wanted_segments)) return w;
   int64_t const share = std::min(int64_t(kSegmentShare * double(w.carry)), kMostSegmentBytes);
   int64_t const most = std::max(share, device.small_workspace) / int64_t(w.bytes_per_segment);
-  w.segment_bytes = size_t(std::min(most, part_segments(plan, w.most_slots, 1))) * w.bytes_per_segment;
+  w.segment_bytes = size_t(std::min(most, round_segments(plan, w.most_cells, 1))) * w.bytes_per_segment;
   return w;
 }
 
 /// How the kernels share the device, where sequences are not split.
 struct ChunkFwdUnsplit {
-  int64_t part_slots = 0;
+  int64_t round_cells = 0;
   int64_t reserved = 0;
   int32_t walkers = 0;  // 0: as many as PrepareVariant::walk says
   int teams = 1;
@@ -107,44 +107,44 @@ struct ChunkFwdUnsplit {
 };
 
 /// Where kernels can run beside each other, the scan follows the prepare kernel; it gets multiprocessors of its own if
-/// that pays. `equal_slots`: of a part, if it does not.
-inline ChunkFwdUnsplit schedule_unsplit(ChunkFwdCost const& cost, int64_t most_slots, int64_t equal_slots) {
+/// that pays. `equal_cells`: of a round, if it does not.
+inline ChunkFwdUnsplit schedule_unsplit(ChunkFwdCost const& cost, int64_t most_cells, int64_t equal_cells) {
   DeviceTraits const& device = cost.device;
-  int64_t const heads = cost.call.value_heads, slots = cost.call.plan.slots();
-  if (slots == 0) return {};
-  int64_t const scan = cost.scan_blocks(), left = device.multiprocessors - scan;
-  ChunkFwdUnsplit best{equal_slots, 0, 0, 1, cost.sequential_us(divide_up(slots, equal_slots))};
+  int64_t const heads = cost.call.value_heads, cells = cost.call.plan.cells();
+  if (cells == 0) return {};
+  int64_t const scan = cost.scan_blocks(), others = device.multiprocessors - scan;
+  ChunkFwdUnsplit best{equal_cells, 0, 0, 1, cost.sequential_us(divide_up(cells, equal_cells))};
   if (!device.overlaps_kernels || 4 * scan > 3 * device.multiprocessors) return best;
-  int const teams = slots * heads > left ? cost.variant.prepare.teams : 1;
+  int const teams = cells * heads > others ? cost.variant.prepare.teams : 1;
   if (teams > 1 && !cost.variant.wgmma) return best;  // for these no kernel with blocks of several teams is compiled
-  int64_t const most_walkers = std::min(std::max<int64_t>(left * teams / heads, 1), most_slots);
+  int64_t const most_walkers = std::min(std::max<int64_t>(others * teams / heads, 1), most_cells);
   for (int64_t walkers = most_walkers; 2 * walkers > most_walkers; --walkers) {  // fewer may come out even
-    int64_t const parts = divide_up(slots, most_slots / walkers * walkers),
-                  part = std::min(most_slots, divide_up(divide_up(slots, parts), walkers) * walkers),
-                  turns = (parts - 1) * (part / walkers) + divide_up(slots - (parts - 1) * part, walkers);
-    double const us = cost.beside_us(parts, turns, teams);
-    if (us < best.us) best = {part, scan, int32_t(walkers), teams, us};
+    int64_t const rounds = divide_up(cells, most_cells / walkers * walkers),
+                  round = std::min(most_cells, divide_up(divide_up(cells, rounds), walkers) * walkers),
+                  turns = (rounds - 1) * (round / walkers) + divide_up(cells - (rounds - 1) * round, walkers);
+    double const us = cost.beside_us(rounds, turns, teams);
+    if (us < best.us) best = {round, scan, int32_t(walkers), teams, us};
   }
   return best;
 }
 
 /// Lengths in cu_seqlens are taken as equal.
-inline void choose_split(ChunkFwdSchedule& s, ChunkFwdCost const& cost, int64_t part_slots, double unsplit_us) {
+inline void choose_split(ChunkFwdSchedule& s, ChunkFwdCost const& cost, int64_t round_cells, double unsplit_us) {
   ChunkPlan const& plan = cost.call.plan;
   int const wanted = cost.device.wanted_segments;
   s.reason = cost.call.batch_invariant    ? SplitReason::kInvariant
              : !s.workspace.segment_bytes ? SplitReason::kNoSegments
                                           : SplitReason::kNoRoom;
-  int64_t const chunks = std::min(cost.mean_chunks(), part_slots);
+  int64_t const chunks = std::min(cost.mean_chunks(), round_cells);
   if (chunks == 0) return;
-  int64_t const parts = divide_up(plan.slots(), part_slots);
-  int64_t const sequences = std::max<int64_t>(1, std::min<int64_t>(plan.sequences, part_slots / chunks));
+  int64_t const rounds = divide_up(plan.cells(), round_cells);
+  int64_t const sequences = std::max<int64_t>(1, std::min<int64_t>(plan.sequences, round_cells / chunks));
   s.unsplit_us = unsplit_us;
   int64_t best_chunks = 0, best_segments = 1;
   for (int64_t l = 1; l < chunks; l *= 2) {
     int64_t const n = divide_up(chunks, l);
-    if (part_segments(plan, part_slots, l) > s.workspace.most_segments() || (wanted && n > wanted)) continue;
-    double const us = cost.split_us(parts, sequences, n, l);
+    if (round_segments(plan, round_cells, l) > s.workspace.most_segments() || (wanted && n > wanted)) continue;
+    double const us = cost.split_us(rounds, sequences, n, l);
     if (best_chunks == 0 || (us < s.split_us && !wanted)) best_chunks = l, best_segments = n, s.split_us = us;
   }
   if (!best_chunks) return;
@@ -159,29 +159,29 @@ inline ChunkFwdSchedule schedule_chunk_fwd(ChunkFwdVariant const& variant, Chunk
   ChunkFwdCost const cost{variant, call, device};
   ChunkFwdSchedule s;
   s.workspace = lay_out_workspace(variant, call, device);
-  int64_t const slots = plan.slots(), most_slots = s.workspace.most_slots;
-  int64_t const equal_slots = slots ? divide_up(slots, divide_up(slots, most_slots)) : 0;
-  ChunkFwdUnsplit const unsplit = schedule_unsplit(cost, most_slots, equal_slots);
-  choose_split(s, cost, equal_slots, unsplit.us);
+  int64_t const cells = plan.cells(), most_cells = s.workspace.most_cells;
+  int64_t const equal_cells = cells ? divide_up(cells, divide_up(cells, most_cells)) : 0;
+  ChunkFwdUnsplit const unsplit = schedule_unsplit(cost, most_cells, equal_cells);
+  choose_split(s, cost, equal_cells, unsplit.us);
   bool const split = s.segment_chunks;
 
   s.beside = device.overlaps_kernels && !split;
   if (!split) s.reserved = unsplit.reserved, s.teams = unsplit.teams;
   s.last_first = !split && !s.reserved && plan.sequences == 1;
-  int64_t const part_slots = split ? equal_slots : unsplit.part_slots;
-  auto const part_of = [&](int64_t n) {
+  int64_t const round_cells = split ? equal_cells : unsplit.round_cells;
+  auto const round_of = [&](int64_t n) {
     int32_t const walkers = s.reserved ? int32_t(std::min<int64_t>(unsplit.walkers, n))
                                        : variant.prepare.walk(n, call.value_heads, device).walkers;
-    return ChunkFwdPart{n, walkers, part_segments(plan, n, split ? s.segment_chunks : unsplit_chunks(plan))};
+    return ChunkFwdRound{n, walkers, round_segments(plan, n, split ? s.segment_chunks : unsplit_chunks(plan))};
   };
-  s.parts = slots ? divide_up(slots, part_slots) : 1;
-  s.whole = part_of(part_slots), s.last = part_of(slots - (s.parts - 1) * part_slots);
+  s.rounds = cells ? divide_up(cells, round_cells) : 1;
+  s.whole = round_of(round_cells), s.last = round_of(cells - (s.rounds - 1) * round_cells);
 
-  if (slots == 0) return s;
-  int64_t const parts = divide_up(slots, equal_slots);
+  if (cells == 0) return s;
+  int64_t const rounds = divide_up(cells, equal_cells);
   s.total_us = split ? s.split_us : s.unsplit_us;
-  s.prepare_us = double(parts) * cost.prepare_us(parts);
-  s.scan_us = split ? s.split_us - s.prepare_us : double(parts) * cost.scan_us(parts);
+  s.prepare_us = double(rounds) * cost.prepare_us(rounds);
+  s.scan_us = split ? s.split_us - s.prepare_us : double(rounds) * cost.scan_us(rounds);
   return s;
 }
 

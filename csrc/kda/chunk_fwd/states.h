@@ -43,20 +43,20 @@ KDA_DEVICE StateAt checkpoint_at(ChunkFwdParams const& p, int n, int64_t tokens,
 /// Before each chunk: the states that are kept at its first token.
 template <int kKeyTiles>
 KDA_DEVICE void keep_states(tile::Accumulator (&state)[kKeyTiles], ChunkFwdParams const& p, int n, int64_t first_row,
-                            int64_t token, int value_head, StatePart part) {
+                            int64_t token, int value_head, StateSlice slice) {
 #pragma unroll 1
   for (int kind = 0; kind < 2; ++kind)
     store_state(state, kind ? checkpoint_at(p, n, token, value_head) : chunk_state_at(p, first_row, token, value_head),
-                p, part);
+                p, slice);
 }
 
 /// After the last chunk: the final state, which may be a checkpoint too.
 template <int kKeyTiles>
 KDA_DEVICE void finish_states(tile::Accumulator (&state)[kKeyTiles], ChunkFwdParams const& p, int n, int64_t length,
-                              int value_head, StatePart part) {
+                              int value_head, StateSlice slice) {
 #pragma unroll 1
   for (int kind = 0; kind < 2; ++kind)
-    store_state(state, kind ? checkpoint_at(p, n, length, value_head) : final_state_at(p, n, value_head), p, part);
+    store_state(state, kind ? checkpoint_at(p, n, length, value_head) : final_state_at(p, n, value_head), p, slice);
 }
 
 }  // namespace kda

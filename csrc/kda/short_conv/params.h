@@ -60,6 +60,6 @@ inline int64_t conv_run_tokens(int64_t tokens, int64_t channel_blocks) {
   int64_t const run = tokens * channel_blocks / (kConvWarps * kConvWantedBlocks) / kConvShortestRun * kConvShortestRun;
   return run < kConvShortestRun ? kConvShortestRun : run > kConvLongestRun ? kConvLongestRun : run;
 }
-inline int32_t conv_run_blocks(ChunkPlan const& plan) { return int32_t((plan.slots() + kConvWarps - 1) / kConvWarps); }
+inline int32_t conv_run_blocks(ChunkPlan const& plan) { return int32_t((plan.cells() + kConvWarps - 1) / kConvWarps); }
 
 }  // namespace kda

@@ -50,11 +50,11 @@ struct ConvRun {
   int count;                       // tokens
   bool exists, is_first, is_last;  // an empty sequence has one empty run, which is both
 
-  KDA_DEVICE ConvRun(ChunkPlan const& plan, int64_t slot) {
-    exists = slot < plan.slots();
-    sequence = exists ? plan.sequence_of_slot(slot) : 0;
+  KDA_DEVICE ConvRun(ChunkPlan const& plan, int64_t cell) {
+    exists = cell < plan.cells();
+    sequence = exists ? plan.sequence_of_cell(cell) : 0;
     Sequence const s = plan.sequence(sequence);
-    int64_t const number = slot - s.first_slot;
+    int64_t const number = cell - s.first_cell;
     batch_row = s.batch_row, sequence_begin = s.begin, sequence_end = s.begin + s.length;
     begin = s.begin + number * plan.chunk, end = begin + plan.chunk;
     if (end > sequence_end) end = sequence_end;
