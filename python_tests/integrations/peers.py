@@ -24,13 +24,18 @@ def documented(word: str) -> list[str]:
     return [block for block in blocks if f"import {word}" in block]
 
 
-def run_with(peers: tuple[str, ...], module: str, *arguments: str, **environment: str) -> dict:
-    """What a program of this folder prints as JSON in its last line, with these peers to import."""
+def environment_with(peers: tuple[str, ...]) -> dict[str, str]:
+    """The environment of a process that can import these peers."""
     missing = [peer for peer in peers if not (FOLDER / peer).is_dir()]
     if missing:
         pytest.skip(f"no {', '.join(missing)} in {FOLDER}: make venv installs them")
     path = os.pathsep.join([str(ROOT), *(str(FOLDER / peer) for peer in peers), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **environment}
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def run_with(peers: tuple[str, ...], module: str, *arguments: str, **environment: str) -> dict:
+    """What a program of this folder prints as JSON in its last line, with these peers to import."""
+    environment = {**environment_with(peers), "OMP_NUM_THREADS": "2", **environment}
     command = [sys.executable, "-W", "ignore", "-m", f"python_tests.integrations.{module}", *arguments]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
