@@ -1,5 +1,6 @@
-// run_cases SCHEDULES FILE...: every kernel that serves a case, under that many schedules: within the error budget in
-// the first, the same bits in the others. Prints "ran KERNEL" for each, and exits 1 where something is wrong.
+// run_cases FIRST COUNT FILE...: every kernel that serves a case, under COUNT schedules, the seeds FIRST, FIRST + 1,
+// ... Within the error budget in the first, the same bits in the others. Prints "ran KERNEL" for each, and exits 1
+// where something is wrong.
 //
 // KDA_SLICE: the few variants of chunk_fwd and chunk_bwd that one of each kind makes, instead of all (make test).
 #include <cstdio>
@@ -32,14 +33,14 @@ std::vector<ChunkBwdVariant> const& backward_variants() {
 #endif
 }
 
-int run_under(CaseFile const& c, CaseRun const& run, int schedules) {
+int run_under(CaseFile const& c, CaseRun const& run, int first_seed, int schedules) {
   std::map<std::string, std::vector<char>> first;
   int wrong = 0;
-  for (int seed = 0; seed < schedules; ++seed) {
+  for (int seed = first_seed; seed < first_seed + schedules; ++seed) {
     emulator::options().seed = uint64_t(seed);
     emulator::options().os_threads = 1 + seed % 2;
     auto const results = run.run();
-    if (seed == 0) wrong += check_accuracy(c, run, results);
+    if (seed == first_seed) wrong += check_accuracy(c, run, results);
     for (auto const& [name, x] : results) {
       auto const [it, fresh] = first.emplace(name, x.bytes());
       if (!fresh && it->second != x.bytes())
@@ -50,7 +51,7 @@ int run_under(CaseFile const& c, CaseRun const& run, int schedules) {
   return wrong;
 }
 
-int run_case(CaseFile const& c, int schedules) {
+int run_case(CaseFile const& c, int first_seed, int schedules) {
   std::vector<CaseRun> runs;
   add_chunk_fwd(runs, c, variants());
   add_chunk_bwd(runs, c, backward_variants());
@@ -63,7 +64,7 @@ int run_case(CaseFile const& c, int schedules) {
   int wrong = runs.empty() ? std::printf("WRONG nothing serves %s\n", c.name().c_str()) : 0;
   for (CaseRun const& run : runs) {
     try {
-      wrong += run_under(c, run, schedules);
+      wrong += run_under(c, run, first_seed, schedules);
     } catch (emulator::Error const& error) {
       wrong += complain(c, run, error.what());
     }
@@ -75,10 +76,10 @@ int run_case(CaseFile const& c, int schedules) {
 }  // namespace kda::tests
 
 int main(int argc, char** argv) {
-  int const schedules = argc > 2 ? std::atoi(argv[1]) : 0;
-  if (schedules < 1) return std::fprintf(stderr, "usage: %s SCHEDULES FILE...\n", argv[0]), 2;
+  int const first_seed = argc > 3 ? std::atoi(argv[1]) : 0, schedules = argc > 3 ? std::atoi(argv[2]) : 0;
+  if (schedules < 1) return std::fprintf(stderr, "usage: %s FIRST COUNT FILE...\n", argv[0]), 2;
   kda::emulator::options().has_wgmma = true;  // kernels overlap
   int wrong = 0;
-  for (int i = 2; i < argc; ++i) wrong += kda::tests::run_case(kda::tests::CaseFile(argv[i]), schedules);
+  for (int i = 3; i < argc; ++i) wrong += kda::tests::run_case(kda::tests::CaseFile(argv[i]), first_seed, schedules);
   return wrong ? 1 : 0;
 }
