@@ -31,7 +31,7 @@ struct ChunkRound {
   int32_t inverse_offset;  // in a cell: where the prepare kernel leaves a ChunkInverse; 0: it does not
   int32_t first_head, round_heads;
   int64_t first_cell;
-  int32_t round_cells, round;
+  int32_t round_cells, round_index;
   int32_t walkers;         // of the prepare kernel, for each value head: teams of threads, each of which takes every
                            // walkers-th cell
   bool last_first;         // they begin with the last cells: the first ones are then in the L2 when the scan reads them

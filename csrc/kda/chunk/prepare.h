@@ -32,7 +32,7 @@ struct Prepare : PrepareThread<Variant, kTeams> {
       Base::sync_team();
       prepare.begin(now.chunk);
       bool const finder = prepare.thread == kNextFinder;
-      if (finder && p.round > 0 && p.progress) prepare.wait_until_free(now.cell, value_head);
+      if (finder && p.round_index > 0 && p.progress) prepare.wait_until_free(now.cell, value_head);
       prepare.normalise();
       if (finder) prepare.look_ahead(now, s.walk[turn ^ 1], value_head);
       prepare.scores();
@@ -47,7 +47,7 @@ struct Prepare : PrepareThread<Variant, kTeams> {
   KDA_DEVICE void start(int value_head, int32_t first) {
     if (thread == 0) {
       if (p.progress) {
-        if (p.round == 0) wait_for_previous_kernel();  // its counters are zero now
+        if (p.round_index == 0) wait_for_previous_kernel();  // its counters are zero now
         let_next_kernel_start();
       }
       s.walk[0] = find_chunk(value_head, p.last_first ? p.round_cells - 1 - first : first), s.walk[1].cell = -1;
@@ -60,7 +60,7 @@ struct Prepare : PrepareThread<Variant, kTeams> {
   }
 
   KDA_DEVICE void wait_until_free(int32_t cell, int value_head) const {
-    wait_flag(progress_of_record(p, cell, value_head).freed, p.round * value_tiles(p.value_dim));
+    wait_flag(progress_of_record(p, cell, value_head).freed, p.round_index * value_tiles(p.value_dim));
   }
   /// One thread, some time after the chunk before has been written by all, so that little of it is still on its way:
   /// hands that one to the scan, and finds the chunk after this one.
@@ -69,7 +69,7 @@ struct Prepare : PrepareThread<Variant, kTeams> {
     other = next_chunk(now, value_head);
   }
   KDA_DEVICE static void hand_over(ChunkCall const& p, WalkedChunk const& written, int value_head) {
-    if (written.cell >= 0) set_flag(progress_of_record(p, written.cell, value_head).ready, p.round + 1);
+    if (written.cell >= 0) set_flag(progress_of_record(p, written.cell, value_head).ready, p.round_index + 1);
   }
 
   KDA_DEVICE int32_t step() const { return p.last_first ? -p.walkers : p.walkers; }

@@ -195,10 +195,10 @@ struct ScanProducer {
   KDA_DEVICE void wait_for_record(int64_t cell, int value_head, int64_t remaining) {
     if (Shape::kAsync && thread >= 32) return;
     int const lane = lane_index();
-    if (lane == 0) wait_flag(progress_of_record(p, cell, value_head).ready, p.round + 1);
+    if (lane == 0) wait_flag(progress_of_record(p, cell, value_head).ready, p.round_index + 1);
     sync_warp();
     bool const ready =
-        lane < remaining && flag_reached(progress_of_record(p, cell + lane, value_head).ready, p.round + 1);
+        lane < remaining && flag_reached(progress_of_record(p, cell + lane, value_head).ready, p.round_index + 1);
     seen = cell + warp_count_leading(ready);
     sync_warp();  // what one lane has seen of its record, all have
     if constexpr (Shape::kAsync) fence_proxy_async_global();

@@ -71,7 +71,7 @@ void launch_chunk_bwd(ChunkBwdParams p, ChunkBwdSchedule const& schedule, cudaSt
   p.inverse_offset = int32_t(BackwardCell<Variant>::inverse_offset(tiles));
   if (!p.w.data) p.w = rows_in_gradient<typename Variant::Element>(p.dk, p.key_dim);
   if (!p.l.data) p.l = rows_in_gradient<typename Variant::Element>(p.dq, Variant::config.chunk);
-  p.first_cell = 0, p.round = 0, p.round_cells = int32_t(p.plan.cells());
+  p.first_cell = 0, p.round_index = 0, p.round_cells = int32_t(p.plan.cells());
   p.segment_tokens = unsplit_chunks(p.plan) * p.plan.chunk;
   if (p.plan.cu_seqlens && p.dv.data) launch(ChunkBwdKernels<Variant>::clear(), dim3(2, kClearBlocks), stream, p);
   for (int round = 0; round < schedule.rounds; ++round) {

@@ -42,19 +42,19 @@ template <class Variant, int kKeyTiles>
 KDA_DEVICE void load_carry(tile::Accumulator (&state)[kKeyTiles], ChunkFwdParams const& p, int value_head,
                            StateSlice slice) {
   if (p.progress) {
-    if (lane_index() == 0) wait_flag(carry_ready(p, value_head, slice.row / kValueTile), p.round);
+    if (lane_index() == 0) wait_flag(carry_ready(p, value_head, slice.row / kValueTile), p.round_index);
     sync_warp();
   }
-  load_rows(state, carry_at<Variant>(p, p.round + 1, value_head), slice);
+  load_rows(state, carry_at<Variant>(p, p.round_index + 1, value_head), slice);
 }
 template <class Variant, int kKeyTiles>
 KDA_DEVICE void store_carry(tile::Accumulator const (&state)[kKeyTiles], ChunkFwdParams const& p, int value_head,
                             StateSlice slice) {
   if (p.progress) wait_for_previous_kernel();  // and for those before: nobody reads these rows any more
-  store_rows(state, carry_at<Variant>(p, p.round, value_head), slice);
+  store_rows(state, carry_at<Variant>(p, p.round_index, value_head), slice);
   if (!p.progress) return;
   sync_named(ScanBarrier<Variant, ScanPass::kOutputs>::kConsumers, ScanShape<Variant, ScanPass::kOutputs>::kConsumers);
-  if (thread_index() == 0) set_flag(carry_ready(p, value_head, slice.row / kValueTile), p.round + 1);
+  if (thread_index() == 0) set_flag(carry_ready(p, value_head, slice.row / kValueTile), p.round_index + 1);
 }
 
 /// The scan's consumer warps: the recurrence, with outputs.
@@ -124,7 +124,7 @@ KDA_DEVICE void summarise_segment(ChunkFwdParams const& p, ScanConsumer<Variant,
   } else if (work.begin == 0) {
     load_state(consumer.state, initial_state_at(p, work.n, work.value_head), p, value);
   } else if (work.first) {
-    load_rows(consumer.state, carry_at<Variant>(p, p.round + 1, work.value_head), value);
+    load_rows(consumer.state, carry_at<Variant>(p, p.round_index + 1, work.value_head), value);
   } else {
     load_state(consumer.state, {}, p, value);
   }

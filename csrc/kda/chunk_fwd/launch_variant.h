@@ -74,9 +74,10 @@ void launch_chunk_fwd(ChunkFwdParams p, ChunkFwdSchedule const& schedule, cudaSt
     launch(Kernels::reset(), dim3(1), stream, p.progress, w.counters);
   }
   p.first_cell = 0;
-  for (p.round = 0; p.round < schedule.rounds; ++p.round) {
-    ChunkFwdRound const& round = schedule.round(p.round);
-    p.round_cells = int32_t(round.cells), p.walkers = round.walkers, p.more_rounds = p.round + 1 < schedule.rounds;
+  for (p.round_index = 0; p.round_index < schedule.rounds; ++p.round_index) {
+    ChunkFwdRound const& round = schedule.round(p.round_index);
+    p.round_cells = int32_t(round.cells), p.walkers = round.walkers,
+    p.more_rounds = p.round_index + 1 < schedule.rounds;
     if (round.cells) launch_prepare<Variant>(p, schedule.teams, p.progress, stream);
     launch_scan<Variant>(p, round.segments, stream);  // also where there is no cell at all: it writes final states
     p.first_cell += round.cells;
