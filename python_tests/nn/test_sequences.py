@@ -281,7 +281,7 @@ def test_loss_of_packed_documents(model):
 
 
 def test_a_convolution_of_a_user_does_not_cross_boundaries():
-    """Whatever the module is, documents reach it with zeros between them."""
+    """A convolution with a hook is called by itself, and is told the boundaries."""
     layer, x = kda_layer(), torch.randn(1, 9, HIDDEN)
     layer.q_conv1d.register_forward_hook(lambda module, args, y: 2 * y)
     alone = torch.cat([layer(x[:, :2]), layer(x[:, 2:])], 1)
