@@ -8,11 +8,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from kda_cuda import train
+from kda_cuda.training import metrics
 
 MODEL = {
     "vocab_size": 256, "hidden_size": 32, "num_layers": 2, "full_attention_every": 2, "num_heads": 2, "head_dim": 8,
@@ -38,8 +40,8 @@ def write_inputs(folder: Path) -> list[str]:
 
 
 def run(arguments: list[str], out: Path, *more: str) -> list[dict]:
-    """The lines of a run, without what depends on the machine."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    """The lines of a run, without what depends on the machine. No picture is drawn: that takes longer than the run."""
+    with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(metrics, "draw", return_value=False):
         rows = train.main([*arguments, "--out", str(out), *more])
     return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
 
