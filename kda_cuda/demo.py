@@ -6,10 +6,7 @@ import argparse
 import importlib.util
 import json
 import math
-import sys
-import sysconfig
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,45 +15,18 @@ from torch import Tensor
 
 from . import explain
 from .model import HybridConfig, HybridLM
+from .training.progress import Progress
+from .training.steps import adamw, descend, learning_rate, mean_loss, warm_up_steps
+from .training.text import Corpus, validation_windows, windows
 
-__all__ = ["Corpus", "bits_per_byte", "main", "order0_entropy", "step_by_step_difference", "train"]
+__all__ = ["bits_per_byte", "main", "order0_entropy", "step_by_step_difference", "train"]
 
 BATCH, TOKENS = 16, 256
+LEARNING_RATE = 3e-3
 STEPS = 200  # about three minutes on two cores
 RESET_EVERY = 8
 CACHE_TOKENS = {"1k": 1 << 10, "128k": 1 << 17, "1M": 1 << 20}
 STEP_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # of the largest logit
-
-
-@dataclass
-class Corpus:
-    """Bytes to learn from and bytes to be judged on, from different files where there are files."""
-
-    name: str
-    train: Tensor  # [bytes] uint8
-    validation: Tensor  # [bytes] uint8
-
-    @classmethod
-    def from_file(cls, path: Path) -> Corpus:
-        data = _as_bytes([path.read_bytes()])
-        split = len(data) - max(len(data) // 10, TOKENS + 1)
-        if split <= TOKENS:
-            raise ValueError(f"demo: --text {path} has {len(data)} bytes, expected at least {2 * TOKENS + 2}")
-        return cls(str(path), data[:split], data[split:])
-
-    @classmethod
-    def standard_library(cls) -> Corpus:
-        """Python's own sources; every tenth file is for validation. Tests and character tables are left out."""
-        root = Path(sysconfig.get_path("stdlib"))
-        left_out = {"test", "tests", "site-packages", "dist-packages", "encodings", "pydoc_data"}
-        files = [p for p in sorted(root.rglob("*.py")) if not left_out & set(p.relative_to(root).parts)]
-        texts = [p.read_bytes() for p in files]
-        train = [text for i, text in enumerate(texts) if i % 10]
-        return cls(f"Python standard library, {len(files)} files", _as_bytes(train), _as_bytes(texts[::10]))
-
-
-def _as_bytes(texts: list[bytes]) -> Tensor:
-    return torch.frombuffer(bytearray(b"\n".join(texts)), dtype=torch.uint8)
 
 
 def order0_entropy(data: Tensor) -> float:
@@ -65,69 +35,21 @@ def order0_entropy(data: Tensor) -> float:
     return float(-(p * p.clamp_min(1e-300).log2()).sum())
 
 
-def windows(data: Tensor, starts: Tensor, device: str) -> Tensor:
-    """``[len(starts), TOKENS + 1]``: inputs and, one further, targets."""
-    return data[starts[:, None] + torch.arange(TOKENS + 1)].long().to(device)
-
-
-def validation_windows(data: Tensor, device: str) -> Tensor:
-    """At most 48 windows, spread evenly over the data: always the same ones."""
-    last = len(data) - TOKENS - 1
-    return windows(data, torch.linspace(0, last, max(1, min(48, last // TOKENS))).long(), device)
-
-
-class Progress:
-    """A bar with the time that is left: one line that redraws itself on a terminal, ten lines elsewhere."""
-
-    def __init__(self, total: int):
-        self.total, self.start, self.live = total, time.monotonic(), sys.stdout.isatty()
-
-    def show(self, done: int, text: str) -> None:
-        """Draws the bar after ``done`` steps; elsewhere than on a terminal only once every tenth of the way."""
-        last = done == self.total
-        if not (self.live or last or done * 10 // self.total != (done - 1) * 10 // self.total):
-            return
-        seconds = time.monotonic() - self.start
-        left = f"{clock(seconds * (self.total - done) / done)} left" if not last else f"took {clock(seconds)}"
-        filled = 30 * done // self.total
-        line = f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{self.total}  {left}  {text}"
-        print(f"\r{line}\033[K" if self.live else line, end="" if self.live and not last else "\n", flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds, such as ``2:05``."""
-    return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
-
-
-def learning_rate(step: int, steps: int) -> float:
-    """Warm-up over the first tenth (at most 50 steps), then a cosine down to a tenth."""
-    warm_up = max(1, min(50, steps // 10))
-    done = (step - warm_up) / max(1, steps - warm_up)
-    return 3e-3 * min((step + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * max(0.0, done)))
-
-
 def train(model: HybridLM, corpus: Corpus, steps: int, dtype: torch.dtype, seed: int) -> dict:
     """AdamW on random windows. Weights stay fp32; in 16 bits the products run under autocast."""
     device = next(model.parameters()).device.type
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimizer, warm_up = adamw(model), warm_up_steps(steps)
     generator = torch.Generator().manual_seed(seed)
-    held_out = validation_windows(corpus.validation, device)
+    held_out = validation_windows(corpus.validation, TOKENS, device)
     history = {"train": [], "validation": []}  # (step, bits per byte)
     progress, validation = Progress(steps), math.nan
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
         starts = torch.randint(len(corpus.train) - TOKENS, (BATCH,), generator=generator)
-        batch = windows(corpus.train, starts, device)
+        batch = windows(corpus.train, starts, TOKENS, device)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = F.cross_entropy(model(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descend(model, optimizer, learning_rate(step, steps, LEARNING_RATE, warm_up))
         history["train"].append((step + 1, loss.item() / math.log(2)))
         if (step + 1) % max(1, steps // 12) == 0 or step + 1 == steps:
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
@@ -140,16 +62,14 @@ def train(model: HybridLM, corpus: Corpus, steps: int, dtype: torch.dtype, seed:
 @torch.no_grad()
 def bits_per_byte(model: HybridLM, batch: Tensor, reset_every: int | None = None) -> float:
     """Of windows ``[n, tokens + 1]``; with ``reset_every`` the model forgets all but its convolutions that often."""
-    inputs, targets = batch[:, :-1], batch[:, 1:]
     if reset_every is None:
-        logits = torch.cat([model(part).float() for part in inputs.split(BATCH)])
-    else:
-        cache, parts = model.new_cache(len(inputs)), []
-        for part in inputs.split(reset_every, dim=1):
-            cache.reset_states()
-            parts.append(model(part, cache).float())
-        logits = torch.cat(parts, dim=1)
-    return float(F.cross_entropy(logits.flatten(0, 1), targets.flatten()) / math.log(2))
+        return float(mean_loss(model, batch, BATCH) / math.log(2))
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+    cache, parts = model.new_cache(len(inputs)), []
+    for part in inputs.split(reset_every, dim=1):
+        cache.reset_states()
+        parts.append(model(part, cache).float())
+    return float(F.cross_entropy(torch.cat(parts, dim=1).flatten(0, 1), targets.flatten()) / math.log(2))
 
 
 @torch.no_grad()
@@ -253,7 +173,7 @@ def main(argv: list[str] | None = None) -> dict:
     arguments = parse_arguments(argv)
     device = arguments.device
     dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else "bfloat16"))
-    corpus = Corpus.from_file(arguments.text) if arguments.text else Corpus.standard_library()
+    corpus = Corpus.read([arguments.text] if arguments.text else [], TOKENS)
     entropy = order0_entropy(corpus.validation)
     torch.manual_seed(arguments.seed)
     model = HybridLM(HybridConfig()).to(device)
@@ -267,7 +187,7 @@ def main(argv: list[str] | None = None) -> dict:
     model.to(dtype).eval()
     result = {"text": corpus.name, "steps": arguments.steps, "device": device, "dtype": str(dtype), "order0": entropy}
     result |= {"seconds": seconds, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    result |= report_decoding(model, validation_windows(corpus.validation, device), dtype)
+    result |= report_decoding(model, validation_windows(corpus.validation, TOKENS, device), dtype)
     final = result["bits_per_byte"]
     print(f"validation {final:.3f} bits/byte = {final / entropy:.2f} x order-0 entropy, {seconds:.0f} s of training")
     text = continue_prompt(model, arguments.prompt, device, arguments.seed)

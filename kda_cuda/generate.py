@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from .models.kimi_linear import KimiLinearForCausalLM
+from .tokenizers import tokenizer
 
 __all__ = ["main"]
 
@@ -34,35 +35,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def tokenizer(
-    folder: Path, trust_remote_code: bool = False
-) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
-    """The functions that encode a text and decode tokens: of ``tokenizer.json``, otherwise of transformers.
-
-    Raises:
-        ImportError: the package that the folder needs is not installed.
-    """
-    if (folder / "tokenizer.json").is_file():
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            text = f"kda_cuda.generate: {folder} has a tokenizer.json: pip install tokenizers"
-            raise ImportError(text) from None
-        of_file = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        return lambda text: of_file.encode(text).ids, lambda ids: of_file.decode(ids)
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        text = f"kda_cuda.generate: {folder} has no tokenizer.json: pip install transformers"
-        raise ImportError(text) from None
-    of_folder = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return of_folder.encode, lambda ids: of_folder.decode(ids, skip_special_tokens=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the continuation token by token; what is measured goes to standard error."""
     o = _options(arguments)
-    encode, decode = tokenizer(o.model, o.trust_remote_code)
+    encode, decode = tokenizer(o.model, "kda_cuda.generate", o.trust_remote_code)
     dtype = None if o.dtype is None else getattr(torch, o.dtype, None)
     if o.dtype is not None and not isinstance(dtype, torch.dtype):
         raise SystemExit(f"kda_cuda.generate: --dtype is {o.dtype}, expected a dtype of torch such as bfloat16")

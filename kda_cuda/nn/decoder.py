@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..checks import INDEX_DTYPES, Checker, check_contents
 from .cache import KDACache, MLACache
@@ -46,11 +47,14 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         self.layers = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(hidden_size, norm_eps)
+        self.recompute = False
 
     def forward(self, tokens: Tensor, cache: HybridCache | None, layout: Layout) -> Tensor:
         x = self.embed_tokens(tokens)
+        recompute = self.recompute and cache is None and torch.is_grad_enabled()
         for layer, layer_cache in zip(self.layers, cache.layers if cache else [None] * len(self.layers), strict=True):
-            x = layer(x, layer_cache, layout)
+            inputs = (x, layer_cache, layout)
+            x = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
         return self.norm(x)
 
 
@@ -71,6 +75,13 @@ class CausalLM(Generation, nn.Module):
     def initial_std(self, name: str, module: nn.Linear | nn.Embedding) -> float:
         """Of the weights that a new model has in the module of this name."""
         raise NotImplementedError
+
+    def recompute_blocks(self, recompute: bool = True) -> None:
+        """Whether training keeps the inputs of blocks alone, and computes the blocks once more in the backward.
+
+        A forward on a cache keeps what it needs, whatever is said here.
+        """
+        self.model.recompute = recompute
 
     @torch.no_grad()
     def reset_weights(self) -> None:

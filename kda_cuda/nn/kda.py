@@ -12,8 +12,8 @@ from ..checks import Checker
 from ..context_parallel.streams import exchange_conv_tails
 from ..ops import chunk_kda, fused_recurrent_kda
 from .cache import KDACache, check_rows
-from .layouts import Documents, Layout, PaddedRows, layout_of
-from .modules import GatedRMSNorm, KeepsFp32, ShortConvolution, device_and_dtype, fit_on_load, is_plain
+from .layouts import Layout, PaddedRows, layout_of
+from .modules import GatedRMSNorm, KeepsFp32, ShortConvolution, convolve, device_and_dtype, fit_on_load, is_plain
 
 __all__ = ["KimiDeltaAttention"]
 
@@ -253,31 +253,32 @@ class KimiDeltaAttention(KeepsFp32, nn.Module):
 
     def _convolved(self, x: Tensor, cache: KDACache | None, layout: Layout) -> list[Tensor]:
         """q, k, v ``[batch, tokens, heads, dim]``; the cache then holds the last inputs."""
-        inputs = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
-        pasts = [None] * 3 if cache is None else cache.conv.split(self._stream_widths(), dim=1)
+        inputs = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        past = None if cache is None else cache.conv
         if layout.cp_context is not None:
-            tails = exchange_conv_tails(torch.cat(inputs, dim=-1), layout.cp_context, self.conv_size)
-            pasts = tails.split(self._stream_widths(), dim=-1)
-        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        convolve = self._convolved_alone if isinstance(layout, Documents) else lambda conv, y, past, _: conv(y, past)
-        streams = [convolve(*arguments, layout) for arguments in zip(convolutions, inputs, pasts, strict=True)]
+            past = layout.pasts(exchange_conv_tails(inputs, layout.cp_context, self.conv_size).transpose(1, 2))
+        streams = self._convolve(inputs, past, layout.cu_seqlens).split(self._stream_widths(), dim=-1)
         if cache is not None:
-            seen = torch.cat((cache.conv, torch.cat(inputs, dim=-1).transpose(1, 2).to(cache.conv.dtype)), dim=2)
+            seen = torch.cat((cache.conv, inputs.transpose(1, 2).to(cache.conv.dtype)), dim=2)
             cache.conv = _last_inputs(seen, self.conv_size - 1, layout.counts)
         dims = (self.head_dim, self.head_dim, self.v_head_dim)
         return [y.unflatten(-1, (-1, dim)) for y, dim in zip(streams, dims, strict=True)]
 
-    def _convolved_alone(self, conv: nn.Module, y: Tensor, past: Tensor | None, layout: Documents) -> Tensor:
-        """Documents with zeros between them, so that no convolution reaches from one into the next.
+    def _convolve(self, inputs: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """The streams of q, k and v side by side, convolved in one call unless one of the modules is not plain.
 
-        ``past`` ``[parts, taps - 1, channels]``: what other ranks have before the parts of a shard; it takes the place
-        of zeros.
+        ``inputs`` ``[batch, tokens, channels]``, ``past`` ``[sequences, channels, taps - 1]``.
         """
-        place, extent = layout.spread(y.shape[1], self.conv_size - 1)
-        apart = y.new_zeros(1, extent, y.shape[2]).index_copy(1, place, y)
-        if past is not None:
-            apart = apart.index_copy(1, layout.heads(self.conv_size - 1), past.reshape(1, -1, y.shape[2]))
-        return conv(apart, None).index_select(1, place)
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        if all(is_plain(conv, ShortConvolution, may_have_bias=True) for conv in convolutions):
+            biases = [conv.bias for conv in convolutions if conv.bias is not None]
+            weight = torch.cat([conv.weight for conv in convolutions])
+            return convolve(inputs, weight, torch.cat(biases) if biases else None, past, cu_seqlens)
+        widths = self._stream_widths()
+        pasts = [None] * 3 if past is None else past.split(widths, dim=1)
+        bounds = () if cu_seqlens is None else (cu_seqlens,)
+        streams = zip(convolutions, inputs.split(widths, dim=-1), pasts, strict=True)
+        return torch.cat([conv(y, before, *bounds) for conv, y, before in streams], dim=-1)
 
     def _can_fuse(self, gate: Tensor) -> bool:
         """Whether one kernel may stand for convolutions, recurrence and norm: none of them is wrapped or replaced."""

@@ -88,12 +88,6 @@ class Documents(Layout):
             self._bounds = cu_seqlens_list(self.cu_seqlens)
         return list(itertools.pairwise(self._bounds))
 
-    def spread(self, tokens: int, gap: int) -> tuple[Tensor, int]:
-        """Indices ``[tokens]`` that leave ``gap`` places free before every document but the first, and their extent."""
-        ends = self.cu_seqlens[1:]
-        document = torch.searchsorted(ends, torch.arange(tokens, device=ends.device, dtype=ends.dtype), right=True)
-        return torch.arange(tokens, device=ends.device) + gap * document, tokens + gap * len(ends)
-
 
 class Shard(Documents):
     """The tokens of one rank: documents of which the first may have begun, and the last may go on, on other ranks."""
@@ -102,23 +96,20 @@ class Shard(Documents):
         self.route = route_of(c, cp_context)
         super().__init__(cp_context.cu_seqlens)
         self.cp_context, self._bounds = cp_context, list(self.route.bounds)
-        self._heads: dict[int, Tensor] = {}
+        self._firsts: Tensor | None = None
 
     def enter(self, x: Tensor) -> Tensor:
         return x
 
-    def spread(self, tokens: int, gap: int) -> tuple[Tensor, int]:
-        """The first document has ``gap`` places before it too."""
-        place, extent = super().spread(tokens, gap)
-        return place + gap, extent + gap
+    def pasts(self, heads: Tensor) -> Tensor:
+        """What comes before each document ``[documents, ...]``, from what comes before each part ``[parts, ...]``.
 
-    def heads(self, gap: int) -> Tensor:
-        """Where in what is spread the ``gap`` tokens before each part of the rank go, int64 ``[parts * gap]``."""
-        if gap not in self._heads:
-            begins = [self._bounds[part.first] + gap * part.first for part in self.route.parts]
-            places = [begin + i for begin in begins for i in range(gap)]
-            self._heads[gap] = torch.tensor(places, dtype=torch.int64, device=self.cu_seqlens.device)
-        return self._heads[gap]
+        Only the first document of a part has begun elsewhere. The others have zeros before them.
+        """
+        if self._firsts is None:
+            firsts = [part.first for part in self.route.parts]
+            self._firsts = torch.tensor(firsts, dtype=torch.int64, device=self.cu_seqlens.device)
+        return heads.new_zeros(len(self.cu_seqlens) - 1, *heads.shape[1:]).index_copy(0, self._firsts, heads)
 
 
 def _like(mask: Tensor, x: Tensor) -> Tensor:

@@ -9,16 +9,22 @@ from ..surroundings import gated_rmsnorm, short_conv
 
 __all__ = ["GatedRMSNorm", "LatentRMSNorm", "ShortConvolution"]
 
+PLAIN_WEIGHTS = (nn.Parameter, Tensor)
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None) -> Tensor:
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """The causal depthwise convolution and SiLU of :class:`ShortConvolution`.
 
     Args:
         x: ``[batch, tokens, channels]``.
         weight: ``[channels, 1, taps]``; bias: ``[channels]``.
-        past: ``[batch, channels, taps - 1]``, the inputs before x; None: zeros, the start of a sequence.
+        past: ``[sequences, channels, taps - 1]``, the inputs before each; None: zeros, the start of a sequence.
+        cu_seqlens: ``[sequences + 1]``, of the documents in one row; None: every row is a sequence.
     """
-    return short_conv(x, weight, bias, initial_state=None if past is None else past.to(x.dtype))[0]
+    past = None if past is None else past.to(x.dtype)
+    return short_conv(x, weight, bias, initial_state=past, cu_seqlens=cu_seqlens)[0]
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -58,9 +64,15 @@ class ShortConvolution(nn.Conv1d):
     def __init__(self, channels: int, taps: int = 4, bias: bool = False):
         super().__init__(channels, channels, taps, groups=channels, bias=bias)
 
-    def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
-        """``past`` [batch, channels, taps - 1]: the inputs before x; None: zeros, the start of a sequence."""
-        return convolve(x, self.weight, self.bias, past)
+    def forward(self, x: Tensor, past: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """``[batch, tokens, channels]`` for such an ``x``.
+
+        Args:
+            past: ``[sequences, channels, taps - 1]``, the inputs before each; None: zeros, the start of a sequence.
+            cu_seqlens: int32 or int64 ``[sequences + 1]``: x is one row, and sequence n its tokens ``cu_seqlens[n]`` to
+                ``cu_seqlens[n + 1]``. Default: every row is a sequence.
+        """
+        return convolve(x, self.weight, self.bias, past, cu_seqlens)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Weights without the middle dimension, ``[channels, taps]``, load too."""
@@ -103,16 +115,19 @@ def is_unhooked(module: nn.Module) -> bool:
     return not any(hooks)
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[nn.Module], *, may_have_bias: bool = False) -> bool:
     """Whether a call of ``module`` does what ``kind`` does with one plain ``weight``, and nothing else.
 
     Only then may the weight be used without the call. Wrappers, adapters, parametrizations, quantised or sharded
-    weights, biases and hooks all make it False.
+    weights and hooks all make it False. So does a bias, unless ``may_have_bias`` allows a plain one.
     """
     parameters = module._parameters
     if type(module) is not kind or not is_unhooked(module):
         return False
-    return type(parameters.get("weight")) in (nn.Parameter, Tensor) and parameters.get("bias") is None
+    bias = parameters.get("bias")
+    if bias is not None and not (may_have_bias and type(bias) in PLAIN_WEIGHTS):
+        return False
+    return type(parameters.get("weight")) in PLAIN_WEIGHTS
 
 
 def device_and_dtype(module: nn.Module, leave_out: tuple[str, ...] = ()) -> tuple[torch.device, torch.dtype]:

@@ -255,7 +255,7 @@ def test_bad_architectures(asked, monkeypatch):
 def sources(tmp_path_factory) -> Path:
     """A copy of the checkout, with what an earlier build in place left behind."""
     copy = tmp_path_factory.mktemp("checkout") / "kda_cuda"
-    left_out = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", "*.egg-info", "demo_out")
+    left_out = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", "*.egg-info", "demo_out", "train_out")
     shutil.copytree(ROOT, copy, ignore=left_out)
     (copy / "kda_cuda" / "_ops.so").write_bytes(b"of an earlier build")
     return copy

@@ -43,8 +43,8 @@ def test_bad_arguments(folder, monkeypatch, capsys):
         generate.main(["--model", str(folder), "--prompt", "w3", "--dtype", "bf61"])
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match="pip install tokenizers"):
-        generate.tokenizer(folder)
+        generate.tokenizer(folder, "kda_cuda.generate")
     (folder / "tokenizer.json").unlink()
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match="pip install transformers"):
-        generate.tokenizer(folder)
+        generate.tokenizer(folder, "kda_cuda.generate")

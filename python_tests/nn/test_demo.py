@@ -79,19 +79,6 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_the_bar_says_how_much_time_is_left(monkeypatch, capsys):
-    """Elsewhere than on a terminal: one line every tenth of the way, from the pace so far."""
-    seconds = iter(range(0, 10_000, 3))
-    monkeypatch.setattr(demo.time, "monotonic", lambda: next(seconds))
-    progress = demo.Progress(20)
-    for done in range(1, 21):
-        progress.show(done, "text")
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 10
-    assert lines[0] == "[###...........................] 2/20  0:27 left  text"
-    assert lines[-1] == f"[{'#' * 30}] 20/20  took 0:30  text"
-
-
 def test_the_demo_says_that_the_reference_runs_on_the_cpu():
     told = demo.served_by(demo.HybridConfig(), "cpu", torch.float32).splitlines()
     assert told[0] == "KDA forward: the PyTorch reference (CPU tensors run the PyTorch reference)"
@@ -139,21 +126,8 @@ def test_bad_options(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_too_short_a_text(tmp_path):
-    (tmp_path / "short").write_bytes(b"x" * 300)
-    with pytest.raises(ValueError, match=r"short has 300 bytes, expected at least 514"):
-        demo.Corpus.from_file(tmp_path / "short")
-
-
 def test_order0_entropy():
     assert demo.order0_entropy(torch.arange(256, dtype=torch.uint8)) == pytest.approx(8)
     assert demo.order0_entropy(torch.zeros(9, dtype=torch.uint8)) == 0
     quarter = torch.tensor([1, 0, 0, 0], dtype=torch.uint8)
     assert demo.order0_entropy(quarter) == pytest.approx(2 - 0.75 * math.log2(3))
-
-
-def test_validation_files_are_not_learned_from():
-    corpus = demo.Corpus.standard_library()
-    assert len(corpus.train) > 5 * len(corpus.validation) > 1_000_000
-    sample = bytes(corpus.validation[100_000:100_200].tolist())
-    assert sample not in bytes(corpus.train.tolist())

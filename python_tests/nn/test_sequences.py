@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
-from kda_cuda import layers
+from kda_cuda import layers, short_conv
 from kda_cuda.model import HybridLM
+from kda_cuda.nn import modules
 
 from .test_layers import HIDDEN, LAYERS, kda_layer, mla_layer
 from .test_model import CONFIG, prompt
@@ -281,11 +282,33 @@ def test_loss_of_packed_documents(model):
 
 
 def test_a_convolution_of_a_user_does_not_cross_boundaries():
-    """Whatever the module is, documents reach it with zeros between them."""
+    """A convolution with a hook is called by itself, and is told the boundaries."""
     layer, x = kda_layer(), torch.randn(1, 9, HIDDEN)
     layer.q_conv1d.register_forward_hook(lambda module, args, y: 2 * y)
     alone = torch.cat([layer(x[:, :2]), layer(x[:, 2:])], 1)
     torch.testing.assert_close(layer(x, cu_seqlens=torch.tensor([0, 2, 9])), alone, **CLOSE)
+
+
+@torch.no_grad()
+def test_plain_convolutions_are_one_call(monkeypatch):
+    """With a hook on one of them, which changes nothing here, each is a call of its own. The outputs are equal."""
+    layer, x, widths = kda_layer(), torch.randn(1, 9, HIDDEN), []
+
+    def counted(y: torch.Tensor, *arguments, **options):
+        widths.append(y.shape[-1])
+        return short_conv(y, *arguments, **options)
+
+    def outputs() -> list[torch.Tensor]:
+        cache = layer.new_cache(1)
+        return [layer(x), layer(x, cu_seqlens=torch.tensor([0, 2, 9])), layer(x[:, :7], cache), layer(x[:, 7:], cache)]
+
+    monkeypatch.setattr(modules, "short_conv", counted)
+    together = outputs()
+    streams = [layer.key_width, layer.key_width, layer.value_width]
+    assert widths == [sum(streams)] * 4
+    layer.q_conv1d.register_forward_hook(lambda module, args, y: None)
+    torch.testing.assert_close(outputs(), together, **CLOSE)
+    assert widths[4:] == streams * 4
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

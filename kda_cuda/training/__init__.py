@@ -1,0 +1,1 @@
+"""What training programs share: text, order of rows, steps, checkpoints, metrics, ranks."""
