@@ -87,7 +87,7 @@ def device_run(tmp_path):
 def test_bwd(device_run, tmp_path):
     done, out = device_run("bwd")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "bwd: 0 failures" in done.stdout and "core     T20_H1_N1" in done.stdout and "collinear core" in done.stdout
+    assert "bwd: 0 failures" in done.stdout and "core     core T20_H1_N1" in done.stdout and "collinear core" in done.stdout
     result = json.loads((out / "chunk_bwd.json").read_text())
     assert len(result["rows"]) == 1 and result["commit"] == "abc"
     assert json.loads((out / "accuracy_peers.json").read_text())["tokens"] == 20
