@@ -1,15 +1,16 @@
 """Everything that is measured, in one command: each benchmark beside its peers, then the report.
 
 make bench [ARGS="..."]    or    python -m bench.python.suite [--out FOLDER] [--size full|quick|small] [--only NAME ...]
-                                                              [--device cuda|emulator|cpu]
+                                                              [--seconds N] [--device cuda|emulator|cpu]
 
 Nothing is installed: the peers that can be imported are measured, and the others are named. Results are JSON files in
 the folder (build/performance), each written after every row, so a run that is killed keeps what it has. report.md and
 its figures are drawn from them alone.
 
-On a GPU each benchmark is a process of its own with a limit of time: a fault ends one of them, and fla's kernels, which
-take minutes to compile, are compiled first. full takes about half an hour, quick about ten minutes. Without a GPU the
-size is small, and the kernels run on the emulator, if `make emulator` has built it; otherwise the reference is all.
+On a GPU each benchmark is a process of its own, so that a fault ends one of them, and has its share of the time. Half
+of it may go to fla's kernels, which are compiled first. full takes about 40 minutes at most and quick 11, or --seconds.
+Without a GPU the size is small, and the kernels run on the emulator, if `make emulator` has built it; otherwise the
+reference is all.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from . import bench_chunk_bwd, bench_chunk_fwd, bench_decode, bench_layer, bench
 from .harness import device_argument
 
 OUT = report.ROOT / "build" / "performance"
-LATE_S = 90  # a benchmark that has not ended so long after its budget is killed
+LATE_S = 60  # a benchmark that has not ended so long after its budget is killed
 TINY = "--rounds 1 --head-dim 16"
 
 
 @dataclass(frozen=True)
 class Step:
-    """A benchmark: its arguments and seconds by size, and what compiles its peers first."""
+    """A benchmark: its arguments and seconds by size, and what compiles its peers first, in half of them."""
 
     main: Callable[[list[str]], None]
     arguments: dict[str, str]
@@ -53,13 +54,13 @@ STEPS = {
     "chunk_fwd": Step(
         bench_chunk_fwd.main,
         {"full": "", "quick": "--only T2048_H16_N1 T8192_H16_N1 T8192_H64_N8", "small": f"--only T20_H1_N1 {TINY}"},
-        {"full": 300, "quick": 120},
+        {"full": 480, "quick": 120},
         {"full": "compile-fla", "quick": "compile-fla --only T8192_H16_N1 T8192_H64_N8"},
     ),
     "chunk_bwd": Step(
         bench_chunk_bwd.main,
         {"full": "", "quick": "--quick", "small": f"--shapes T20_H1_N1 {TINY}"},
-        {"full": 480, "quick": 150},
+        {"full": 720, "quick": 180},
         {"full": "compile-fla --backward", "quick": "compile-fla --backward --only T8192_H16_N1"},
     ),
     "decode": Step(
@@ -69,7 +70,7 @@ STEPS = {
             "quick": "--heads 32 --batches 1 32 --tokens 1",
             "small": f"--heads 1 --batches 2 --tokens 1 3 --context 20 {TINY}",
         },
-        {"full": 300, "quick": 90},
+        {"full": 300, "quick": 60},
         {},
     ),
     "layer": Step(
@@ -79,13 +80,13 @@ STEPS = {
             "quick": "--tokens 8192 --rounds 5",
             "small": f"--hosts kda_cuda transformers --tokens 20 --hidden 24 --heads 1 {TINY}",
         },
-        {"full": 480, "quick": 330},
+        {"full": 600, "quick": 240},
         {},
     ),
     "surround": Step(
         bench_surround.main,
         {"full": "", "quick": "--shapes 8192x4096 --ops short_conv", "small": "--shapes 6x2x8 --rounds 1"},
-        {"full": 180, "quick": 60},
+        {"full": 180, "quick": 40},
         {},
     ),
 }
@@ -116,16 +117,27 @@ def call(main: Callable[[list[str]], None], arguments: list[str]) -> str | None:
     return None
 
 
+def seconds_of(step: Step, args: argparse.Namespace) -> float:
+    """A step's share of --seconds, if they are given."""
+    everything = sum(STEPS[name].seconds[args.size] for name in args.only) if args.seconds else 1
+    return step.seconds[args.size] * (args.seconds or 1) / everything
+
+
 def measure(step: Step, args: argparse.Namespace, path: Path) -> str | None:
+    """Runs a benchmark; why it failed."""
     arguments = [*step.arguments[args.size].split(), "--device", args.device.name, "--out", str(path)]
     if args.device != "cuda":
         return call(step.main, arguments)
-    seconds = step.seconds[args.size]
+    seconds, begin = seconds_of(step, args), time.monotonic()
     if step.compile and find_spec("fla"):
-        compile_peers = ["-m", "bench.python.peers", *step.compile[args.size].split(), "--seconds", str(seconds)]
-        if why := in_process(compile_peers, seconds + LATE_S):
+        limit = f"{seconds / 2:.0f}"
+        compile_peers = ["-m", "bench.python.peers", *step.compile[args.size].split(), "--seconds", limit]
+        if why := in_process(compile_peers, seconds / 2 + LATE_S):
             print(f"fla's kernels are not all compiled: {why}", flush=True)
-    return in_process(["-m", step.module, *arguments, "--budget", str(seconds)], seconds + LATE_S)
+    if step.main is bench_layer.main:
+        arguments += ["--compile", f"{seconds / 2:.0f}"]
+    left = max(0.0, seconds - (time.monotonic() - begin))
+    return in_process(["-m", step.module, *arguments, "--budget", f"{left:.0f}"], left + LATE_S)
 
 
 def main(given: list[str] | None = None) -> None:
@@ -133,6 +145,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--size", choices=("full", "quick", "small"))
+    parser.add_argument("--seconds", type=float, help="for everything, on a GPU")
     parser.add_argument("--device", type=device_argument, default=device_argument(here()))
     args = parser.parse_args(given)
     args.size = args.size or ("full" if args.device == "cuda" else "small")
@@ -152,7 +165,7 @@ def main(given: list[str] | None = None) -> None:
         if why:
             failed[name] = why
         print(f"=== {name}: {why or 'ok'}, {time.monotonic() - begin:.0f} s", flush=True)
-    report.write([path for path in files.values() if path.exists()], args.out / "report.md", failed)
+        report.write([path for path in files.values() if path.exists()], args.out / "report.md", failed)
     print(f"The report is {args.out / 'report.md'}", flush=True)
     if failed:
         raise SystemExit(f"{len(failed)} of {len(files)} benchmarks failed: {failed}")

@@ -149,13 +149,16 @@ def test_processes_on_a_gpu(monkeypatch, capfd):
 
     monkeypatch.setattr(suite, "in_process", in_process)
     monkeypatch.setattr(suite, "find_spec", lambda name: True)
-    for size in ("quick", "full"):
-        args = suite.argparse.Namespace(device=harness.device_argument("cuda"), size=size)
+    for size in ("full", "quick"):
+        args = suite.argparse.Namespace(device=harness.device_argument("cuda"), size=size, seconds=None)
         for name, step in suite.STEPS.items():
             assert suite.measure(step, args, Path(f"{name}.json")) is None
-    assert "-m bench.python.peers compile-fla --backward --only T8192_H16_N1 --seconds 150" in ran
-    assert "-m bench.python.bench_chunk_bwd --quick --device cuda --out chunk_bwd.json --budget 150" in ran
+    assert "-m bench.python.peers compile-fla --backward --only T8192_H16_N1 --seconds 90" in ran
+    assert "-m bench.python.bench_chunk_bwd --quick --device cuda --out chunk_bwd.json --budget 180" in ran
+    assert any(command.endswith("--out layer.json --compile 300 --budget 600") for command in ran)
     assert "fla's kernels are not all compiled: exit status 1" in capfd.readouterr().out
+    args.seconds, args.only = 64, list(suite.STEPS)
+    assert [suite.seconds_of(step, args) for step in suite.STEPS.values()] == pytest.approx([12, 18, 6, 24, 4])
     for name, step in suite.STEPS.items():
         assert step.module == f"bench.python.bench_{name}"
 
