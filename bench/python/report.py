@@ -139,15 +139,20 @@ def times(result: dict, table: Table) -> str:
     return grid([*labels, "MB", "floor µs", "of copy", *(f"{name} µs" for name in names)], len(labels), rows)
 
 
+def peak(row: dict, name: str) -> float | None:
+    return row.get("providers", {}).get(name, {}).get("peak_mib")
+
+
 def host_and_memory(table: Table) -> str:
     labels, names = table.labels(), table.providers()
     measured = [x for x in names if any(table.median(row, x, "host_us") for row in table.rows)]
+    weighed = [x for x in names if any(peak(row, x) is not None for row in table.rows)]
     rows = []
     for row in table.rows:
-        peaks = (row.get("providers", {}).get(name, {}).get("peak_mib") for name in measured)
+        peaks = (peak(row, name) for name in weighed)
         hosts = [number(table.median(row, name, "host_us")) for name in measured]
         rows.append([*(str(row.get(x, "")) for x in labels), *hosts, *(number(x) for x in peaks)])
-    head = [*labels, *(f"{name} host µs" for name in measured), *(f"{name} peak MiB" for name in measured)]
+    head = [*labels, *(f"{name} host µs" for name in measured), *(f"{name} peak MiB" for name in weighed)]
     return grid(head, len(labels), rows) if measured else ""
 
 

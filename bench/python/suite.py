@@ -78,7 +78,7 @@ STEPS = {
         {
             "full": "",
             "quick": "--tokens 8192 --rounds 5",
-            "small": f"--hosts kda_cuda transformers --tokens 20 --hidden 24 --heads 1 {TINY}",
+            "small": f"--hosts kda_cuda transformers --tokens 20 --hidden 24 --heads 1 --dtype float32 {TINY}",
         },
         {"full": 600, "quick": 240},
         {},

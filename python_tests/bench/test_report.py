@@ -51,7 +51,7 @@ def test_a_section():
     assert "| T8_H1_N1 | fast | 50.0 | 25.0 | 25% | 100 | 250 (2.50) |" in text
     assert "| T8_H1_N1 | long | 50.0 | 25.0 | 2000% | 1.25 | – |" in text
     assert "| T9_H1_N1 | long | – | – | – | – | – |" in text, "a row that failed has no number"
-    assert "| T8_H1_N1 | fast | 50.0 | 125 | 12.5 | – |" in text, "host times and memory"
+    assert "| T8_H1_N1 | fast | 50.0 | 125 | 12.5 |\n" in text, "host times and memory"
     for reason in (
         "* flash_kda in 1 of 4 rows: `wrong, not timed: {'o': 0.5}`",
         "* flash_kda in 1 of 4 rows: `bounded gates only`",
