@@ -7,7 +7,7 @@ JOBS ?= $(shell nproc)
 TORCH ?= torch==2.13.0
 export PATH := $(BIN):$(PATH)
 
-.PHONY: registers check-registers venv build emulator gtest build/cmake-tests cpp-tests lint test test-sanitizers demo bench clean
+.PHONY: registers check-registers venv build emulator gtest build/cmake-tests cpp-tests lint test test-sanitizers demo bench bench-cpp clean
 
 venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(VENV)/.demo
@@ -63,7 +63,14 @@ test-sanitizers: build/cmake-tests  ## ASan + UBSan and TSan: a slice; with FULL
 	cmake --build build/cmake-tests --parallel $(JOBS) --target sanitized$(if $(FULL),_all)
 	$(BIN)/python csrc/tests/sanitize.py build/cmake-tests/csrc/tests $(if $(FULL),--full)
 
-bench: venv  ## the microbenchmarks into build/bench, to be run on a GPU (needs Debian's libbenchmark-dev)
+# Where there is a torch and no virtual environment, nothing is installed: what is built and importable is measured.
+bench:  ## every operation beside its peers, verified, timed, reported; ARGS="--size quick" and others: bench/python/suite.py
+	@if [ -x $(BIN)/python ] || ! $(PYTHON) -c "import torch" 2>/dev/null; \
+	then $(MAKE) $$(command -v nvidia-smi >/dev/null && echo build || echo emulator); \
+	else echo "$(PYTHON) has torch, and there is no $(VENV): nothing is installed or built"; fi
+	$(PYTHON) -m bench.python.suite $(ARGS)
+
+bench-cpp: venv  ## the microbenchmarks of the kernels alone into build/bench, to be run on a GPU (needs Debian's libbenchmark-dev)
 	$(BIN)/python setup.py --print-kernel-options "$${KDA_CUDA_ARCHS:-80;90a}" | xargs cmake -S . -B build/cmake-bench -G Ninja -DKDA_BUILD_BENCH=ON
 	cmake --build build/cmake-bench --target bench_decode bench_chunk_fwd bench_chunk_bwd --parallel $(JOBS)
 

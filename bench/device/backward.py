@@ -18,7 +18,8 @@ from torch import Tensor
 
 import kda_cuda
 from bench.python import shapes
-from bench.python.bench_chunk_bwd import GRADIENT_LIMIT, ours
+from bench.python.bench_chunk_bwd import GRADIENT_LIMIT
+from bench.python.providers import ours
 from bench.python.truth import leaves_of, relative_error, step
 from python_tests.support.cases import CASES, Inputs
 

@@ -3,6 +3,7 @@
 #
 #   bench/device/run.sh tests [pytest arguments]       560 s  every test that needs a GPU
 #   bench/device/run.sh bwd [benchmark arguments]      570 s  backward: check, then beside its peers, then its accuracy
+#   bench/device/run.sh bench [suite arguments]        570 s  every benchmark and the report, as `make bench`
 #   bench/device/run.sh sanitize [case ...]            560 s  compute-sanitizer's four tools on small backwards
 #   bench/device/run.sh profile [SHAPE [options]]      300 s  ncu on one training step
 #
@@ -89,6 +90,12 @@ step_bwd() {
   echo; cut -c1-220 "$OUT/bench.log" | tail -n 50
 }
 
+step_bench() {
+  unpack_wheels
+  limited 560 suite.log "$PYTHON" -m bench.python.suite --out "$OUT/performance" "$@"
+  echo; grep -E "^===|FAILED|LEFT OUT" "$OUT/suite.log" | cut -c1-220
+}
+
 step_sanitize() {
   local tool tools=(memcheck racecheck synccheck initcheck) ids=() ours=() filter names=()
   [ $# = 0 ] || names=(--names "$@")
@@ -132,8 +139,8 @@ step_profile() {
 
 step=${1:-}
 case $step in
-  tests | bwd | sanitize | profile) shift ;;
-  *) echo "run.sh: step is '$step', expected tests, bwd, sanitize or profile" >&2; exit 2 ;;
+  tests | bwd | bench | sanitize | profile) shift ;;
+  *) echo "run.sh: step is '$step', expected tests, bwd, bench, sanitize or profile" >&2; exit 2 ;;
 esac
 need_kernels
 "step_$step" "$@"

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from . import shapes, timing
-from .bench_chunk_bwd import failure, ours
-from .peers import BACKWARD_PEERS, Call, launch_first, load_peers
+from .harness import failure
+from .peers import launch_first
+from .providers import BACKWARD_PEERS, Call, load_peers, ours
 from .truth import errors, leaves_of, nonfinite_share, recurrence, step
 
 REGIMES = ("fast", "long", "heavy", "collinear")
+FORMS = ("fused", "core")
 ALLOWED = 1.1  # times the error of the best peer
 
 
@@ -99,8 +101,8 @@ def rows_of(regime: str, providers: dict[str, dict], tokens: int, heads: int, de
 
 def table_line(row: dict) -> str:
     head = f"{row['regime']:9} {row['form']:5} {row['provider']:8} "
-    if "failed" in row:
-        return head + row["failed"]
+    if "errors" not in row:
+        return head + (row.get("failed") or row["unsupported"])
     cells = [f"{x} -" if e is None else f"{x} {e:.1e}" for x, e in row["errors"].items()]
     worst = max(row.get("over_best", {}).items(), key=lambda x: x[1], default=None)
     notes = ["" if row["repeats_bitwise"] else "differs from run to run"]
@@ -111,7 +113,7 @@ def table_line(row: dict) -> str:
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [name for peers in BACKWARD_PEERS.values() for name in peers]
+    names = list(dict.fromkeys(name for form in FORMS for name in BACKWARD_PEERS[form]))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--heads", type=int, default=32)
@@ -122,8 +124,8 @@ def main(given: list[str] | None = None) -> None:
         raise SystemExit("our kernels and those of the peers need a CUDA device")
     os.environ["FLA_CACHE_RESULTS"] = "0"  # what it would remember of this run was not timed
     providers, said = {}, {}
-    for form, peers in BACKWARD_PEERS.items():
-        loaded, versions = load_peers([name for name in peers if name in args.peers], peers)
+    for form in FORMS:
+        loaded, versions = load_peers(args.peers, BACKWARD_PEERS[form])
         providers[form] = {"kda_cuda": ours, **loaded}
         said |= versions
     if "fla" in providers["fused"]:

@@ -1,107 +1,92 @@
 """Chunkwise forward, side by side with its peers, in both gate regimes; outputs are verified before anything is timed.
 
-python -m bench.python.bench_chunk_fwd [--json FILE] [--shapes ten|large|all] [--only SHAPE ...]
-                                       [--peers [fla|flash_kda|cudnn ...] | --no-peers]
+python -m bench.python.bench_chunk_fwd [--out FILE] [--shapes ten|large|all] [--only SHAPE ...]
+                                       [--regimes fast|long ...] [--peers [NAME ...] | --no-peers] [--rounds N]
+                                       [--budget SECONDS] [--head-dim N] [--device cuda|emulator|cpu]
 
 A peer that is not installed, or cannot do what a row asks, is named with the reason. fla compiles for minutes unless
-`python -m bench.python.peers compile-fla` ran before.
+`python -m bench.python.peers compile-fla` ran before. Results of more than a million tokens times heads are verified on
+heads spread over all of them. bench/python/harness.py says what the columns of a row mean.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 import kda_cuda
 
-from .peers import PEERS, Call, load_peers
-from .shapes import REGIMES, Shape, add_arguments, from_arguments, inputs, traffic_bytes
-from .timing import copy_bandwidth, graph_microseconds, machine, microseconds
-from .truth import relative_error
+from . import harness
+from .harness import Call, as_provider, failure, judged, too_large
+from .providers import PEERS, SDPA, load_peers, ours, reference
+from .shapes import REGIMES, Shape, add_arguments, from_arguments, inputs, sampled_heads, traffic_bytes
+from .truth import errors, in_fp32, only_heads, reference_call
 
 LARGEST_ERROR = 2e-2  # relative, of bf16 outputs
 
 
-def truth(arguments: dict) -> torch.Tensor:
-    """The fp32 reference on the same device: the arguments as chunk_kda hands them on, in the reference's namespace."""
-    streams = ("q", "k", "v", "g", "beta")
-    wide = {name: x.float() if name in streams else x for name, x in arguments.items()}
-    with torch.inference_mode():
-        return torch.ops.kda_cuda_reference.chunk_fwd(*kda_cuda.chunk_kda.bind(**wide).arguments)[0]
+def truth(a: dict, heads: list[int]) -> dict[str, torch.Tensor]:
+    """The output of some heads, by the fp32 reference on the same device."""
+    return {"o": reference_call(in_fp32(only_heads(a, heads, a["q"].shape[2])))()}
 
 
-def ours(a: dict) -> Call:
-    return lambda: kda_cuda.chunk_kda(**a)[0]
+def prepared(
+    name: str, bind: Callable[[dict], Call], sets: list[dict], truths: dict, heads: list[int], where: str
+) -> tuple[harness.Calls, dict]:
+    """A provider's calls, and what is said of it."""
+    provider = as_provider(bind)
+    calls = [provider(a) for a in sets]
+    results = {"o": calls[0]()}
+    if provider.errors:
+        found = provider.errors(provider.prepare(sets[0]), None, results)
+    else:
+        found = errors(only_heads(results, heads, sets[0]["q"].shape[2]), truths)
+    return harness.Calls(provider, calls), judged(name, found, too_large(found, {}, LARGEST_ERROR), where)
 
 
 @torch.inference_mode()
-def measure(bind: Callable[[dict], Call], sets: list[dict], reference: torch.Tensor) -> dict:
-    calls = [bind(a) for a in sets]
-    error = relative_error(calls[0](), reference)
-    if not error <= LARGEST_ERROR:
-        return {"error": error, "failed": "wrong output, not timed"}
-    return {
-        "error": float(f"{error:.2e}"),
-        "us": round(microseconds(calls), 1),
-        "gpu_us": round(graph_microseconds(calls), 1),
-    }
-
-
-def bench(shape: Shape, regime: str, providers: dict[str, Callable[[dict], Call]], bandwidth: float) -> dict:
-    need = traffic_bytes(shape, 128, 2)
-    sets = [inputs(shape, regime, "cuda", torch.bfloat16, seed=i) for i in range(max(2, min(8, (150 << 20) // need)))]
-    reference = truth(sets[0])
-    row = {"shape": str(shape), "regime": regime, "floor_us": round(1e6 * need / bandwidth, 1)}
-    if split := kda_cuda.explain(**sets[0]).forward.plan.get("split"):
-        row["kda_cuda_split"] = split
-    for name, bind in providers.items():
-        if name in PEERS and (reason := PEERS[name].unsupported(sets[0])):
-            row[f"{name}_unsupported"] = reason
-            continue
+def bench(shape: Shape, regime: str, named: dict[str, Callable[[dict], Call]], args: argparse.Namespace) -> dict:
+    need, where = traffic_bytes(shape, args.head_dim, 2), f"{shape}, {regime}"
+    count = harness.set_count(need, args.device)
+    sets = [inputs(shape, regime, args.device, torch.bfloat16, args.head_dim, seed=i) for i in range(count)]
+    heads = sampled_heads(shape.tokens, shape.heads)
+    truths, said, calls = truth(sets[0], heads), {}, {}
+    for name, bind in named.items():
         try:
-            columns = measure(bind, sets, reference)
+            calls[name], said[name] = prepared(name, bind, sets, truths, heads, where)
         except Exception as e:  # a peer that cannot run this shape is a result, not a failure of the benchmark
-            columns = {"failed": f"{type(e).__name__}: {str(e)[:160]}"}
-        if name not in PEERS and "failed" in columns:
-            raise SystemExit(f"{name} in {shape}, {regime}: {columns}")
-        row |= {f"{name}_{column}": value for column, value in columns.items()}
-    return row
+            said[name] = failure(name, where, e)
+            continue
+        if "failed" in said[name]:
+            del calls[name]
+        else:
+            said[name]["peak_mib"] = harness.peak_mib(calls[name].of[0], args.device)
+    harness.measure(calls, said, {"forward": need}, args)
+    split = kda_cuda.explain(**sets[0]).forward.plan.get("split")
+    return {"bytes": {"forward": need}, "providers": said} | ({"split": split} if split else {})
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
     add_arguments(parser)
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--no-peers", dest="peers", action="store_const", const=[])
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA device")
+    harness.add_arguments(parser, (*PEERS, "sdpa"), rounds=15)
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
+    parser.add_argument("--head-dim", type=int, default=128)
+    args = parser.parse_args(given)
     loaded, said = load_peers(args.peers)
-    providers = {"kda_cuda": ours, **loaded}
-    bandwidth = copy_bandwidth()
-    rows: list[dict] = []
-    result = {
-        **machine("cuda"),
-        "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3),
-        "dtype": "bfloat16",
-        "head_dim": 128,
-        "peers": said,
-        "columns": "us: eager, host included; gpu_us: replay of a CUDA graph; floor_us: traffic at copy bandwidth",
-        "rows": rows,
-    }
-    print(f"peers: {said}", flush=True)
-    for shape in from_arguments(args):
-        for regime in REGIMES:
-            rows.append(bench(shape, regime, providers, bandwidth))
-            print(rows[-1], flush=True)
-            if args.json:
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if "sdpa" in args.peers:
+        loaded["sdpa"] = SDPA
+    named = harness.with_ours(ours, reference, loaded, args.device)
+    result = harness.begin(args, "chunk_fwd", said, dtype="bfloat16", head_dim=args.head_dim)
+    work = [
+        ({"shape": str(shape), "regime": regime}, functools.partial(bench, shape, regime, named, args))
+        for shape in from_arguments(args)
+        for regime in args.regimes
+    ]
+    harness.run(args, result, work)
 
 
 if __name__ == "__main__":

@@ -1,45 +1,58 @@
-"""Decoding, side by side with its peers: GPU time in a CUDA graph and host time of an eager call; verified, then timed.
+"""Decoding, side by side with its peers: outputs and states are verified before anything is timed.
 
-python -m bench.python.bench_decode [--json FILE] [--no-peers] [--heads H ...] [--batches B ...] [--tokens T ...]
+python -m bench.python.bench_decode [--out FILE] [--heads H ...] [--batches B ...] [--tokens T ...]
+                                    [--states fp32|bf16 ...] [--regimes fast|long ...] [--context N] [--head-dim N]
+                                    [--peers [NAME ...] | --no-peers] [--rounds N] [--budget SECONDS]
+                                    [--device cuda|emulator|cpu]
 
-Every provider gets the same inputs and updates (or returns) the state of every sequence. States and inputs rotate
-through more memory than the L2 holds. bench/cpp/bench_decode.cpp has the kernel alone over more shapes.
+Every provider gets the same inputs and updates the state of every sequence in place. States and inputs rotate through
+more memory than the L2 holds. sdpa reads a cache of --context keys and values a sequence in place of a state.
+bench/python/harness.py says what the columns of a row mean. bench/cpp/bench_decode.cpp has the kernel alone over more
+shapes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
+import functools
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 import torch
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 import kda_cuda
 
-from .peers import PEERS
-from .timing import copy_bandwidth, machine
-from .truth import relative_error
+from . import harness
+from .harness import Call, Provider, Unsupported, as_provider, failure, judged, too_large
+from .providers import CULA, FLA, FLASHINFER, Peer, load_peers
+from .shapes import REGIMES
+from .truth import errors, in_fp32
 
 DIM = 128
 BATCHES, HEADS, TOKENS = (1, 8, 32, 128, 512), (8, 32, 64), (1, 4, 8)
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LARGEST_ERROR = 2e-2  # relative, of bf16 results
+CACHE_BYTES = 64 << 30  # of keys and values, all sets together
 
 
-def inputs(batch: int, heads: int, tokens: int, state_dtype: torch.dtype, seed: int, device: str = "cuda") -> dict:
+def inputs(
+    batch: int, heads: int, tokens: int, state_dtype: torch.dtype, seed: int, device: str = "cuda",
+    regime: str = "long", dim: int = DIM,
+) -> dict:  # fmt: skip
     make = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=make, device=device)
 
-    streams = {name: normal(batch, tokens, heads, DIM).bfloat16() for name in ("q", "k", "v", "g")}
+    streams = {name: normal(batch, tokens, heads, dim).bfloat16() for name in ("q", "k", "v", "g")}
     return streams | {
         "beta": normal(batch, tokens, heads).bfloat16(),
         "A_log": (1 + 15 * torch.rand(heads, generator=make, device=device)).log(),
-        "dt_bias": normal(heads * DIM) - 4,
-        "initial_state": normal(batch, heads, DIM, DIM).to(state_dtype),
+        "dt_bias": normal(heads * dim) - 4,
+        "lower_bound": -5.0 if regime == "fast" else None,
+        "initial_state": normal(batch, heads, dim, dim).to(state_dtype),
         "use_qk_l2norm_in_kernel": True,
         "use_gate_in_kernel": True,
         "use_beta_sigmoid_in_kernel": True,
@@ -47,113 +60,160 @@ def inputs(batch: int, heads: int, tokens: int, state_dtype: torch.dtype, seed: 
     }
 
 
-def ours(a: dict) -> torch.Tensor:
-    rest = {name: x for name, x in a.items() if name != "initial_state"}
-    return kda_cuda.decode(**rest, state=a["initial_state"])
+def own_names(a: dict) -> dict:
+    return {name: x for name, x in a.items() if name != "initial_state"} | {"state": a["initial_state"]}
 
 
-def peers() -> dict[str, Callable]:
-    """fla's kernel as a serving engine calls it, states in place: its public function would return fp32 copies."""
-    try:
-        from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
-    except ImportError:
-        return {}
-
-    def fla(a: dict) -> torch.Tensor:
-        return fused_recurrent_kda_fwd(**a, inplace_final_state=True)[0]
-
-    return {"fla": fla}
+def ours(a: dict) -> Call:
+    given = own_names(a)
+    return lambda: kda_cuda.decode(**given)
 
 
-def truth(a: dict) -> torch.Tensor:
+def reference(a: dict) -> Call:
+    """The op of the reference, on the arguments that the public function hands on."""
+    arguments = kda_cuda.decode.bind(**own_names(a)).arguments
+
+    def call() -> torch.Tensor:
+        torch.ops.kda_cuda_reference.decode(*arguments)
+        return arguments.out
+
+    return call
+
+
+def truth(a: dict) -> dict[str, torch.Tensor]:
     """The fp32 reference on the same device, from a copy of the state."""
-    wide = {name: x.float() if name in ("q", "k", "v", "g", "beta") else x for name, x in a.items()}
-    state = wide.pop("initial_state").clone()
-    arguments = kda_cuda.decode.bind(**wide, state=state).arguments
-    torch.ops.kda_cuda_reference.decode(*arguments)
-    return arguments.out
+    wide = in_fp32(a) | {"initial_state": a["initial_state"].clone()}
+    return {"o": reference(wide)(), "state": wide["initial_state"]}
 
 
-def graph_microseconds(run: Callable[[dict], object], sets: list[dict]) -> float:
-    """Median GPU time of one call, all sets in one graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run(sets[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for a in sets:
-            run(a)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(20)]
-    graph.replay()
-    for begin, end in events:
-        begin.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return 1000 * sorted(b.elapsed_time(e) for b, e in events)[10] / len(sets)
+# ---- peers -----------------------------------------------------------------------------------------------------------
 
 
-def host_microseconds(run: Callable[[dict], object], a: dict, calls: int = 50) -> float:
-    """Median over rounds of what the host spends in an eager call, the GPU's queue never full."""
-    rounds = []
-    for _ in range(7):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(calls):
-            run(a)
-        rounds.append((time.perf_counter() - begin) / calls)
-    torch.cuda.synchronize()
-    return 1e6 * sorted(rounds)[3]
+def load_fla() -> Callable[[dict], Call]:
+    """fla's kernel as a serving engine calls it, states in place: its public function would return fp32 copies."""
+    from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
+
+    return lambda a: lambda: fused_recurrent_kda_fwd(**a, inplace_final_state=True)[0]
 
 
-def bench(batch: int, heads: int, tokens: int, state: str, providers: dict, bandwidth: float) -> dict:
-    dtype = STATE_DTYPES[state]
-    need = batch * heads * (2 * DIM * DIM * dtype.itemsize + tokens * (5 * DIM + 1) * 2)
-    sets = [inputs(batch, heads, tokens, dtype, seed) for seed in range(max(2, min(64, (200 << 20) // need)))]
-    row = {"batch": batch, "heads": heads, "tokens": tokens, "state": state, "bytes": need,
-           "floor_us": round(1e6 * need / bandwidth, 2)}  # fmt: skip
-    for name, provider in providers.items():
+def load_flashinfer() -> Callable[[dict], Call]:
+    from flashinfer.kda import recurrent_kda
+
+    def bind(a: dict) -> Call:
+        if a["initial_state"].dtype != torch.bfloat16:
+            raise Unsupported("bf16 states only")
+        if a["q"].shape[1] > 1:
+            raise Unsupported("a draft writes a state for every token there")
+        given = {name: x for name, x in a.items() if name not in ("use_beta_sigmoid_in_kernel", "state_v_first")}
+        return lambda: recurrent_kda(**given, beta_is_logit=True)[0]
+
+    return bind
+
+
+def load_cula() -> Callable[[dict], Call]:
+    from cula.kda import kda_decode
+
+    def bind(a: dict) -> Call:
+        if a["initial_state"].dtype != torch.float32 or a["q"].shape[1] > 1 or a["lower_bound"] is not None:
+            raise Unsupported("single tokens on fp32 states with unbounded gates only")
+        batch, _, heads, dim = a["q"].shape
+        slots = torch.arange(batch, device=a["q"].device, dtype=torch.int32)
+        state = {"initial_state_source": a["initial_state"], "initial_state_indices": slots}
+        gate = {"A_log": a["A_log"], "dt_bias": a["dt_bias"].view(heads, dim), "a": a["g"], "b": a["beta"]}
+        return lambda: kda_decode(q=a["q"], k=a["k"], v=a["v"], **gate, **state, use_qk_l2norm_in_kernel=True)
+
+    return bind
+
+
+PEERS = {
+    "fla": Peer(FLA, load_fla),
+    "cula": Peer(CULA, load_cula),
+    "flashinfer": Peer(FLASHINFER, load_flashinfer),
+}
+
+
+def sdpa(context: int, sets: int) -> Provider:
+    """Attention of the new tokens to a cache, whose last tokens they are. Such a cache is what a state replaces."""
+
+    def caches(a: dict) -> dict:
+        batch, _, heads, dim = a["q"].shape
+        if (need := 4 * batch * heads * context * dim * sets) > CACHE_BYTES:
+            raise Unsupported(f"{sets} caches of {context} tokens take {need >> 30} GiB")
+        make = torch.Generator(a["q"].device).manual_seed(0)
+        size, like = (batch, heads, context, dim), {"dtype": a["q"].dtype, "device": a["q"].device}
+        k, v = (torch.randn(size, generator=make, **like) for _ in range(2))
+        return {"q": a["q"].transpose(1, 2), "k": k, "v": v}
+
+    def bind(a: dict) -> Call:
+        tokens = a["q"].shape[2]
+        mask = causal_lower_right(tokens, context) if tokens > 1 else None
+        return lambda: F.scaled_dot_product_attention(a["q"], a["k"], a["v"], attn_mask=mask).transpose(1, 2)
+
+    def found(a: dict, do: None, results: dict) -> dict[str, float | None]:
+        """Against fp32, on the first sequence."""
+        return errors({"o": results["o"][:1]}, {"o": bind({name: x[:1].float() for name, x in a.items()})()})
+
+    return Provider(bind, caches, errors=found, same_bytes=False)
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def prepared(name: str, bind: Callable, sets: list[dict], where: str, device: str) -> tuple[harness.Calls | None, dict]:
+    """A provider's calls, and what is said of it. Its own states: none sees what another one left."""
+    provider = as_provider(bind)
+    own = [provider.prepare(a | {"initial_state": a["initial_state"].clone()}) for a in sets]
+    calls = [provider.bind(a) for a in own]
+    results = {"o": calls[0]()}
+    if provider.errors:
+        found = provider.errors(own[0], None, results)
+    else:
+        found = errors(results | {"state": own[0]["initial_state"]}, truth(sets[0]))
+    said = judged(name, found, too_large(found, {}, LARGEST_ERROR), where)
+    if "failed" in said:
+        return None, said
+    said["peak_mib"] = harness.peak_mib(calls[0], device)
+    return harness.Calls(provider, calls), said
+
+
+@torch.inference_mode()
+def bench(batch: int, heads: int, tokens: int, state: str, regime: str, peers: dict, args: argparse.Namespace) -> dict:
+    dtype, dim = STATE_DTYPES[state], args.head_dim
+    need = batch * heads * (2 * dim * dim * dtype.itemsize + tokens * (5 * dim + 1) * 2)
+    count = harness.set_count(need, args.device, most=64)
+    sets = [inputs(batch, heads, tokens, dtype, seed, args.device, regime, dim) for seed in range(count)]
+    others = peers | ({"sdpa": sdpa(args.context, count)} if "sdpa" in args.peers else {})
+    where = f"batch {batch}, {heads} heads, {tokens} tokens, {state}, {regime}"
+    calls, said = {}, {}
+    for name, bind in harness.with_ours(ours, reference, others, args.device).items():
         try:
-            first = sets[0] | {"initial_state": sets[0]["initial_state"].clone()}  # as the last provider left it
-            reference = truth(first)
-            row[f"{name}_error"] = float(f"{relative_error(provider(first), reference):.2e}")
-            if row[f"{name}_error"] > 2e-2:
-                raise RuntimeError("wrong output, not timed")
-            row[f"{name}_us"] = round(graph_microseconds(provider, sets), 2)
-            row[f"{name}_host_us"] = round(host_microseconds(provider, first), 1)
-        except Exception as e:  # a peer that cannot run a shape is a result; kda_cuda's failure ends the run in main
-            row[f"{name}_failed"] = f"{type(e).__name__}: {str(e)[:120]}"
-    return row
+            calls[name], said[name] = prepared(name, bind, sets, where, args.device)
+        except Exception as e:  # a peer that cannot run a shape is a result
+            said[name] = failure(name, where, e)
+    harness.measure({name: x for name, x in calls.items() if x}, said, {"decode": need}, args)
+    return {"bytes": {"decode": need}, "providers": said}
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--no-peers", action="store_true")
-    for name, known in {"batches": BATCHES, "heads": HEADS, "tokens": TOKENS}.items():
-        parser.add_argument(f"--{name}", type=int, nargs="+", choices=known, default=known)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA device")
-    providers = {"kda_cuda": ours, **({} if args.no_peers else peers())}
-    bandwidth, rows = copy_bandwidth(), []
-    result = {
-        **machine("cuda"), "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3),
-        "dtype": "bfloat16", "head_dim": DIM,
-        "peers": {name: PEERS[name].version() for name in providers if name != "kda_cuda"},
-        "columns": "us: replay of a CUDA graph; host_us: of an eager call; floor_us: traffic at copy bandwidth",
-        "rows": rows,
-    }  # fmt: skip
-    with torch.inference_mode():
-        for state, heads, tokens, batch in product(STATE_DTYPES, args.heads, args.tokens, args.batches):
-            rows.append(bench(batch, heads, tokens, state, providers, bandwidth))
-            print(rows[-1], flush=True)
-            if args.json:  # after every row: a run that is cut off leaves what it has
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps(result, indent=1) + "\n")
-    if failed := [row for row in rows if "kda_cuda_failed" in row]:
-        raise SystemExit(f"kda_cuda failed on {len(failed)} shapes: {failed[0]}")
+    harness.add_arguments(parser, (*PEERS, "sdpa"), rounds=15)
+    for name, default in {"batches": BATCHES, "heads": HEADS, "tokens": TOKENS}.items():
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
+    parser.add_argument("--states", nargs="+", choices=STATE_DTYPES, default=list(STATE_DTYPES))
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
+    parser.add_argument("--context", type=int, default=8192, help="tokens in the cache of sdpa")
+    parser.add_argument("--head-dim", type=int, default=DIM)
+    args = parser.parse_args(given)
+    peers, said = load_peers(args.peers, PEERS)
+    facts = {"dtype": "bfloat16", "head_dim": args.head_dim, "context": args.context}
+    result = harness.begin(args, "decode", said, **facts)
+    work = []
+    for state, regime, heads, tokens, batch in product(
+        args.states, args.regimes, args.heads, args.tokens, args.batches
+    ):
+        labels = {"batch": batch, "heads": heads, "tokens": tokens, "state": state, "regime": regime}
+        work.append((labels, functools.partial(bench, **labels, peers=peers, args=args)))
+    harness.run(args, result, work)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,24 @@
 """What surrounds the operation, side by side with its peers and with a copy: verified first, then timed.
 
 python -m bench.python.bench_surround [--out FILE] [--ops short_conv gated_rmsnorm] [--what forward backward]
-                                      [--shapes SHAPE ...] [--peers [NAME ...]] [--rounds N]
+                                      [--shapes SHAPE ...] [--peers [NAME ...] | --no-peers] [--rounds N]
+                                      [--budget SECONDS] [--device cuda|emulator|cpu]
 
 Shapes are TOKENSxCHANNELS for short_conv (4 taps, SiLU), with xN for N packed sequences of equal length, and
 TOKENSxHEADSxDIM for gated_rmsnorm (sigmoid). All in bf16. Peers are fla's Triton kernels, and causal_conv1d where it is
 installed. One that is missing or fails is named with the reason; what is wrong is not timed. If it is ours, the run
-goes on with the next row and fails in the end.
+goes on with the next row and fails in the end. The reference is PyTorch in fp32.
 
-gpu_us: a call inside a CUDA graph; eager_us: a call until the GPU is done; host_us: until the host is free again. Each
-has the median of rounds in which all providers take turns, and the width of the middle half over the median as spread.
-bytes: what a call must read and write, each once. of_copy: the share of the copy bandwidth at which it moves them. A
-copy of as many bytes in one tensor takes its turns as the provider `copy`, in a graph as the others do.
+bench/python/harness.py says what the columns of a row mean. A copy of as many bytes in one tensor takes its turns as
+the provider `copy`, in a graph as the others do.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +26,10 @@ from torch import Tensor
 
 import kda_cuda
 
-from . import timing
-from .bench_chunk_bwd import L2_BYTES, OurFault, Trainer, failure, timed, too_large
-from .truth import errors, leaves_of, step
+from . import harness, timing
+from .harness import Provider, Trainer, failure, judged, too_large
+from .providers import FLA, Peer, load_peers
+from .truth import leaves_of, step
 
 Call = Callable[[], Tensor]
 Bind = Callable[[dict], Call]
@@ -54,7 +52,14 @@ class Op:
     inputs: Callable[[tuple[int, ...], str, int], dict]  # of a shape, device and seed
     definition: Callable[[dict], Tensor]  # in the dtype of its arguments, by torch alone
     ours: Bind
-    peers: dict[str, tuple[str, Callable[[], Bind]]]  # distribution, and what imports it
+    peers: dict[str, Peer]
+
+    def reference(self, a: dict) -> Call:
+        def call() -> Tensor:
+            wide = a | {name: a[name].float() for name in self.leaves}
+            return self.definition(wide).to(a["x"].dtype)
+
+        return call
 
 
 def randn(make: torch.Generator, *size: int) -> Tensor:
@@ -143,8 +148,8 @@ OPS = {
         definition=conv_definition,
         ours=lambda a: lambda: kda_cuda.short_conv(a["x"], a["weight"], cu_seqlens=a["cu_seqlens"])[0],
         peers={
-            "fla": ("flash-linear-attention", load_fla_conv),
-            "causal_conv1d": ("causal-conv1d", load_causal_conv1d),
+            "fla": Peer(FLA, load_fla_conv),
+            "causal_conv1d": Peer(("causal-conv1d",), load_causal_conv1d),
         },
     ),
     "gated_rmsnorm": Op(
@@ -154,7 +159,7 @@ OPS = {
         inputs=norm_inputs,
         definition=norm_definition,
         ours=lambda a: lambda: kda_cuda.gated_rmsnorm(a["x"], a["gate"], a["weight"], EPS),
-        peers={"fla": ("flash-linear-attention", load_fla_norm)},
+        peers={"fla": Peer(FLA, load_fla_norm)},
     ),
 }
 PEERS = tuple(dict.fromkeys(name for op in OPS.values() for name in op.peers))
@@ -164,7 +169,7 @@ class Copies:
     """What a copy of as many bytes takes: half of them read, half of them written."""
 
     def __init__(self, op: Op, sets: list[dict]):
-        self.op, self.sets = op, sets
+        self.op, self.sets, self.provider = op, sets, Provider(op.ours)
 
     def calls(self, what: str) -> list[Callable[[], object]]:
         streams = self.op.forward_streams if what == "forward" else self.op.backward_streams
@@ -179,22 +184,12 @@ def truths_of(op: Op, a: dict, do: Tensor) -> dict[str, Tensor]:
     return step(lambda: op.definition(wide | leaves), leaves, do.double())
 
 
-def verified(name: str, trainer: Trainer, truths: dict[str, Tensor], where: str) -> dict:
-    found = errors(step(trainer.forwards[0], trainer.leaves[0], trainer.do), truths)
-    said: dict = {"errors": found}
-    if wrong := too_large(found, {}, LIMIT):
-        if name == "kda_cuda":
-            raise OurFault(f"kda_cuda is wrong in {where}, nothing is timed: {wrong}")
-        said["failed"] = f"wrong, not timed: {wrong}"
-    return said
-
-
-def bench(name: str, shape: str, binds: dict[str, Bind], args: argparse.Namespace, bandwidth: float) -> dict:
+def bench(name: str, shape: str, binds: dict[str, Bind], args: argparse.Namespace) -> dict:
     """One row: every provider that is right, forward and backward."""
     op, sizes, where = OPS[name], tuple(int(n) for n in shape.split("x")), f"{name}, {shape}"
     first = op.inputs(sizes, args.device, 0)
     stream = first["x"].nbytes
-    count = max(2, min(8, L2_BYTES // stream))
+    count = harness.set_count(stream, args.device)
     sets = [first, *(op.inputs(sizes, args.device, seed) for seed in range(1, count))]
     do = randn(torch.Generator(args.device).manual_seed(99), *first["x"].shape).bfloat16()
     truths = truths_of(op, first, do)
@@ -202,102 +197,42 @@ def bench(name: str, shape: str, binds: dict[str, Bind], args: argparse.Namespac
     said: dict[str, dict] = {}
     with timing.side_stream(args.device):
         trainers: dict = {}
-        for provider, bind in binds.items():
+        for provider, bind in harness.with_ours(op.ours, op.reference, binds, args.device).items():
             try:
                 trainer = Trainer(bind, sets, do, op.leaves)
-                said[provider] = verified(provider, trainer, truths, where)
-            except OurFault:
-                raise
+                found = trainer.verified(truths)
+                said[provider] = judged(provider, found, too_large(found, {}, LIMIT), where)
             except Exception as e:
                 said[provider] = failure(provider, where, e)
                 continue
             if "failed" not in said[provider]:
                 trainers[provider] = trainer
         said["copy"], trainers["copy"] = {}, Copies(op, sets)
-        for what in args.what:
-            for provider, columns in timed(trainers, what, args.rounds, args.device).items():
-                if "gpu_us" in columns:
-                    seconds = 1e-6 * columns["gpu_us"]["median"]
-                    columns["of_copy"] = round(moved[what] / seconds / bandwidth, 3)
-                said[provider][what] = columns
-    return {"op": name, "shape": shape, "bytes": {what: moved[what] for what in args.what}, "providers": said}
-
-
-def table_lines(row: dict) -> list[str]:
-    """A line for each measurement: microseconds, the share of the copy bandwidth, and how many times ours."""
-    if "failed" in row:
-        return [f"FAILED   {row['failed']}"]
-    lines = []
-    for what in row["bytes"]:
-        first = row["providers"]["kda_cuda"][what]["gpu_us"]["median"]
-        cells = []
-        for name, said in row["providers"].items():
-            columns = said.get(what, said)
-            if "gpu_us" not in columns:
-                cells.append(f"{name} {columns.get('failed', 'not timed')[:60]}")
-                continue
-            us, eager = columns["gpu_us"]["median"], columns["eager_us"]["median"]
-            ratio = "" if name == "kda_cuda" else f", {us / first:.2f} x"
-            cells.append(f"{name} {us:.1f} us ({columns['of_copy']:.0%} of copy{ratio}), eager {eager:.0f}")
-        lines.append(f"{row['op']:13} {what:8} {row['shape']:13} " + " | ".join(cells))
-    return lines
-
-
-def loaded_peers(op: Op, wanted: list[str]) -> tuple[dict[str, Bind], dict[str, str]]:
-    """Those that can be imported, and what is said of each."""
-    binds, said = {}, {}
-    for name in wanted:
-        if name not in op.peers:
-            continue
-        distribution, load = op.peers[name]
-        try:
-            binds[name] = load()
-            said[name] = f"{distribution} {version(distribution)}"
-        except Exception as e:
-            said[name] = f"not there: {type(e).__name__}: {str(e)[:120]}"
-    return binds, said
+        moved = {what: moved[what] for what in args.what}
+        harness.measure(trainers, said, moved, args)
+    return {"bytes": moved, "providers": said}
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    harness.add_arguments(parser, PEERS, rounds=20)
     parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS))
     parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
     parser.add_argument("--shapes", nargs="+", help="for every op asked for")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--device", default="cuda")
     return parser.parse_args(given)
 
 
 def main(given: list[str] | None = None) -> None:
     args = arguments(given)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA device")
-    os.environ["KDA_CUDA_STRICT"] = "1"  # the reference is never timed in place of a kernel
-    bandwidth = timing.copy_bandwidth(args.device)
-    result = {
-        **timing.machine(args.device),
-        "device": args.device,
-        "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3),
-        "dtype": "bfloat16",
-        "taps": TAPS,
-        "rounds": args.rounds,
-        "peers": {},
-        "columns": __doc__[__doc__.index("gpu_us:") :].strip(),
-        "rows": [],
-    }
-    for name in args.ops:
-        binds, said = loaded_peers(OPS[name], args.peers)
-        result["peers"][name] = said
-        print(f"{name}, commit {result['commit']}, peers: {said}", flush=True)
-        for shape in args.shapes or DEFAULT[name]:
-            try:
-                row = bench(name, shape, {"kda_cuda": OPS[name].ours, **binds}, args, bandwidth)
-            except OurFault as e:
-                row = {"op": name, "shape": shape, "failed": str(e)}
-            timing.note(row, table_lines(row), result, args.out, args.device)
-    timing.end_if_failed(result["rows"])
+    loaded = {name: load_peers(args.peers, OPS[name].peers) for name in args.ops}
+    said = {f"{peer} ({name})": why for name, (_, peers) in loaded.items() for peer, why in peers.items()}
+    result = harness.begin(args, "surround", said, dtype="bfloat16", taps=TAPS)
+    work = [
+        ({"op": name, "shape": shape}, functools.partial(bench, name, shape, loaded[name][0], args))
+        for name in args.ops
+        for shape in args.shapes or DEFAULT[name]
+    ]
+    harness.run(args, result, work)
 
 
 if __name__ == "__main__":

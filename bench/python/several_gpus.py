@@ -41,6 +41,7 @@ from kda_cuda import parallel
 from kda_cuda.context_parallel import exchange
 
 from . import timing
+from .harness import OurFault
 from .shapes import REGIMES, even, inputs
 from .truth import STREAMS, errors, leaves_of, step
 
@@ -49,10 +50,6 @@ GRADIENT_LIMIT = 3e-2
 FITS = 1 << 23  # tokens times heads with gradients on one GPU
 PARAMETERS = ("A_log", "dt_bias")
 Call = Callable[[], Tensor]
-
-
-class OurFault(Exception):
-    """Something of ours is wrong: nothing of its row is timed."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ CORE = tuple(  # backwards of the core alone
     for s in ((2048, 16, 1), (4096, 8, 1), (4096, 16, 1), (8192, 12, 4), (8192, 16, 1), (8192, 32, 1), (8192, 64, 1),
               (8192, 64, 8), (16384, 16, 8))
 )  # fmt: skip
+GENERAL = (even(8192, 16, 1),)  # the core alone beside a general diagonal-plus-low-rank transition
 REGIMES = ("fast", "long")
+VERIFIED = 1 << 20  # tokens times heads for which the reference fits
 
 
 def named(name: str) -> Shape:
@@ -125,14 +127,22 @@ def core_of(arguments: dict) -> dict:
     }  # fmt: skip
 
 
-FORMS = {"fused": FUSED, "core": CORE}
+FORMS = {"fused": FUSED, "core": CORE, "general": GENERAL}
 
 
-def training_inputs(form: str, shape: Shape, regime: str, device: str, sets: int) -> tuple[list[dict], Tensor]:
+def sampled_heads(tokens: int, heads: int) -> list[int]:
+    """All heads, or as many as the reference can take: the first, the last, and others at equal distances."""
+    count = max(1, min(heads, VERIFIED // tokens))
+    return [i * (heads - 1) // max(1, count - 1) for i in range(count)]
+
+
+def training_inputs(
+    form: str, shape: Shape, regime: str, device: str, sets: int, head_dim: int = 128
+) -> tuple[list[dict], Tensor]:
     """Sets of arguments of ``chunk_kda`` in one form, all with one ``cu_seqlens``, and an upstream gradient."""
-    every = [inputs(shape, regime, device, torch.bfloat16, seed=i) for i in range(sets)]
+    every = [inputs(shape, regime, device, torch.bfloat16, head_dim, seed=i) for i in range(sets)]
     every = [a | {"output_final_state": False, "cu_seqlens": every[0]["cu_seqlens"]} for a in every]
-    if form == "core":
+    if form != "fused":
         every = [core_of(a) for a in every]
     v = every[0]["v"]
     do = torch.randn(v.shape, generator=torch.Generator(device).manual_seed(sets), device=device).to(v.dtype)

@@ -22,29 +22,6 @@ import torch
 Run = Callable[[], object]
 
 
-def microseconds(calls: Sequence[Run], budget_s: float = 0.4) -> float:
-    """Median time of one call on the GPU; together the calls touch more than the L2 holds."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    calls[0]()
-    torch.cuda.synchronize()
-    count = max(5, min(100, int(budget_s / max(1e-5, time.perf_counter() - begin))))
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
-    for i, (start, end) in enumerate(events):
-        start.record()
-        calls[i % len(calls)]()
-        end.record()
-    torch.cuda.synchronize()
-    return 1000 * sorted(s.elapsed_time(e) for s, e in events)[count // 2]
-
-
-def graph_microseconds(calls: Sequence[Run]) -> float:
-    """Time of one call on the GPU alone: all of them in one CUDA graph, replayed."""
-    return microseconds([graph_of(calls, "cuda")]) / len(calls)
-
-
 def copy_bandwidth(device: str = "cuda") -> float:
     """Bytes per second, read plus written, of a large copy: eager, since a captured copy of some sizes is slower."""
     x = torch.empty(1 << (30 if device == "cuda" else 20), dtype=torch.uint8, device=device).random_()
@@ -53,7 +30,8 @@ def copy_bandwidth(device: str = "cuda") -> float:
     def copy() -> None:
         y.copy_(x)
 
-    us = microseconds([copy]) if device == "cuda" else statistics.median(elapsed_us(copy, device) for _ in range(5))
+    elapsed_us(copy, device)
+    us = statistics.median(elapsed_us(copy, device) for _ in range(41 if device == "cuda" else 5))
     return 2 * x.numel() / (us * 1e-6)
 
 
@@ -92,13 +70,17 @@ def side_stream(device: str) -> Iterator[None]:
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def graph_of(calls: Sequence[Run], device: str) -> Run:
-    """All calls as one CUDA graph on the current stream, or on a new one if that is the default; on the CPU a loop."""
-
+def loop_of(calls: Sequence[Run]) -> Run:
     def loop() -> None:
         for call in calls:
             call()
 
+    return loop
+
+
+def graph_of(calls: Sequence[Run], device: str) -> Run:
+    """All calls as one CUDA graph on the current stream, or on a new one if that is the default; on the CPU a loop."""
+    loop = loop_of(calls)
     if device != "cuda":
         return loop
     current = torch.cuda.current_stream()

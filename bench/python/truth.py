@@ -32,15 +32,13 @@ def step(forward: Callable[[], Tensor], leaves: dict[str, Tensor], do: Tensor, k
     return {"o": o.detach()} | {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
 
 
-def reference(arguments: dict, do: Tensor) -> dict[str, Tensor]:
-    """The fp32 reference on the device of the arguments, whatever kernels there are."""
-    wide = {name: x.float() for name, x in leaves_of(arguments).items()}
-    leaves = leaves_of(arguments | wide)
-    given = dict.fromkeys(LEAVES) | leaves
+def reference_call(arguments: dict) -> Callable[[], Tensor]:
+    """The reference on the device and in the dtype of the arguments, whatever kernels there are."""
+    given = dict.fromkeys(LEAVES) | {name: arguments.get(name) for name in LEAVES}
     if given["dt_bias"] is not None:
         given["dt_bias"] = given["dt_bias"].view(arguments["g"].shape[2:])
 
-    def forward() -> Tensor:
+    def call() -> Tensor:
         return torch.ops.kda_cuda_reference.chunk(
             **given,
             initial_state=None,
@@ -57,7 +55,18 @@ def reference(arguments: dict, do: Tensor) -> dict[str, Tensor]:
             output_chunk_states=False,
         )[0]
 
-    return step(forward, leaves, do.float())
+    return call
+
+
+def in_fp32(arguments: dict) -> dict:
+    return arguments | {name: x.float() for name, x in leaves_of(arguments).items()}
+
+
+def reference(arguments: dict, do: Tensor) -> dict[str, Tensor]:
+    """o and gradients from the fp32 reference."""
+    wide = in_fp32(arguments)
+    leaves = leaves_of(wide)
+    return step(reference_call(wide | leaves), leaves, do.float())
 
 
 def recurrence(arguments: dict, do: Tensor) -> dict[str, Tensor]:

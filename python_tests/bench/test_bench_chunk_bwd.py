@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import types
@@ -10,19 +11,37 @@ import pytest
 import torch
 
 import kda_cuda
-from bench.python import accuracy_peers, bench_chunk_bwd, peers, shapes, timing, truth
+from bench.python import accuracy_peers, bench_chunk_bwd, harness, peers, providers, shapes, timing, truth
 from bench.python.shapes import Shape
+from python_tests.support.devices import Device
 
 ONE, PACKED = Shape(70, 2, (70,)), Shape(70, 2, (35, 35))
 FUSED_FLAGS = ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel")
 
 
-def fla(q, k, v, g, beta, safe_gate, lower_bound, **rest):
+def fla(q, k, v, g, beta, safe_gate, lower_bound=None, **rest):
     """Stands in for fla's function: the bounded kernel is asked for exactly if there is a bound."""
+    if "A_log" not in rest:  # the core
+        assert safe_gate == bool((g >= -5).all()) and set(rest) == {"cu_seqlens"}
+        return kda_cuda.chunk_kda(q, k, v, g, beta, **rest)
     assert safe_gate == (lower_bound is not None)
     assert all(rest[name] is True for name in FUSED_FLAGS) and rest["output_final_state"] is False
     assert rest["dt_bias"].dim() == 1 and all(x.requires_grad for x in (q, k, v, g, beta, rest["A_log"]))
     return kda_cuda.chunk_kda(q, k, v, g, beta, lower_bound=lower_bound, **rest)
+
+
+def dplr(q, k, v, a, b, gk, cu_seqlens, lower_bound):
+    """Stands in for fla's function: S = Diag(e^gk) S + b (a^T S) + k v^T, token by token."""
+    assert lower_bound == (-5.0 if (gk >= -5).all() else None)
+    q, k, v, a, b, gk = (x.float()[0] for x in (q, k, v, a, b, gk))
+    starts, outputs = [0] if cu_seqlens is None else cu_seqlens.tolist(), []
+    state = zero = q.new_zeros(q.shape[1], 128, 128)
+    for t in range(len(q)):
+        state = zero if t in starts else state
+        read = torch.einsum("hk,hkv->hv", a[t], state)
+        state = gk[t].exp()[..., None] * state + b[t][..., None] * read[:, None] + k[t][..., None] * v[t][:, None]
+        outputs.append(torch.einsum("hk,hkv->hv", q[t] * 128**-0.5, state))
+    return torch.stack(outputs)[None].bfloat16(), None
 
 
 def cudnn(q, k, v, g, beta, cu_seqlens):
@@ -41,6 +60,9 @@ def stand_ins(monkeypatch):
         "fla": types.ModuleType("fla"),
         "fla.ops": types.ModuleType("fla.ops"),
         "fla.ops.kda": types.SimpleNamespace(chunk_kda=fla),
+        "fla.ops.generalized_delta_rule": types.ModuleType("generalized_delta_rule"),
+        "fla.ops.generalized_delta_rule.dplr": types.SimpleNamespace(chunk_dplr_delta_rule=dplr),
+        "cula": None,
         "triton": types.ModuleType("triton"),
         "triton.runtime": types.ModuleType("triton.runtime"),
         "triton.runtime.autotuner": autotuner,
@@ -55,28 +77,32 @@ def stand_ins(monkeypatch):
     monkeypatch.setenv("FLA_FLASH_KDA", "1")
 
 
-def test_a_whole_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench_chunk_bwd, "L2_BYTES", 0)  # two sets of inputs
+PROVIDERS = {"fused": {"fla", "sdpa"}, "core": {"cudnn"}, "general": {"fla", "fla_dplr"}}
+MEASURED = {"fused": {"forward", "backward", "step"}, "core": {"core"}, "general": {"forward", "step"}}
+
+
+def test_a_whole_run(tmp_path, capsys):
     out = tmp_path / "results" / "run.json"
     given = ["--device", "cpu", "--rounds", "2", "--out", str(out), "--regimes", "long"]
     bench_chunk_bwd.main([*given, "--shapes", str(ONE), str(PACKED)])
     result = json.loads(out.read_text())
     assert {"gpu", "driver", "torch", "cuda", "commit", "date", "copy_bandwidth_tb_s"} <= set(result)
     assert [(r["form"], r["shape"]) for r in result["rows"]] == [
-        (form, str(shape)) for form in ("core", "fused") for shape in (ONE, PACKED)
+        (form, str(shape)) for form in ("core", "general", "fused") for shape in (ONE, PACKED)
     ]
     for row in result["rows"]:
-        peer, what = ("fla", {"forward", "backward", "step"}) if row["form"] == "fused" else ("cudnn", {"core"})
-        assert set(row["providers"]) == {"kda_cuda", peer} and set(row["bytes"]) == what and row["regime"] == "long"
-        for said in row["providers"].values():
-            gradients = {"o", "dq", "dk", "dv", "dg", "dbeta"}
-            assert set(said["errors"]) == gradients | ({"dA_log", "ddt_bias"} if peer == "fla" else set())
-            assert 0 < max(said["errors"].values()) < 5e-3
+        what = MEASURED[row["form"]]
+        assert set(row["providers"]) == {"kda_cuda"} | PROVIDERS[row["form"]] and set(row["bytes"]) == what
+        for name, said in row["providers"].items():
+            gradients = {"o", "dq", "dk", "dv"} | ({"dg", "dbeta"} if name != "sdpa" else set())
+            fused = row["form"] == "fused" and name != "sdpa"
+            assert set(said["errors"]) == gradients | ({"dA_log", "ddt_bias"} if fused else set())
+            assert 0 < max(said["errors"].values()) < (2e-2 if name == "fla_dplr" else 8e-3)
             for x in what:
                 assert all(said[x][column]["median"] > 0 for column in ("gpu_us", "eager_us", "host_us"))
-                assert said[x]["of_copy"] >= 0
+                assert ("of_copy" in said[x]) == (name not in ("sdpa", "fla_dplr"))
     printed = capsys.readouterr().out
-    assert printed.count(" x)") == 3 * 8, "three ratios for every measurement of a peer"
+    assert printed.count(" x)") == 3 * 2 * (1 + 2 * 2 + 3 * 2), "three ratios for every measurement of a peer"
 
 
 def scaled(factor: float):
@@ -101,16 +127,20 @@ def broken(a):
     raise RuntimeError("no kernel image")
 
 
-def row(providers, what=("step",), form="fused", gradients="all"):
-    return bench_chunk_bwd.bench((form, list(what), ONE, "fast"), providers, gradients, 1, "cpu", 1e12)
+def args_of(gradients="all"):
+    return argparse.Namespace(device=Device("cpu"), rounds=1, gradients=gradients, bandwidth=1e12, head_dim=128)
+
+
+def row(named, what=("step",), form="fused", gradients="all"):
+    return bench_chunk_bwd.bench(form, list(what), ONE, "fast", named, args_of(gradients))
 
 
 def test_a_wrong_or_broken_peer_is_named_and_not_timed():
-    result = row({"kda_cuda": bench_chunk_bwd.ours, "fla": scaled(1.05), "cudnn": broken})
+    result = row({"kda_cuda": providers.ours, "fla": scaled(1.05), "cudnn": broken})
     fla_said, cudnn_said = (result["providers"][name] for name in ("fla", "cudnn"))
     assert fla_said["failed"].startswith("wrong, not timed: {'dq': 0.05") and "step" not in fla_said
     assert cudnn_said == {"failed": "RuntimeError: no kernel image"}
-    lines = bench_chunk_bwd.table_lines(result)
+    lines = harness.table_lines(result, "a row")
     assert len(lines) == 1 and "fla wrong, not timed" in lines[0] and "no kernel image" in lines[0]
 
 
@@ -122,7 +152,7 @@ def test_a_peer_that_fails_while_it_is_timed_is_named(monkeypatch):
 
     class Call:
         def __init__(self, a):
-            self.run = bench_chunk_bwd.ours(a)
+            self.run = providers.ours(a)
 
         def __call__(self):
             return self.run()
@@ -131,7 +161,7 @@ def test_a_peer_that_fails_while_it_is_timed_is_named(monkeypatch):
             return "fla"
 
     monkeypatch.setattr(timing, "graph_of", capture)
-    result = row({"kda_cuda": bench_chunk_bwd.ours, "fla": Call}, ["forward"])
+    result = row({"kda_cuda": providers.ours, "fla": Call}, ["forward"])
     assert "stream is capturing" in result["providers"]["fla"]["forward"]["failed"]
     assert "gpu_us" in result["providers"]["kda_cuda"]["forward"]
 
@@ -139,15 +169,17 @@ def test_a_peer_that_fails_while_it_is_timed_is_named(monkeypatch):
 @pytest.mark.parametrize("provider", [scaled(0.96), broken, lambda a: lambda: 1.1 * kda_cuda.chunk_kda(**a)[0]])
 def test_of_a_row_with_our_own_fault_nothing_is_timed(provider, monkeypatch):
     monkeypatch.setattr(timing, "elapsed_us", lambda *a: pytest.fail("timed"))
-    with pytest.raises(bench_chunk_bwd.OurFault, match=r"kda_cuda (is wrong|failed) in fused, T70_H2_N1, fast"):
+    with pytest.raises(harness.OurFault, match=r"kda_cuda (is wrong|failed) in fused, T70_H2_N1, fast"):
         row({"kda_cuda": provider})
 
 
 def test_a_run_with_our_own_fault_goes_on_and_fails_in_the_end(tmp_path, monkeypatch, capsys):
-    real = bench_chunk_bwd.ours
-    monkeypatch.setattr(bench_chunk_bwd, "ours", lambda a: broken(a) if a["cu_seqlens"] is not None else real(a))
+    def ours(a):
+        return broken(a) if a["cu_seqlens"] is not None else providers.ours(a)
+
+    monkeypatch.setattr(bench_chunk_bwd, "ours", ours)
     monkeypatch.setattr(bench_chunk_bwd, "SMALL", bench_chunk_bwd.SMALL[:1])
-    given = ["--device", "cpu", "--rounds", "1", "--regimes", "fast", "--what", "core", "--peers"]
+    given = ["--device", "cpu", "--rounds", "1", "--regimes", "fast", "--what", "core", "--no-peers"]
     with pytest.raises(SystemExit, match="1 of 2 rows failed, the first: kda_cuda failed in core, T70_H2_N2, fast"):
         bench_chunk_bwd.main([*given, "--out", str(tmp_path / "run.json"), "--shapes", str(PACKED), str(ONE)])
     failed, good = json.loads((tmp_path / "run.json").read_text())["rows"]
@@ -156,14 +188,13 @@ def test_a_run_with_our_own_fault_goes_on_and_fails_in_the_end(tmp_path, monkeyp
 
 
 def test_small_shapes_are_held_to_the_recurrence(monkeypatch):
-    bench_chunk_bwd.verify_small("fused", "fast", "cpu")
-    monkeypatch.setattr(bench_chunk_bwd, "ours", scaled(1.05))
-    with pytest.raises(bench_chunk_bwd.OurFault, match="kda_cuda is wrong in core, T130_H2_N1, long"):
-        bench_chunk_bwd.verify_small("core", "long", "cpu")
+    bench_chunk_bwd.verify_small("fused", "fast", providers.ours, args_of())
+    with pytest.raises(harness.OurFault, match="kda_cuda is wrong in core, T130_H2_N1, long"):
+        bench_chunk_bwd.verify_small("core", "long", scaled(1.05), args_of())
     real = truth.reference
     monkeypatch.setattr(bench_chunk_bwd, "reference", lambda a, do: real(a, 1.001 * do.float()))
-    with pytest.raises(bench_chunk_bwd.OurFault, match="the reference is wrong"):
-        bench_chunk_bwd.verify_small("core", "long", "cpu")
+    with pytest.raises(harness.OurFault, match="the reference is wrong"):
+        bench_chunk_bwd.verify_small("core", "long", providers.ours, args_of())
 
 
 def test_what_is_not_finite_is_wrong():
@@ -172,7 +203,7 @@ def test_what_is_not_finite_is_wrong():
     assert truth.relative_error(torch.tensor([1, 1, 1, float("nan")]), x) == float("inf")
     assert truth.errors({"o": 2 * x, "dq": x / 0}, {"o": x, "dq": x}) == {"o": 1.0, "dq": None}
     assert truth.nonfinite_share({"o": x, "dq": torch.tensor([1, float("nan"), float("inf"), 0])}) == 0.5
-    assert bench_chunk_bwd.too_large({"o": 0.5, "dq": None, "dk": 0.5, "dv": 2.0}, {"o": 0.1}, 1.0) == {
+    assert harness.too_large({"o": 0.5, "dq": None, "dk": 0.5, "dv": 2.0}, {"o": 0.1}, 1.0) == {
         "o": 0.5, "dq": None, "dv": 2.0,
     }  # fmt: skip
 
@@ -198,8 +229,7 @@ def test_bytes_are_each_once():
 
 @pytest.mark.parametrize("gradients", ["no_gate", "v"])
 def test_only_the_gradients_asked_for(gradients):
-    result = row({"kda_cuda": bench_chunk_bwd.ours, "fla": without_v}, gradients=gradients)
-    assert result["gradients"] == gradients
+    result = row({"kda_cuda": providers.ours, "fla": without_v}, gradients=gradients)
     expected = {"o"} | {f"d{name}" for name in bench_chunk_bwd.GRADIENTS[gradients]}
     assert set(result["providers"]["kda_cuda"]["errors"]) == expected
     assert "wrong, not timed: {'dv': 1.0" in result["providers"]["fla"]["failed"]
@@ -212,10 +242,10 @@ def without_v(a):
 
 
 def test_long_sequences_are_verified_on_some_heads(monkeypatch):
-    assert bench_chunk_bwd.sampled_heads(8192, 64) == list(range(64))
-    assert bench_chunk_bwd.sampled_heads(1 << 18, 32) == [0, 10, 20, 31]
-    assert bench_chunk_bwd.sampled_heads(1 << 20, 32) == bench_chunk_bwd.sampled_heads(1 << 22, 8) == [0]
-    monkeypatch.setattr(bench_chunk_bwd, "VERIFIED", 70)
+    assert shapes.sampled_heads(8192, 64) == list(range(64))
+    assert shapes.sampled_heads(1 << 18, 32) == [0, 10, 20, 31]
+    assert shapes.sampled_heads(1 << 20, 32) == shapes.sampled_heads(1 << 22, 8) == [0]
+    monkeypatch.setattr(shapes, "VERIFIED", 70)
 
     def only_first_head(factor):
         def bind(a):
@@ -226,9 +256,9 @@ def test_long_sequences_are_verified_on_some_heads(monkeypatch):
 
     assert "failed" not in row({"kda_cuda": only_first_head(3.0)})["providers"]["kda_cuda"]
     monkeypatch.setattr(bench_chunk_bwd, "sampled_heads", lambda *shape: [1])
-    errors = row({"kda_cuda": bench_chunk_bwd.ours})["providers"]["kda_cuda"]["errors"]
+    errors = row({"kda_cuda": providers.ours})["providers"]["kda_cuda"]["errors"]
     assert 0 < max(errors.values()) < 5e-3 and "ddt_bias" in errors
-    with pytest.raises(bench_chunk_bwd.OurFault, match="is wrong"):
+    with pytest.raises(harness.OurFault, match="is wrong"):
         row({"kda_cuda": only_first_head(3.0)})
 
 
@@ -238,7 +268,7 @@ def test_choices():
         ("core", "T2048_H16_N1"), ("core", "T8192_H16_N1"), ("fused", "T8192_H16_N1"),
     ]  # fmt: skip
     everything = bench_chunk_bwd.work(bench_chunk_bwd.arguments([]))
-    assert len(everything) == 2 * (len(shapes.FUSED) + len(shapes.CORE)) == 24
+    assert len(everything) == 2 * (len(shapes.FUSED) + len(shapes.CORE) + len(shapes.GENERAL)) == 26
     for bad in (["--what", "sideways"], ["--shapes", "T100_H2_N3"], ["--peers", "flash_kda"]):
         with pytest.raises(SystemExit):
             bench_chunk_bwd.arguments(bad)
@@ -303,11 +333,11 @@ def test_what_is_said_of_a_peer_that_fails_or_gives_no_numbers():
     def infinite(a):
         return lambda: kda_cuda.chunk_kda(**a | {"v": a["v"] / 0})[0]
 
-    providers = {"fused": {"kda_cuda": bench_chunk_bwd.ours, "fla": broken}, "core": {"cudnn": infinite}}
-    fused, failed, core = accuracy_peers.rows_of("long", providers, 20, 1, "cpu")
+    named = {"fused": {"kda_cuda": providers.ours, "fla": broken}, "core": {"cudnn": infinite}}
+    fused, failed, core = accuracy_peers.rows_of("long", named, 20, 1, "cpu")
     assert fused["over_best"] == {} and failed["failed"] == "RuntimeError: no kernel image"
     assert core["errors"]["o"] is None and core["nonfinite_share"] == 1
     assert accuracy_peers.table_line(failed).endswith("no kernel image")
     assert "o -" in accuracy_peers.table_line(core) and "100% not finite" in accuracy_peers.table_line(core)
-    with pytest.raises(bench_chunk_bwd.OurFault, match="kda_cuda failed in fused, long"):
+    with pytest.raises(harness.OurFault, match="kda_cuda failed in fused, long"):
         accuracy_peers.rows_of("long", {"fused": {"kda_cuda": broken}, "core": {}}, 20, 1, "cpu")

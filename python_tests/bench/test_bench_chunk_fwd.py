@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 import types
 
@@ -10,8 +12,9 @@ import torch
 from torch.nn import functional as F
 
 import kda_cuda
-from bench.python import bench_chunk_fwd, peers, shapes
+from bench.python import bench_chunk_fwd, harness, peers, providers, shapes, truth
 from bench.python.shapes import Shape
+from python_tests.support.devices import Device
 
 SHAPES = (Shape(70, 2, (70,)), Shape(70, 2, (33, 37)))
 
@@ -40,58 +43,100 @@ def cudnn(q, k, v, g, beta, cu_seqlens, safe_gate=False, gate_lower_bound=None, 
     return kda_cuda.chunk_kda(*packed, cu_seqlens=cu_seqlens, **fused)[0][0], None
 
 
+def cula(q, k, v, g, beta, safe_gate, lower_bound, cu_seqlens, **rest):
+    """Stands in for cuLA: bounded gates, beta after the sigmoid, int32 boundaries."""
+    assert safe_gate is True and -5 <= lower_bound < 0 and "use_beta_sigmoid_in_kernel" not in rest
+    assert beta.min() > 0 and beta.max() < 1 and (cu_seqlens is None or cu_seqlens.dtype == torch.int32)
+    return kda_cuda.chunk_kda(q, k, v, g, beta, lower_bound=lower_bound, cu_seqlens=cu_seqlens, **rest)
+
+
+def flashinfer(q, k, v, g, beta, beta_is_logit, **rest):
+    assert beta_is_logit is True and "use_beta_sigmoid_in_kernel" not in rest
+    return kda_cuda.chunk_kda(q, k, v, g, beta, use_beta_sigmoid_in_kernel=True, **rest)
+
+
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch):
     ops = types.SimpleNamespace(kimi_delta_attention=cudnn)
     modules = {"flash_kda": types.SimpleNamespace(fwd=flash_kda), "cudnn": types.ModuleType("cudnn")}
     modules |= {"cudnn.linear_attention": types.ModuleType("linear_attention"), "cudnn.linear_attention.ops": ops}
+    modules |= {"cula": types.ModuleType("cula"), "flashinfer": types.ModuleType("flashinfer")}
+    modules["cula.kda"] = types.SimpleNamespace(chunk_kda=cula, kda_prefill_hopper=cula)
+    modules["flashinfer.kda"] = types.SimpleNamespace(recurrent_kda=flashinfer)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "fla", None)  # not installed, wherever this runs
+    monkeypatch.setenv("KDA_CUDA_STRICT", "1")  # which main sets: restored afterwards
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("regime", shapes.REGIMES)
 def test_peers_compute_what_we_compute(shape, regime):
-    loaded, said = peers.load_peers(list(peers.PEERS))
-    assert set(loaded) == {"flash_kda", "cudnn"} and said["fla"].startswith("missing: ModuleNotFoundError")
+    loaded, said = providers.load_peers(list(providers.PEERS))
+    assert set(loaded) == {"flash_kda", "cudnn", "cula", "flashinfer"}
+    assert said["fla"].startswith("missing: ModuleNotFoundError")
     arguments = shapes.inputs(shape, regime, "cpu", torch.bfloat16)
-    reference = bench_chunk_fwd.truth(arguments)
-    for name, bind in (loaded | {"kda_cuda": bench_chunk_fwd.ours}).items():
-        if name == "flash_kda" and regime == "long":
-            assert peers.PEERS[name].unsupported(arguments) == "bounded gates only"
+    reference = bench_chunk_fwd.truth(arguments, [0, 1])["o"]
+    for name, bind in (loaded | {"kda_cuda": providers.ours}).items():
+        if name not in ("kda_cuda", "cudnn") and regime == "long":
+            with pytest.raises(harness.Unsupported, match="bounded gates only"):
+                bind(arguments)
             continue
-        assert name == "kda_cuda" or peers.PEERS[name].unsupported(arguments) is None
-        error = bench_chunk_fwd.relative_error(bind(arguments)(), reference)
+        error = truth.relative_error(bind(arguments)(), reference)
         assert error < bench_chunk_fwd.LARGEST_ERROR, name
 
 
-@pytest.fixture
-def untimed(monkeypatch):
-    monkeypatch.setattr(bench_chunk_fwd, "microseconds", lambda calls: 2.0)
-    monkeypatch.setattr(bench_chunk_fwd, "graph_microseconds", lambda calls: 1.0)
-    here = shapes.inputs
-    monkeypatch.setattr(bench_chunk_fwd, "inputs", lambda s, r, device, *a, **k: here(s, r, "cpu", *a, **k))
+def bench(regime, named):
+    args = argparse.Namespace(device=Device("cpu"), rounds=1, bandwidth=1e12, head_dim=128)
+    return bench_chunk_fwd.bench(SHAPES[0], regime, named, args)
 
 
-def test_a_row_names_what_a_peer_cannot_do(untimed):
+def broken(a):
+    raise RuntimeError("no kernel image")
+
+
+def test_a_row_names_what_a_peer_cannot_do():
     def wrong(a):
         return lambda: F.silu(a["v"])
 
-    def broken(a):
-        raise RuntimeError("no kernel image")
-
-    providers = {"kda_cuda": bench_chunk_fwd.ours, "flash_kda": broken, "cudnn": wrong, "fla": broken}
-    row = bench_chunk_fwd.bench(SHAPES[0], "long", providers, bandwidth=1e12)
-    assert row["kda_cuda_us"] == 2.0 and row["kda_cuda_gpu_us"] == 1.0 and row["kda_cuda_error"] < 1e-2
-    assert row["flash_kda_unsupported"] == "bounded gates only"
-    assert row["cudnn_failed"] == "wrong output, not timed" and "cudnn_us" not in row
-    assert row["fla_failed"] == "RuntimeError: no kernel image"
+    loaded, _ = providers.load_peers(["flash_kda"])
+    said = bench("long", {"kda_cuda": providers.ours, **loaded, "cudnn": wrong, "fla": broken})["providers"]
+    assert said["kda_cuda"]["forward"]["gpu_us"]["median"] > 0 and said["kda_cuda"]["errors"]["o"] < 1e-2
+    assert said["flash_kda"] == {"unsupported": "bounded gates only"}
+    assert said["cudnn"]["failed"].startswith("wrong, not timed: {'o'") and "forward" not in said["cudnn"]
+    assert said["fla"] == {"failed": "RuntimeError: no kernel image"}
 
 
-def test_our_own_failure_ends_the_benchmark(untimed):
-    with pytest.raises(SystemExit, match="wrong output"):
-        bench_chunk_fwd.bench(SHAPES[0], "fast", {"kda_cuda": lambda a: lambda: a["v"]}, bandwidth=1e12)
+def test_of_our_own_fault_nothing_is_timed(monkeypatch):
+    monkeypatch.setattr(harness, "timed", lambda *a: pytest.fail("timed"))
+    with pytest.raises(harness.OurFault, match="kda_cuda is wrong in T70_H2_N1, fast, nothing is timed"):
+        bench("fast", {"kda_cuda": lambda a: lambda: a["v"]})
+    with pytest.raises(harness.OurFault, match="kda_cuda failed in T70_H2_N1, fast: RuntimeError: no kernel image"):
+        bench("fast", {"kda_cuda": broken})
+
+
+@pytest.mark.parametrize("shape", (*SHAPES, Shape(70, 6, (35, 35))), ids=str)
+def test_attention_is_held_to_itself(shape):
+    a = shapes.inputs(shape, "fast", "cpu", torch.bfloat16)
+    if len(set(shape.lengths)) > 1:
+        with pytest.raises(harness.Unsupported, match="sequences of different length"):
+            providers.SDPA(a)
+        return
+    o, own = providers.SDPA(a)(), providers.attention_inputs(a)
+    assert o.shape == a["v"].shape and own["q"].shape == (len(shape.lengths), shape.heads, shape.lengths[0], 128)
+    assert providers.SDPA.errors(own, None, {"o": o})["o"] < 1e-2
+    assert providers.SDPA.errors(own, None, {"o": o.roll(1, 1)})["o"] > 0.1
+    first = F.scaled_dot_product_attention(*(a[x][0, : shape.lengths[0], 0].float() for x in "qkv"), is_causal=True)
+    assert truth.relative_error(o[0, : shape.lengths[0], 0], first) < 1e-2
+
+
+def test_no_row_is_begun_after_the_budget(tmp_path, capsys):
+    out = tmp_path / "results" / "run.json"
+    given = ["--device", "cpu", "--rounds", "1", "--no-peers", "--only", "T20_H1_N1", "--head-dim", "16"]
+    bench_chunk_fwd.main([*given, "--budget", "0", "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["left_out"] for row in rows] == ["the budget of 0 s was spent"] * 2
+    assert "row 2 of 2: T20_H1_N1 long" in capsys.readouterr().out
 
 
 def test_compilation_covers_every_autotuning_key():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import kda_cuda
-from bench.python import bench_surround
+from bench.python import bench_surround, providers
 
 
 def fla_conv(x: Tensor, weight: Tensor, activation: str, cu_seqlens: Tensor | None) -> tuple[Tensor, None]:
@@ -45,8 +45,7 @@ def stand_ins(monkeypatch):
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setenv("KDA_CUDA_STRICT", "1")  # which main sets: restored afterwards
-    monkeypatch.setattr(bench_surround, "L2_BYTES", 0)  # two sets of inputs
-    monkeypatch.setattr(bench_surround, "version", lambda distribution: "1.0")
+    monkeypatch.setattr(providers, "version", lambda distribution: "1.0")
 
 
 def run(tmp_path, *more: str) -> dict:
@@ -59,7 +58,8 @@ def run(tmp_path, *more: str) -> dict:
 def test_a_whole_run(op, shapes, tmp_path, capsys, stand_ins):
     result = run(tmp_path, "--ops", op, "--shapes", *shapes)
     peers = {"short_conv": {"fla", "causal_conv1d"}, "gated_rmsnorm": {"fla"}}[op]
-    assert set(result["peers"][op]) == peers and all("1.0" in said for said in result["peers"][op].values())
+    assert set(result["peers"]) == {f"{peer} ({op})" for peer in peers}
+    assert all("1.0" in said for said in result["peers"].values())
     assert [row["shape"] for row in result["rows"]] == shapes
     for row in result["rows"]:
         elements = 1
@@ -84,7 +84,7 @@ def test_a_wrong_or_missing_peer_is_named(tmp_path, capsys, monkeypatch, stand_i
     monkeypatch.setattr(sys.modules["fla.modules.convolution"], "causal_conv1d", wrong)
     monkeypatch.setitem(sys.modules, "causal_conv1d", None)
     result = run(tmp_path, "--ops", "short_conv", "--shapes", "9x8", "--what", "forward")
-    assert result["peers"]["short_conv"]["causal_conv1d"].startswith("not there: ModuleNotFoundError")
+    assert result["peers"]["causal_conv1d (short_conv)"].startswith("missing: ModuleNotFoundError")
     said = result["rows"][0]["providers"]
     assert said["fla"]["failed"].startswith("wrong, not timed: {'o': 0.05") and "forward" not in said["fla"]
     assert "fla wrong, not timed" in capsys.readouterr().out

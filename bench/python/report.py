@@ -1,0 +1,276 @@
+"""Draws what was measured: tables in Markdown and figures, from the JSON files of the benchmarks alone.
+
+python -m bench.python.report FILE.json ... --out REPORT.md    a report, and a figure of every table beside it
+python -m bench.python.report --page                           docs/performance.md, from bench/results
+
+Needs neither torch nor a GPU. Without matplotlib there are no figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "bench" / "results"
+TITLES = {
+    "chunk_fwd": "The forward, without gradients",
+    "chunk_bwd": "Training",
+    "decode": "Decoding",
+    "layer": "A training step of one layer",
+    "surround": "Convolution and gated norm",
+}
+MEASURED = {"step": "forward and backward", "core": "backward", "decode": "a step"}
+GROUPS = {  # by form, op or host
+    "fused": "everything fused",
+    "core": "the core alone",
+    "general": "the core beside a general diagonal-plus-low-rank transition",
+}
+LABELS = ("shape", "batch", "heads", "tokens", "state", "regime", "gradients")
+MACHINE = {"driver": "driver", "torch": "torch", "cuda": "CUDA", "triton": "Triton", "commit": "commit"}
+HOW_TO_READ = """\
+* Outputs and gradients of every provider are verified before anything is timed. What is wrong has no time.
+* **GPU time** is that of a call inside a CUDA graph: the median of rounds in which all providers take turns.
+* In brackets: how many times the time of the first provider.
+* The **floor** is what a copy of as many bytes takes on that machine.
+* **Of copy** is the share of the copy's speed that the first provider reaches.
+* **Host time** passes until an eager call returns.
+* **Peak** is the memory that a warmed-up call takes, results included.
+* Of a layer, GPU time is the sum of its kernels. On a CPU every time is the host's.
+* Two gate regimes: with `fast` gates no channel remembers for 16 tokens, with `long` ones most remember for hundreds.
+* `sdpa` is PyTorch's `scaled_dot_product_attention` at the same shape, which computes another function.
+* A shape such as T8192_H64_N1 has 8192 tokens, 64 heads and one sequence.
+"""
+INTRODUCTION = f"""\
+# Performance
+
+`make bench` measures all of this on one machine, and draws a report from the JSON that it wrote.
+`python -m bench.python.report --page` draws this page from `bench/results`. A test compares the two.
+
+{HOW_TO_READ}
+`bench/log` says what was expected and why things are as they are.
+
+![GPU time of a training step, everything fused](performance.png)
+"""
+INTRODUCTION_OF_REPORT = f"# Benchmarks\n\n{HOW_TO_READ}"
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    what: str  # the measurement
+    rows: list[dict]
+
+    def labels(self) -> list[str]:
+        """Those that tell rows apart, and the shape always."""
+        return [x for x in LABELS if len({str(row.get(x)) for row in self.rows}) > 1 or (x == "shape" and self.has(x))]
+
+    def has(self, label: str) -> bool:
+        return any(label in row for row in self.rows)
+
+    def providers(self) -> list[str]:
+        """Those with a time in any row, in the order of the rows."""
+        names = dict.fromkeys(name for row in self.rows for name in row.get("providers", {}))
+        return [name for name in names if any(self.columns(row, name) for row in self.rows)]
+
+    def columns(self, row: dict, name: str) -> dict | None:
+        columns = row.get("providers", {}).get(name, {}).get(self.what, {})
+        return columns if "gpu_us" in columns else None
+
+    def median(self, row: dict, name: str, column: str) -> float | None:
+        columns = self.columns(row, name)
+        return columns[column]["median"] if columns and column in columns else None
+
+    def common(self) -> str:
+        """What all rows share."""
+        told = {x: self.rows[0][x] for x in LABELS if x not in self.labels() and self.rows[0].get(x) is not None}
+        told = {x: value for x, value in told.items() if (x, value) != ("gradients", "all")}
+        return ", ".join(f"{x} {value}" for x, value in told.items())
+
+
+def tables(result: dict) -> Iterator[Table]:
+    """One for each form, op or host and each measurement."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row.get("form") or row.get("op") or row.get("host"), row.get("gradients")), []).append(row)
+    for (group, _), rows in groups.items():
+        for what in dict.fromkeys(what for row in rows for what in row.get("bytes", {})) or ("not measured",):
+            title = ", ".join(x for x in (GROUPS.get(group, group), MEASURED.get(what, what)) if x)
+            yield Table(title, what, rows)
+
+
+def number(x: float | None) -> str:
+    if x is None:
+        return "–"
+    return f"{x:.3g}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:.0f}"
+
+
+def grid(head: list[str], left: int, rows: list[list[str]]) -> str:
+    """A table of Markdown whose first columns are text."""
+    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def floor_us(result: dict, table: Table, row: dict) -> float | None:
+    moved = row.get("bytes", {}).get(table.what)
+    return moved / (1e6 * result["copy_bandwidth_tb_s"]) if moved else None
+
+
+def times(result: dict, table: Table) -> str:
+    """GPU times, with bytes and floor."""
+    labels, names = table.labels(), table.providers()
+    rows = []
+    for row in table.rows:
+        floor, cells = floor_us(result, table, row), [str(row.get(x, "")) for x in labels]
+        first = table.median(row, names[0], "gpu_us")
+        moved = row.get("bytes", {}).get(table.what)
+        cells += [number(moved / 1e6 if moved else None), number(floor)]
+        cells.append(f"{floor / first:.0%}" if floor and first else "–")
+        for name in names:
+            us = table.median(row, name, "gpu_us")
+            ratio = f" ({us / first:.2f})" if us is not None and first and name != names[0] else ""
+            cells.append(number(us) + ratio)
+        rows.append(cells)
+    return grid([*labels, "MB", "floor µs", "of copy", *(f"{name} µs" for name in names)], len(labels), rows)
+
+
+def peak(row: dict, name: str) -> float | None:
+    return row.get("providers", {}).get(name, {}).get("peak_mib")
+
+
+def host_and_memory(table: Table) -> str:
+    labels, names = table.labels(), table.providers()
+    measured = [x for x in names if any(table.median(row, x, "host_us") for row in table.rows)]
+    weighed = [x for x in names if any(peak(row, x) is not None for row in table.rows)]
+    rows = []
+    for row in table.rows:
+        peaks = (peak(row, name) for name in weighed)
+        hosts = [number(table.median(row, name, "host_us")) for name in measured]
+        rows.append([*(str(row.get(x, "")) for x in labels), *hosts, *(number(x) for x in peaks)])
+    head = [*labels, *(f"{name} host µs" for name in measured), *(f"{name} peak MiB" for name in weighed)]
+    return grid(head, len(labels), rows) if measured else ""
+
+
+def reasons(table: Table) -> list[str]:
+    """Why a row or a provider has no time, and in how many rows."""
+    found: Counter[tuple[str, str]] = Counter()
+    for row in table.rows:
+        if why := row.get("failed") or row.get("left_out"):
+            found[" ".join(str(row[x]) for x in LABELS if x in row), why] += 1
+        for name, said in row.get("providers", {}).items():
+            columns = said.get(table.what, said)
+            if why := columns.get("failed") or columns.get("unsupported"):
+                found[name, why] += 1
+    rows = len(table.rows)
+    return [f"* {who}{f' in {n} of {rows} rows' if rows > 1 else ''}: `{why}`" for (who, why), n in found.items()]
+
+
+def section(result: dict, source: str, level: str = "##") -> str:
+    """All tables of one result, with where they were measured."""
+    machine = ", ".join(f"{name} {result[key]}" for key, name in MACHINE.items() if result.get(key))
+    place = result.get("gpu") or f"a CPU, device {result['device']}"
+    head = f"{level} {TITLES[result['benchmark']]}: {place}, {result['date']}"
+    copied = f"a copy moves {result['copy_bandwidth_tb_s']} TB/s"
+    parts = [head, f"`{source}`. {machine[:1].upper()}{machine[1:]}; {result['dtype']}, {copied}."]
+    missing = [f"* {name}: `{why}`" for name, why in peers_of(result) if why.startswith(("missing", "not there"))]
+    there = [f"* {name}: {why}" for name, why in peers_of(result) if not why.startswith(("missing", "not there"))]
+    parts += ["\n".join([*there, *missing])] if there or missing else []
+    for table in tables(result):
+        common = table.common()
+        parts.append(f"{level}# {table.title[:1].upper()}{table.title[1:]}{f' ({common})' if common else ''}")
+        if table.providers():
+            parts += [times(result, table), host_and_memory(table)]
+        parts.append("\n".join(reasons(table)))
+    return "\n\n".join(part for part in parts if part)
+
+
+def peers_of(result: dict) -> list[tuple[str, str]]:
+    """Peers by name, in older files by operation first."""
+    flat = []
+    for name, said in result.get("peers", {}).items():
+        flat += [(f"{peer} ({name})", why) for peer, why in said.items()] if isinstance(said, dict) else [(name, said)]
+    return flat
+
+
+def load(files: list[Path]) -> list[tuple[Path, dict]]:
+    """Results of the benchmarks, in the order of the titles."""
+    loaded = [(path, json.loads(path.read_text())) for path in files]
+    results = [(path, x) for path, x in loaded if isinstance(x, dict) and x.get("benchmark") in TITLES]
+    order = list(TITLES)
+    return sorted(results, key=lambda x: (order.index(x[1]["benchmark"]), str(x[0])))
+
+
+def measured_on_gpus(folder: Path = RESULTS) -> list[tuple[Path, dict]]:
+    return [(path, result) for path, result in load(sorted(folder.glob("*.json"))) if result["gpu"]]
+
+
+def page() -> str:
+    """docs/performance.md: what was measured on GPUs."""
+    sections = [section(x, path.relative_to(ROOT).as_posix()) for path, x in measured_on_gpus()]
+    return "\n\n".join([INTRODUCTION.strip(), *sections]) + "\n"
+
+
+def draw_page() -> None:
+    """The page and its figure: a training step with everything fused, of the first result that has one."""
+    PAGE.write_text(page())
+    steps = ((x, table) for _, x in measured_on_gpus() for table in tables(x) if table.what == "step")
+    if find_spec("matplotlib"):
+        figure(*next(steps), PAGE.with_suffix(".png"))
+
+
+def figure(result: dict, table: Table, path: Path) -> None:
+    """GPU time of every provider and row, as bars on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    labels, names = table.labels(), table.providers()
+    drawing = Figure(figsize=(max(6, 0.25 * len(table.rows) * len(names)), 4), layout="constrained")
+    axes, width = drawing.subplots(), 0.8 / len(names)
+    for i, name in enumerate(names):
+        at = [(x + (i + 0.5) * width - 0.4, table.median(row, name, "gpu_us")) for x, row in enumerate(table.rows)]
+        bars = [(x, us) for x, us in at if us]
+        axes.bar([x for x, _ in bars], [us for _, us in bars], width, label=name)
+    axes.set_xticks(range(len(table.rows)), [" ".join(str(row.get(x, "")) for x in labels) for row in table.rows])
+    axes.tick_params(axis="x", rotation=60)
+    place = result.get("gpu") or result["device"]
+    axes.set(yscale="log", ylabel="µs", title=f"{table.title}, {place}, {result['date']}")
+    axes.legend()
+    drawing.savefig(path, dpi=120)
+
+
+def write(files: list[Path], out: Path, failed: dict[str, str] | None = None) -> None:
+    """The report, with a figure of every table if matplotlib is there, and with what ``failed`` by name."""
+    parts = [INTRODUCTION_OF_REPORT, "\n".join(f"* {name} failed: `{why}`" for name, why in (failed or {}).items())]
+    if not find_spec("matplotlib"):
+        parts.append("There is no matplotlib here: no figures.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for path, result in load(files):
+        parts.append(section(result, path.name))
+        for number_, table in enumerate(tables(result)):
+            if table.providers() and find_spec("matplotlib"):
+                name = f"{path.stem}_{number_}_{table.what}.png"
+                figure(result, table, out.parent / name)
+                parts.append(f"![{table.title}]({name})")
+    out.write_text("\n\n".join(part for part in parts if part) + "\n")
+
+
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--page", action="store_true")
+    args = parser.parse_args(given)
+    if args.page == bool(args.files) or bool(args.files) != bool(args.out):
+        parser.error("expected files and --out, or --page")
+    if args.page:
+        draw_page()
+    else:
+        write(args.files, args.out)
+
+
+if __name__ == "__main__":
+    main()
