@@ -7,7 +7,7 @@ JOBS ?= $(shell nproc)
 TORCH ?= torch==2.13.0
 export PATH := $(BIN):$(PATH)
 
-.PHONY: registers check-registers venv build emulator gtest build/cmake-tests cpp-tests lint test test-sanitizers demo bench clean
+.PHONY: registers check-registers venv build emulator gtest build/cmake-tests cpp-tests lint test test-sanitizers demo bench core clean
 
 venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(VENV)/.demo
@@ -66,6 +66,11 @@ test-sanitizers: build/cmake-tests  ## ASan + UBSan and TSan: a slice; with FULL
 bench: venv  ## the microbenchmarks into build/bench, to be run on a GPU (needs Debian's libbenchmark-dev)
 	$(BIN)/python setup.py --print-kernel-options "$${KDA_CUDA_ARCHS:-80;90a}" | xargs cmake -S . -B build/cmake-bench -G Ninja -DKDA_BUILD_BENCH=ON
 	cmake --build build/cmake-bench --target bench_decode bench_chunk_fwd bench_chunk_bwd --parallel $(JOBS)
+
+core: venv  ## the kernels for C++ programs without torch, as a CMake package below build/core
+	$(BIN)/python setup.py --print-kernel-options "$${KDA_CUDA_ARCHS:-80;90a}" | xargs cmake -S . -B build/cmake-core -G Ninja -DKDA_BUILD_CORE=ON
+	cmake --build build/cmake-core --parallel $(JOBS)
+	cmake --install build/cmake-core --prefix build/core --component core
 
 lint: venv
 	$(BIN)/ruff check .
