@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -108,3 +109,23 @@ def test_a_package_that_does_not_fit_is_refused(version, components, message, pr
     (tmp_path / "CMakeLists.txt").write_text(PROGRAM.format(version, components))
     done = run("cmake", tmp_path, "-B", tmp_path / "b", f"-DCMAKE_PREFIX_PATH={prefix}", text=True)
     assert done.returncode != 0 and message in " ".join(done.stderr.split()), done.stderr
+
+
+def engine(text: str, build: Path, prefix: Path) -> subprocess.CompletedProcess:
+    """Builds and runs the program of docs/kernels.md as the target that the lines of docs/install.md link."""
+    (lines,) = re.findall(r"^```cmake\n(.*?)^```", (ROOT / "docs/install.md").read_text(), re.M | re.S)
+    head = "cmake_minimum_required(VERSION 3.24)\nproject(user LANGUAGES CXX)\nadd_executable(engine main.cpp)\n"
+    (build / "main.cpp").write_text(text)
+    (build / "CMakeLists.txt").write_text(head + lines.replace("kernels", "emulated"))
+    checked("cmake", build, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_CXX_FLAGS=-Wall -Werror")
+    checked("cmake", "--build", build)
+    return run(build / "engine", text=True)
+
+
+def test_the_kernel_of_the_documents_runs_and_its_mistake_is_found(prefix, tmp_path):
+    (program,) = re.findall(r"^```cpp\n(.*?)^```", (ROOT / "docs/kernels.md").read_text(), re.M | re.S)
+    right = engine(program, tmp_path, prefix)
+    assert right.returncode == 0, right.stderr
+    wait = "  cp_async_wait<0>();\n"
+    wrong = engine(program.replace(wait, ""), tmp_path, prefix)
+    assert wait in program and wrong.returncode != 0 and "were never waited for, issued at" in wrong.stderr
