@@ -64,7 +64,7 @@ def faults(wheel: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> Itera
     if (size := wheel.stat().st_size) > MOST_BYTES:
         yield f"it has {size} bytes, expected at most {MOST_BYTES}"
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
+        names = {name for name in archive.namelist() if not name.endswith("/")}
         code = machine_code(archive.read(OPS)) if OPS in names else Counter()
     wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "kda_cuda").rglob("*.py")} | {OPS}
     if missing := wanted - names:
