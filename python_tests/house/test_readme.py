@@ -52,19 +52,11 @@ def around(request, tmp_path):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     q, k, v = (torch.randn(1, 100, 2, 16) for _ in range(3))
-    config = HybridConfig(vocab_size=50, hidden_size=32, num_layers=4)
-    yield {
-        "kda_cuda": kda_cuda,
-        "group": dist.group.WORLD,
-        "cu_seqlens": torch.tensor([0, 70, 100]),
-        "tokens": torch.randint(50, (1, 100)),
-        "model": HybridLM(config),
-        "q": q,
-        "k": k,
-        "v": v,
-        "g": -q.abs(),
-        "beta": q[..., 0].sigmoid(),
-    }
+    g, beta = -q.abs(), q[..., 0].sigmoid()
+    group, cu_seqlens = dist.group.WORLD, torch.tensor([0, 70, 100])
+    model = HybridLM(HybridConfig(vocab_size=50, hidden_size=32, num_layers=4))
+    tokens = torch.randint(50, (1, 100))
+    yield {name: value for name, value in locals().items() if name not in ("request", "tmp_path")}
     dist.destroy_process_group()
 
 
