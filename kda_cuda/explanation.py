@@ -60,7 +60,7 @@ def explain(*args: Any, op: str = "chunk_kda", backward: bool = False, **kwargs:
     """Says which kernel would serve a call, how it would be launched, and why.
 
     Args:
-        *args, **kwargs: those of the public function; they are checked as the function does.
+        args, kwargs: those of the public function; they are checked as the function does.
         op: the public function: ``chunk_kda``, ``fused_recurrent_kda``, ``kda_gate``, ``prefill``, ``decode``,
             ``commit``, ``decode_layer``, ``short_conv`` or ``gated_rmsnorm``.
         backward: also explain the backward where no input requires a gradient, as if every one did.

@@ -72,8 +72,9 @@ def prefill(
         checkpoint_slots: ``[N, checkpoints]``, int32 or int64. Default: no checkpoints.
         checkpoint_pool: where the checkpoints go, like state_pool with any number of slots. Default: state_pool.
         checkpoint_interval: tokens between checkpoints, a multiple of 64.
-        cu_seqlens, cu_seqlens_cpu, scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel,
-        allow_neg_eigval, A_log, dt_bias, lower_bound, state_v_first: as :func:`chunk_kda` takes them.
+        cu_seqlens, cu_seqlens_cpu, scale, state_v_first: as :func:`chunk_kda` takes them.
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval: likewise.
+        A_log, dt_bias, lower_bound: likewise.
         deterministic: the same call always gives the same bits; ``"batch_invariant"``: those of a sequence do not
             depend on what it is batched with either, and no sequence is split into segments that run at once.
         workspace: uint8, at least :func:`workspace_size` bytes, aligned to 16, overwritten. Default: allocated.

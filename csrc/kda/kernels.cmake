@@ -1,7 +1,7 @@
 # Objects of every kernel. nvcc is called by hand, because CMake's CUDA language cannot use an nvcc that
 # comes from PyPI; its resource report is kept beside each object for the table of variants. An object whose report says
 # that wgmma was serialised is no object: ptxas itself takes that for an information.
-set(KDA_NVCC "" CACHE FILEPATH "nvcc")
+find_program(KDA_NVCC nvcc REQUIRED)
 set(KDA_ARCHS "80;90a" CACHE STRING "Compute capabilities, such as 80;90a")
 set(KDA_CUDART "" CACHE FILEPATH "libcudart_static.a")
 

@@ -43,9 +43,10 @@ def cited_paths(text: str) -> set[str]:
     return {*anywhere, *quoted}
 
 
-def links(text: str) -> set[str]:
-    """Targets inside the repository that a document links to."""
-    return set(re.findall(r"\]\(([\w./-]+)\)", text))
+def links(path: str, text: str) -> set[str]:
+    """Targets inside the repository that a document links to, from where it stands."""
+    folder = path.rpartition("/")[0]
+    return {f"{folder}/{name}".strip("/") for name in re.findall(r"\]\(([\w./-]+)\)", text)}
 
 
 def cited_headers(text: str) -> set[str]:
@@ -62,7 +63,7 @@ def test_cited_documents_exist():
 
 def test_cited_paths_exist():
     for path, text in TEXTS.items():
-        cited = cited_paths(text) | (links(text) if path in DOCUMENTS else set())
+        cited = cited_paths(text) | (links(path, text) if path in DOCUMENTS else set())
         for name in cited if path != THIS and not is_dated(path) else ():
             assert (ROOT / name).exists(), f"{path} cites {name}"
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import doctest
-import importlib
+import importlib.util
 import json
+import os
 import pkgutil
 import re
 import subprocess
@@ -12,31 +13,86 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 import kda_cuda
 from bench.python import accuracy_table
+from kda_cuda.model import HybridConfig, HybridLM
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+PAGES = {"README.md": (ROOT / "README.md").read_text()}
+PAGES |= {f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+RUN_ELSEWHERE = {"docs/mathematics.md": "test_documents.py", "docs/integrations.md": "python_tests/integrations"}
+README = PAGES["README.md"]
 MODULES = [m.name for m in pkgutil.walk_packages(kda_cuda.__path__, "kda_cuda.") if "._" not in m.name]
 
 
-def readme_examples() -> list[str]:
-    """The Python blocks of the README."""
-    return [piece.split("```")[0] for piece in README.split("```python\n")[1:]]
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Language and text of the code blocks of a page."""
+    return re.findall(r"^```([\w{}-]+)\n(.*?)^```", text, re.M | re.S)
 
 
-@pytest.mark.parametrize("number", range(len(readme_examples())))
-def test_readme_example_runs(number):
-    exec(compile(readme_examples()[number], f"README example {number}", "exec"), {"__name__": "readme"})
+EXAMPLES = [
+    pytest.param(page, code, id=f"{page}-{number}")
+    for page, text in PAGES.items()
+    for number, (language, code) in enumerate(blocks(text))
+    if language == "python" and page not in RUN_ELSEWHERE
+]
 
 
-def test_readme_has_its_examples():
-    op, serving, drafts, layer, decoding, kimi_linear = readme_examples()
-    assert ".backward()" in op and len(op.splitlines()) <= 20
-    assert "checkpoint_slots" in serving and "kda_cuda.commit(" in drafts
-    assert "KimiDeltaAttention" in layer and "generate(" in decoding
-    assert "from_pretrained(" in kimi_linear
+@pytest.fixture
+def around(request, tmp_path):
+    """What a page says before its examples: they run in this."""
+    if request.node.callspec.params["page"] == "docs/kernels.md" and request.config.getoption("--no-emulator"):
+        pytest.skip("--no-emulator")
+    if request.node.callspec.params["page"] != "docs/parallel.md":
+        yield {}
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    q, k, v = (torch.randn(1, 100, 2, 16) for _ in range(3))
+    g, beta = -q.abs(), q[..., 0].sigmoid()
+    group, cu_seqlens = dist.group.WORLD, torch.tensor([0, 70, 100])
+    model = HybridLM(HybridConfig(vocab_size=50, hidden_size=32, num_layers=4))
+    tokens = torch.randint(50, (1, 100))
+    yield {name: value for name, value in locals().items() if name not in ("request", "tmp_path")}
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("page", "code"), EXAMPLES)
+def test_example_runs(page, code, around):
+    exec(compile(code, f"an example of {page}", "exec"), {"__name__": "example", **around})
+
+
+def test_pages_have_their_examples():
+    found = {page: "".join(p.values[1] for p in EXAMPLES if p.values[0] == page) for page in PAGES}
+    assert ".backward()" in found["README.md"] and "KimiDeltaAttention" in found["README.md"]
+    for word in ("checkpoint_slots", "kda_cuda.commit(", "decode_layer(", "workspace_size("):
+        assert word in found["docs/serving.md"]
+    assert "generate(" in found["docs/models.md"] and "from_pretrained(" in found["docs/models.md"]
+    assert "build_cp_context(" in found["docs/parallel.md"] and "emulated(" in found["docs/kernels.md"]
+    assert set(RUN_ELSEWHERE) <= set(PAGES)
+
+
+def test_other_blocks_are_of_known_languages():
+    """Those of C++ and CMake run in test_cpp_package.py; Sphinx, which builds the site, reads those in braces."""
+    known = {"python", "sh", "{toctree}", "{eval-rst}"}
+    others = {(page, language) for page, text in PAGES.items() for language, _ in blocks(text)}
+    unknown = {pair for pair in others if pair[1] not in known}
+    assert unknown == {("docs/kernels.md", "cpp"), ("docs/install.md", "cmake")}
+    for text in PAGES.values():
+        assert len(blocks(text)) == len(re.findall(r"^```$", text, re.M))
+
+
+def test_programs_that_pages_start_exist():
+    shell = [code for text in PAGES.values() for language, code in blocks(text) if language == "sh"]
+    lines = "".join(shell).splitlines()
+    assert len(lines) > 3
+    for line in lines:
+        module = re.search(r" -m ([\w.]+)", line)
+        assert re.match(r"(make|pip install|python|torchrun|cmake) ", line), line
+        assert not module or importlib.util.find_spec(module[1]), line
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -53,42 +109,58 @@ def test_public_functions_have_examples(function):
     assert runner.tries > 0 and runner.failures == 0
 
 
-def test_readme_says_what_the_demo_measured():
-    """Its numbers are those of bench/results/demo.json, and that run met its targets."""
+def test_what_the_demo_measured_is_told():
+    """Numbers of the demo are those of bench/results/demo.json, and that run met its targets."""
+    page = PAGES["docs/models.md"]
     result = json.loads((ROOT / "bench/results/demo.json").read_text())
     cost = result["forgetful"] / result["bits_per_byte"] - 1
     assert result["bits_per_byte"] <= 0.60 * result["order0"] and cost >= 0.05
     for number in (result["bits_per_byte"], result["order0"], result["forgetful"]):
-        assert f"{number:.3f}" in README
-    assert f"{cost:+.1%}" in README and f"{result['difference']:.1e}" in README
+        assert f"{number:.3f}" in page
+    assert f"{cost:+.1%}" in page and f"{result['difference']:.1e}" in page
     for row in result["cache_bytes"].values():
-        assert " | ".join(f"{count:,}" for count in row.values()) in README
+        assert " | ".join(f"{count:,}" for count in row.values()) in page
 
 
-def test_readme_has_the_measured_accuracy():
+def test_the_measured_accuracy_is_told():
     """The table is what `python -m bench.python.accuracy_table --markdown` prints."""
     rows = json.loads((ROOT / "bench/results/accuracy_reference.json").read_text())["rows"]
-    assert accuracy_table.markdown(rows) in README
+    assert accuracy_table.markdown(rows) in PAGES["docs/numerics.md"]
+
+
+def test_figures_of_the_readme_were_measured():
+    results = ROOT / "bench/results"
+    rows = json.loads((results / "chunk_bwd_h200.json").read_text())["rows"]
+    (step,) = (
+        row["providers"]
+        for row in rows
+        if (row["form"], row["shape"], row["regime"], row["gradients"]) == ("fused", "T8192_H16_N1", "long", "all")
+    )
+    ours, fla = (f"{step[name]['step']['gpu_us']['median'] / 1e3:.2f} ms" for name in ("kda_cuda", "fla"))
+    assert f"takes {ours} for 8192 tokens and 16 heads" in README and f"and {fla} in" in README
+    cells = json.loads((results / "decode_h100.json").read_text())["benchmarks"]
+    (cell,) = (x for x in cells if x["name"].startswith("decode/state:fp32/heads:32/tokens:1/batch:32/"))
+    assert f"takes {cell['us']:.0f} µs on one H100. Copying the bytes takes {cell['copy_us']:.0f} µs." in README
 
 
 def test_make_targets_that_documents_name_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-    for document in ("README.md", "CONTRIBUTING.md"):
+    for document in ("CONTRIBUTING.md", *PAGES):
         named = set(re.findall(r"^make ([\w-]+)|`make ([\w-]+)", (ROOT / document).read_text(), re.M))
         assert {a or b for a, b in named} <= targets, document
 
 
-def test_readme_names_the_packages_that_bring_nvcc():
+def test_the_packages_that_bring_nvcc_are_named():
     """Those of the extra ``nvcc``, as the Makefile installs them."""
     printed = subprocess.check_output([sys.executable, ROOT / "csrc/tools/nvcc_packages.py"], text=True)
-    assert f"pip install {printed.strip()}`" in README
+    assert f"pip install {printed.strip()}`" in PAGES["docs/install.md"]
 
 
-def test_readme_names_every_variable():
+def test_every_variable_is_named():
     """What the environment can say, at build time and at run time."""
     sources = [ROOT / "setup.py", *(ROOT / "kda_cuda").rglob("*.py")]
     read = {name for path in sources for name in re.findall(r"environ[^\n]*?\"(KDA_CUDA_\w+)\"", path.read_text())}
-    told = set(re.findall(r"KDA_CUDA_[A-Z]+", README))
+    told = set(re.findall(r"KDA_CUDA_[A-Z]+", PAGES["docs/install.md"]))
     assert read - {"KDA_CUDA_EMULATE_LIB"} == told
 
 
