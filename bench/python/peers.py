@@ -115,6 +115,8 @@ def in_processes(commands: dict[str, list[str]], workers: int, seconds: float | 
     """Runs commands beside each other, within so many seconds together; says of each how it ended, and returns by name
     why the others failed."""
     start, failed = time.perf_counter(), {}
+    limit = "" if seconds is None else f", at most {seconds:g} s"
+    print(f"{len(commands)} processes, {workers} at once{limit}", flush=True)
 
     def work(name: str) -> None:
         begin = time.perf_counter()

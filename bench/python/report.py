@@ -57,7 +57,7 @@ INTRODUCTION = f"""\
 
 ![GPU time of a training step, everything fused](performance.png)
 """
-INTRODUCTION_OF_REPORT = f"# Benchmarks\n\n{HOW_TO_READ}"
+INTRODUCTION_OF_REPORT = f"# Benchmarks\n\n{HOW_TO_READ.strip()}"
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,12 @@ class Table:
         columns = self.columns(row, name)
         return columns[column]["median"] if columns and column in columns else None
 
-    def common(self) -> str:
-        """What all rows share."""
+    def heading(self) -> str:
+        """The title, with what all rows share."""
         told = {x: self.rows[0][x] for x in LABELS if x not in self.labels() and self.rows[0].get(x) is not None}
         told = {x: value for x, value in told.items() if (x, value) != ("gradients", "all")}
-        return ", ".join(f"{x} {value}" for x, value in told.items())
+        common = ", ".join(f"{x} {value}" for x, value in told.items())
+        return f"{self.title[:1].upper()}{self.title[1:]}{f' ({common})' if common else ''}"
 
 
 def tables(result: dict) -> Iterator[Table]:
@@ -181,8 +182,7 @@ def section(result: dict, source: str, level: str = "##") -> str:
     there = [f"* {name}: {why}" for name, why in peers_of(result) if not why.startswith(("missing", "not there"))]
     parts += ["\n".join([*there, *missing])] if there or missing else []
     for table in tables(result):
-        common = table.common()
-        parts.append(f"{level}# {table.title[:1].upper()}{table.title[1:]}{f' ({common})' if common else ''}")
+        parts.append(f"{level}# {table.heading()}")
         if table.providers():
             parts += [times(result, table), host_and_memory(table)]
         parts.append("\n".join(reasons(table)))
@@ -224,37 +224,38 @@ def draw_page() -> None:
 
 
 def figure(result: dict, table: Table, path: Path) -> None:
-    """GPU time of every provider and row, as bars on a logarithmic axis."""
+    """GPU times: a mark for every provider and row, on a logarithmic axis."""
     from matplotlib.figure import Figure
 
-    labels, names = table.labels(), table.providers()
-    drawing = Figure(figsize=(max(6, 0.25 * len(table.rows) * len(names)), 4), layout="constrained")
-    axes, width = drawing.subplots(), 0.8 / len(names)
-    for i, name in enumerate(names):
-        at = [(x + (i + 0.5) * width - 0.4, table.median(row, name, "gpu_us")) for x, row in enumerate(table.rows)]
-        bars = [(x, us) for x, us in at if us]
-        axes.bar([x for x, _ in bars], [us for _, us in bars], width, label=name)
-    axes.set_xticks(range(len(table.rows)), [" ".join(str(row.get(x, "")) for x in labels) for row in table.rows])
-    axes.tick_params(axis="x", rotation=60)
-    place = result.get("gpu") or result["device"]
-    axes.set(yscale="log", ylabel="µs", title=f"{table.title}, {place}, {result['date']}")
+    drawing = Figure(figsize=(max(6, 0.4 * len(table.rows)), 4.5), layout="constrained")
+    axes = drawing.subplots()
+    for mark, name in zip("osD^vP*X<>" * 2, table.providers(), strict=False):
+        us = [table.median(row, name, "gpu_us") for row in table.rows]
+        axes.plot(range(len(us)), [x or float("nan") for x in us], mark, label=name, alpha=0.8)
+    labels = [" ".join(str(row.get(x, "")) for x in table.labels()) for row in table.rows]
+    axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
+    place = f"{result.get('gpu') or result['device']}, {result['date']}"
+    axes.set_title(f"{table.heading()}\n{place}", fontsize="medium")
+    axes.set(yscale="log", ylabel="µs")
+    axes.grid(axis="y", which="both", alpha=0.3)
     axes.legend()
     drawing.savefig(path, dpi=120)
 
 
-def write(files: list[Path], out: Path, failed: dict[str, str] | None = None) -> None:
+def write(files: list[Path], out: Path, failed: dict[str, str] | None = None, figures: bool = True) -> None:
     """The report, with a figure of every table if matplotlib is there, and with what ``failed`` by name."""
     parts = [INTRODUCTION_OF_REPORT, "\n".join(f"* {name} failed: `{why}`" for name, why in (failed or {}).items())]
-    if not find_spec("matplotlib"):
-        parts.append("There is no matplotlib here: no figures.")
+    figures = figures and bool(find_spec("matplotlib"))
+    if not figures:
+        parts.append("There are no figures: no matplotlib, or the run has not ended.")
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, result in load(files):
         parts.append(section(result, path.name))
-        for number_, table in enumerate(tables(result)):
-            if table.providers() and find_spec("matplotlib"):
-                name = f"{path.stem}_{number_}_{table.what}.png"
+        for place, table in enumerate(tables(result)):
+            if figures and table.providers():
+                name = f"{path.stem}_{place}_{table.what}.png"
                 figure(result, table, out.parent / name)
-                parts.append(f"![{table.title}]({name})")
+                parts.append(f"![{table.heading()}]({name})")
     out.write_text("\n\n".join(part for part in parts if part) + "\n")
 
 

@@ -157,6 +157,7 @@ def main(given: list[str] | None = None) -> None:
         print("No GPU, and no emulator (make emulator builds it): kda_cuda is its reference here", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     files, failed = {name: args.out / f"{name}.json" for name in args.only}, {}
+    report_path = args.out / "report.md"
     for name, path in files.items():
         begin = time.monotonic()
         path.unlink(missing_ok=True)  # a result of an earlier run is none of this one
@@ -165,8 +166,9 @@ def main(given: list[str] | None = None) -> None:
         if why:
             failed[name] = why
         print(f"=== {name}: {why or 'ok'}, {time.monotonic() - begin:.0f} s", flush=True)
-        report.write([path for path in files.values() if path.exists()], args.out / "report.md", failed)
-    print(f"The report is {args.out / 'report.md'}", flush=True)
+        written = [path for path in files.values() if path.exists()]
+        report.write(written, report_path, failed, figures=name == args.only[-1])
+    print(f"The report is {report_path}", flush=True)
     if failed:
         raise SystemExit(f"{len(failed)} of {len(files)} benchmarks failed: {failed}")
 

@@ -83,7 +83,7 @@ def test_figures(tmp_path):
     report.write([tmp_path / "x.json"], tmp_path / "report.md", {"decode": "exit status 1"})
     assert (tmp_path / "x_0_forward.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "report.md").read_text()
-    assert "![forward](x_0_forward.png)" in text and "* decode failed: `exit status 1`" in text
+    assert "![Forward](x_0_forward.png)" in text and "* decode failed: `exit status 1`" in text
 
 
 @pytest.mark.parametrize("bad", [[], ["x.json"], ["--page", "x.json", "--out", "y.md"]])

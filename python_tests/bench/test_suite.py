@@ -35,6 +35,7 @@ def measured(tmp_path_factory) -> Path:
         patch.setenv("KDA_CUDA_STRICT", "1")
         for module in ("fla", "cudnn", "cula", "flashinfer", "flash_kda", "causal_conv1d"):
             patch.setitem(sys.modules, module, None)  # not installed, wherever this runs
+        patch.setattr(report, "find_spec", lambda name: None)  # no figures, which test_report.py draws
         suite.main(["--device", "emulator", "--out", str(out)])
     return out
 
@@ -78,9 +79,7 @@ def test_the_report_has_a_filled_table_of_each(measured):
     assert len(tables) > 20
     assert all(re.search(r"\d", cell) for table in tables for cell in table.split("|")[-2:-1] if cell.strip())
     assert "* cudnn: `missing: ModuleNotFoundError" in text and "* flash_kda: `missing" in text
-    figures = re.findall(r"\]\((\w+\.png)\)", text)
-    assert all((measured / name).stat().st_size > 1000 for name in figures)
-    assert figures or "no matplotlib" in text
+    assert "no figures" in text
 
 
 def test_a_killed_run_keeps_its_rows(tmp_path, monkeypatch):
