@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +135,8 @@ class PackedRows:
 
     def _start(self, epoch: int, place: int) -> int:
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+            mixed = zlib.crc32(f"{self.seed} {epoch}".encode())  # a generator of the CPU looks at 32 bits of its seed
+            generator = torch.Generator().manual_seed(mixed)
             slack = min(self.tokens, len(self.data) - 1 - self.rows * self.tokens)
             shift = int(torch.randint(slack + 1, (), generator=generator))
             self._starts = shift + self.tokens * torch.randperm(self.rows, generator=generator)

@@ -12,7 +12,7 @@ from kda_cuda.models.kimi_linear import KimiLinearForCausalLM
 from ..support.ranks import run_ranks
 from ..support.train_runs import PARALLEL, STEPS, run, run_rank, write_inputs
 
-PATIENCE = 120  # seconds; two ranks take about ten
+PATIENCE = 300  # seconds; two ranks take about ten on a machine that does nothing else
 ROUNDING = 1e-4  # of loss and norm after six steps in fp32, between orders of summation
 
 
@@ -59,7 +59,7 @@ def test_two_ranks_resume(of_two_ranks):
         assert rows["resumed"] == rows["fsdp"][-2:]
 
 
-@pytest.mark.parametrize("options", [["--accumulate", "4"], ["--compile", "aot_eager"]], ids=" ".join)
+@pytest.mark.parametrize("options", [["--accumulate", "4"], ["--compile", "eager"]], ids=" ".join)
 def test_options_that_change_rounding_alone(options, arguments, plain, tmp_path):
     torch.compiler.reset()
     assert_alike(run(arguments, tmp_path, *options), plain)
