@@ -86,7 +86,7 @@ def test_figures(tmp_path):
     assert "![Forward](x_0_forward.png)" in text and "* decode failed: `exit status 1`" in text
 
 
-@pytest.mark.parametrize("bad", [[], ["x.json"], ["--page", "x.json", "--out", "y.md"]])
+@pytest.mark.parametrize("bad", [[], ["x.json"], ["--page", "x.json", "--out", "report.md"]])
 def test_what_must_be_said(bad):
     with pytest.raises(SystemExit):
         report.main(bad)
