@@ -62,9 +62,11 @@ def test_cited_documents_exist():
 
 def test_cited_paths_exist():
     for path, text in TEXTS.items():
-        cited = cited_paths(text) | (links(text) if path in DOCUMENTS else set())
-        for name in cited if path != THIS and not is_dated(path) else ():
-            assert (ROOT / name).exists(), f"{path} cites {name}"
+        found = {name: ROOT / name for name in cited_paths(text)}
+        if path in DOCUMENTS:
+            found |= {name: (ROOT / path).parent / name for name in links(text)}
+        for name, target in found.items() if path != THIS and not is_dated(path) else ():
+            assert target.exists(), f"{path} cites {name}"
 
 
 def test_sources_that_comments_name_exist():
