@@ -153,10 +153,10 @@ def main(given: list[str] | None = None) -> None:
 def checked(small: set[tuple[str, str]], form: str, what: list[str], shape: Shape, regime: str, *rest: object) -> dict:
     """A row, after the small shapes of its arguments and regime were verified once."""
     providers, args = rest
-    arguments = "fused" if form == "fused" else "core"
-    if (arguments, regime) not in small:
-        verify_small(arguments, regime, providers[OURS], args)
-        small.add((arguments, regime))
+    taken = "fused" if form == "fused" else "core"
+    if (taken, regime) not in small:
+        verify_small(taken, regime, providers[OURS], args)
+        small.add((taken, regime))
     return bench(form, what, shape, regime, providers, args)
 
 

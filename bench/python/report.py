@@ -1,6 +1,6 @@
 """Draws what was measured: tables in Markdown and figures, from the JSON files of the benchmarks alone.
 
-python -m bench.python.report FILE.json ... --out PAGE         a report, and a figure of every table beside it
+python -m bench.python.report FILE.json ... --out FILE    a report, and a figure of every table beside it
 python -m bench.python.report --page                           docs/performance.md, from bench/results
 
 Needs neither torch nor a GPU. Without matplotlib there are no figures.

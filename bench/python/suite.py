@@ -4,8 +4,8 @@ make bench [ARGS="..."]    or    python -m bench.python.suite [--out FOLDER] [--
                                                               [--seconds N] [--device cuda|emulator|cpu]
 
 Nothing is installed: the peers that can be imported are measured, and the others are named. Results are JSON files in
-the folder (build/performance), each written after every row, so a run that is killed keeps what it has. report.md and
-its figures are drawn from them alone.
+the folder (build/performance), each written after every row, so a run that is killed keeps what it has. README.md and
+its figures there are drawn from them alone.
 
 On a GPU each benchmark is a process of its own, so that a fault ends one of them, and has its share of the time. Half
 of it may go to fla's kernels, which are compiled first. full takes about 40 minutes at most and quick 11, or --seconds.
@@ -157,7 +157,7 @@ def main(given: list[str] | None = None) -> None:
         print("No GPU, and no emulator (make emulator builds it): kda_cuda is its reference here", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     files, failed = {name: args.out / f"{name}.json" for name in args.only}, {}
-    report_path = args.out / "report.md"
+    report_path = args.out / "README.md"
     for name, path in files.items():
         begin = time.monotonic()
         path.unlink(missing_ok=True)  # a result of an earlier run is none of this one

@@ -70,23 +70,23 @@ def test_rows_without_any_time_have_no_table():
 def test_a_report_needs_neither_torch_nor_matplotlib(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(RESULT))
     program = "import sys; sys.modules |= {'torch': None, 'matplotlib': None}; from bench.python import report; "
-    program += f"report.find_spec = lambda name: None; report.main({['x.json', '--out', 'out/report.md']})"
+    program += f"report.find_spec = lambda name: None; report.main({['x.json', '--out', 'README.md']})"
     environment = {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
-    text = (tmp_path / "out" / "report.md").read_text()
+    text = (tmp_path / "README.md").read_text()
     assert "no figures" in text and "| T8_H1_N1 | fast |" in text
 
 
 def test_figures(tmp_path):
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
     (tmp_path / "x.json").write_text(json.dumps(RESULT))
-    report.write([tmp_path / "x.json"], tmp_path / "report.md", {"decode": "exit status 1"})
+    report.write([tmp_path / "x.json"], tmp_path / "README.md", {"decode": "exit status 1"})
     assert (tmp_path / "x_0_forward.png").read_bytes().startswith(b"\x89PNG")
-    text = (tmp_path / "report.md").read_text()
+    text = (tmp_path / "README.md").read_text()
     assert "![Forward](x_0_forward.png)" in text and "* decode failed: `exit status 1`" in text
 
 
-@pytest.mark.parametrize("bad", [[], ["x.json"], ["--page", "x.json", "--out", "report.md"]])
+@pytest.mark.parametrize("bad", [[], ["x.json"], ["--page", "x.json", "--out", "README.md"]])
 def test_what_must_be_said(bad):
     with pytest.raises(SystemExit):
         report.main(bad)

@@ -66,7 +66,7 @@ LIBRARIES = ("fla-core", "transformers", "causal-conv1d")  # what the layer's re
 
 
 def test_the_report_has_a_filled_table_of_each(measured):
-    text = (measured / "report.md").read_text()
+    text = (measured / "README.md").read_text()
     assert all(f"## {title}: a CPU, device emulator" in text for title in report.TITLES.values())
     for title in (
         "Everything fused, forward and backward",
@@ -118,7 +118,7 @@ def test_a_planted_wrong_result_has_no_time(tmp_path, monkeypatch, capsys):
     given = ["--device", "cpu", "--out", str(tmp_path), "--only", "chunk_fwd", "decode"]
     with pytest.raises(SystemExit, match="2 of 2 benchmarks failed"):
         suite.main(given)
-    text = (tmp_path / "report.md").read_text()
+    text = (tmp_path / "README.md").read_text()
     assert "kda_cuda is wrong in T20_H1_N1, fast, nothing is timed: {'o': 0.05" in text
     assert "nothing is timed: {'state': 0.05" in text and "µs |" not in text
     printed = capsys.readouterr().out
