@@ -176,10 +176,12 @@ def set_count(bytes_of_one: int, device: str, most: int = 8) -> int:
 def ready(trainer: Trainer | Calls, what: str, device: str) -> tuple[list[Call], Call, int]:
     """The calls, all of them as one, and how many turns there is time for."""
     calls = trainer.calls(what)
+    if not trainer.provider.captured:
+        calls = calls[:1]  # what takes so long has nothing of a call before in the L2
     for call in calls:
         call()
-    one = len(calls) == 1  # and too large for the memory that a graph keeps
-    together = timing.loop_of(calls) if one or not trainer.provider.captured else timing.graph_of(calls, device)
+    one = len(calls) == 1  # of inputs too large for the memory that a graph keeps, or of what has no graph
+    together = timing.loop_of(calls) if one else timing.graph_of(calls, device)
     together()
     timing.synchronize(device)
     begin = time.perf_counter()
