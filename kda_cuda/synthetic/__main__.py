@@ -31,10 +31,10 @@ from .training import Run, Sizes, learn
 __all__ = ["main"]
 
 # Lengths, symbols, keys. The small ones are learned on two CPU cores, the others are those of the report.
-SMALL = {"palindrome": ([32], 16, 0), "mqar": ([96], 16, 48), "stack": ([48], 8, 8)}
+SMALL = {"palindrome": ([32], 16, 0), "mqar": ([64], 16, 32), "stack": ([48], 8, 8)}
 FULL = {name: ([256, 512, 1024, 2048], 64, keys) for name, keys in (("palindrome", 0), ("mqar", 1024), ("stack", 64))}
-SMALL_SIZES = Sizes(hidden_size=32, num_heads=1, head_dim=16, batch=64, steps=600, evaluations=12)
-SMALL_RATES, FULL_RATES = [5e-3], [5e-5, 1e-4, 5e-4, 1e-3]
+SMALL_SIZES = Sizes(hidden_size=32, num_heads=1, head_dim=16, batch=32, steps=500, evaluations=20)
+SMALL_RATES, FULL_RATES = [1e-2], [5e-5, 1e-4, 5e-4, 1e-3]
 SIZES = {  # options, and the fields of Sizes that they set
     "hidden": "hidden_size",
     "layers": "num_layers",
