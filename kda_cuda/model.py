@@ -43,17 +43,21 @@ class HybridConfig:
         return (layer + 1) % self.full_attention_every == 0
 
 
-def _block(c: HybridConfig, full_attention: bool) -> DecoderBlock:
+def _block(c: HybridConfig, full_attention: bool, kda_layer: type[KimiDeltaAttention]) -> DecoderBlock:
     if full_attention:
         widths = (c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim)
         attention = NoPEMultiLatentAttention(c.hidden_size, c.num_heads, *widths)
     else:
-        attention = KimiDeltaAttention(c.hidden_size, c.num_heads, c.head_dim, c.conv_size, c.norm_eps)
+        attention = kda_layer(c.hidden_size, c.num_heads, c.head_dim, c.conv_size, c.norm_eps)
     return DecoderBlock(attention, SwiGLU(c.hidden_size, c.intermediate_size), c.hidden_size, c.norm_eps)
 
 
 class HybridLM(CausalLM):
     """Kimi Delta Attention and NoPE MLA, 3 : 1, as a language model (Kimi Linear report, section 4).
+
+    Args:
+        config: sizes.
+        kda_layer: class of the layers that are not MLA: :class:`KimiDeltaAttention`, or one that is compared with it.
 
     Example:
         >>> import torch
@@ -65,8 +69,9 @@ class HybridLM(CausalLM):
         torch.Size([1, 15])
     """
 
-    def __init__(self, config: HybridConfig):
-        blocks = (_block(config, config.is_full_attention(layer)) for layer in range(config.num_layers))
+    def __init__(self, config: HybridConfig, kda_layer: type[KimiDeltaAttention] = KimiDeltaAttention):
+        kinds = (config.is_full_attention(layer) for layer in range(config.num_layers))
+        blocks = (_block(config, full_attention, kda_layer) for full_attention in kinds)
         super().__init__(blocks, config.vocab_size, config.hidden_size, config.norm_eps)
         self.config = config
         self.reset_scaled_weights()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -224,18 +225,10 @@ class KimiDeltaAttention(KeepsFp32, nn.Module):
         if cache is not None and isinstance(layout, PaddedRows):  # padding leaves the state as it is
             padding = layout.padding(x.shape[1]).unsqueeze(-1)
             gate, beta = gate.masked_fill(padding.unsqueeze(-1), NEVER), beta.masked_fill(padding, NEVER)
-        o, state = (fused_recurrent_kda if single_step else chunk_kda)(
-            q, k, v, gate, beta,
-            A_log=self.A_log,
-            dt_bias=self.dt_bias,
+        o, state = self._recurrence(
+            fused_recurrent_kda if single_step else chunk_kda, q, k, v, gate, beta,
             initial_state=None if cache is None else cache.state,
             output_final_state=cache is not None,
-            use_qk_l2norm_in_kernel=True,
-            use_gate_in_kernel=True,
-            use_beta_sigmoid_in_kernel=True,
-            allow_neg_eigval=self.allow_neg_eigval,
-            lower_bound=self.lower_bound,
-            state_v_first=True,
             cu_seqlens=layout.cu_seqlens,
             **({} if layout.cp_context is None else {"cp_context": layout.cp_context}),
         )  # fmt: skip
@@ -243,6 +236,25 @@ class KimiDeltaAttention(KeepsFp32, nn.Module):
             cache.state = state
             cache.advance(x.shape[1], counts)
         return self.o_proj(self.o_norm(o, output_gate).flatten(-2))
+
+    def _recurrence(
+        self, op: Callable, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, beta: Tensor, **more: object
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output and the last state of ``op``; layers that are compared with KDA change what it is given.
+
+        ``more`` has arguments of ``op``, and may replace those that the layer gives.
+        """
+        own = {
+            "A_log": self.A_log,
+            "dt_bias": self.dt_bias,
+            "use_qk_l2norm_in_kernel": True,
+            "use_gate_in_kernel": True,
+            "use_beta_sigmoid_in_kernel": True,
+            "allow_neg_eigval": self.allow_neg_eigval,
+            "lower_bound": self.lower_bound,
+            "state_v_first": True,
+        }
+        return op(q, k, v, gate, beta, **own | more)
 
     def _gate(self, name: str, x: Tensor) -> Tensor:
         """The pre-activation of a gate, ``[batch, tokens, heads * dim]``."""
