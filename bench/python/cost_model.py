@@ -103,11 +103,15 @@ def line(cells) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def measured_us(row: dict) -> float:
+    return row["providers"]["kda_cuda"]["forward"]["gpu_us"]["median"]
+
+
 def predictions(shape: Shape, rows: dict) -> dict[str, float]:
     return {
         "H100": MAIN.us(shape, H100),
-        "fast": rows[str(shape), "fast"]["kda_cuda_gpu_us"],
-        "long": rows[str(shape), "long"]["kda_cuda_gpu_us"],
+        "fast": measured_us(rows[str(shape), "fast"]),
+        "long": measured_us(rows[str(shape), "long"]),
         "H200": MAIN.us(shape, H200),
         "floor": floor_us(shape, H200),
     }
@@ -125,7 +129,7 @@ def comparison(x: dict[str, float]) -> list[str]:
 
 def split_of(row: dict) -> str:
     """What `explain` said when the row was measured: "V into 2 of 64 columns; no sequence, ..."."""
-    return row["kda_cuda_split"].partition("; ")[2].split(",")[0] if "kda_cuda_split" in row else "not recorded"
+    return row["split"].partition("; ")[2].split(",")[0] if "split" in row else "not recorded"
 
 
 def table(measured: dict) -> str:

@@ -30,7 +30,8 @@ SIZES = {"emulator": (TINY, 1, 80), "cuda": (HybridConfig(), 8, 200)}  # the mod
 def corpus(tokens: int) -> demo.Corpus:
     """The demo's own source; validation is one window."""
     text = torch.frombuffer(bytearray(Path(demo.__file__).read_bytes()), dtype=torch.uint8)
-    return demo.Corpus("demo.py", text[: -tokens - 2], text[-tokens - 2 :])
+    begins = torch.zeros(1, dtype=torch.int64)
+    return demo.Corpus("demo.py", text[: -tokens - 2], text[-tokens - 2 :], begins)
 
 
 @pytest.fixture
