@@ -80,6 +80,7 @@ def test_a_batch_that_does_not_fit_is_made_smaller(monkeypatch):
         return real(model, sequences, *more)
 
     monkeypatch.setattr(claims, "step_times", scarce)
+    monkeypatch.setattr(args, "memory", 60000.0)
     model = claims.on_device(claims.dense(claims.released(4, **claims.TINY)), "cpu", torch.float32)
     assert claims.largest(model, 40, args)["sequences"] == 2 and len(tried) > 2
     monkeypatch.setattr(args, "memory", 1.0)
