@@ -151,15 +151,18 @@ class NoPEMultiLatentAttention(nn.Module):
         return o.transpose(1, 2).flatten(-2)
 
     def _attend_in_latent_space(self, q: Tensor, latents: Tensor, mask: Tensor | None) -> Tensor:
-        """One query, without expanding the past: (W_k c) . q = c . (W_k^T q), and likewise for W_v."""
+        """One query, without expanding the past: (W_k c) . q = c . (W_k^T q), and likewise for W_v.
+
+        All heads then have the same keys and values, so they are the queries of one head, which reads the past once.
+        """
         expand = self.kv_b_proj.weight.to(q.dtype).unflatten(0, (q.shape[1], -1))
         to_key, to_value = expand.split((self.nope_dim, self.v_head_dim), dim=1)
         q_nope, q_rope = q.split((self.nope_dim, self.rope_dim), dim=-1)
-        q = torch.cat((q_nope @ to_key, q_rope), dim=-1)
-        keys = latents.unsqueeze(1).expand(-1, q.shape[1], -1, -1)
+        q = torch.cat((q_nope @ to_key, q_rope), dim=-1).transpose(1, 2)
+        keys = latents.unsqueeze(1)
         scale = (self.nope_dim + self.rope_dim) ** -0.5
         o = F.scaled_dot_product_attention(q, keys, keys[..., : self.kv_lora_rank], attn_mask=mask, scale=scale)
-        return (o @ to_value.transpose(1, 2)).transpose(1, 2).flatten(-2)
+        return (o.transpose(1, 2) @ to_value.transpose(1, 2)).transpose(1, 2).flatten(-2)
 
 
 def _visible(queries: int, latents: Tensor, starts: Tensor | None) -> Tensor | None:
