@@ -181,22 +181,12 @@ def _fla_convolved(
     """The convolved stream, and its last inputs ``[sequences, channels, taps]``, as fla's cache has them."""
     if not is_plain(conv, type(conv)) or getattr(conv, "activation", None) not in ("silu", "swish"):
         return conv(x=x, cache=state, output_final_state=keep, cu_seqlens=cu_seqlens)
-    weight, taps = conv.weight, conv.weight.shape[-1]
-    if cu_seqlens is None:
-        past = None if state is None else _past(state, taps)
-        return _convolved(x, weight, None, past), _last_inputs(x, state, taps) if keep else None
-    # A row of its own: before each sequence the inputs that it follows, so that none reaches into another.
-    sequences = cu_seqlens.shape[0] - 1
-    ends, gaps = cu_seqlens[1:], torch.arange(1, sequences + 1, device=x.device) * taps
-    tokens = torch.arange(x.shape[1], device=x.device)
-    place = tokens + taps * (torch.searchsorted(ends, tokens, right=True).clamp_max(sequences - 1) + 1)
-    apart = x.new_zeros(x.shape[1] + sequences * taps, x.shape[2]).index_copy(0, place, x[0])
-    before = (cu_seqlens[:-1] + gaps - taps)[:, None] + torch.arange(taps, device=x.device)
-    if state is not None:
-        apart = apart.index_copy(0, before.flatten(), state.transpose(1, 2).flatten(0, 1).to(x.dtype))
-    y = _convolved(apart.unsqueeze(0), weight, None, None).index_select(1, place)
-    last = (ends + gaps - taps)[:, None] + torch.arange(taps, device=x.device)
-    return y, apart[last].transpose(1, 2) if keep else None
+    taps = conv.weight.shape[-1]
+    past = None if state is None else _past(state, taps)
+    y = _convolved(x, conv.weight, None, past, cu_seqlens)
+    if not keep:
+        return y, None
+    return y, _last_inputs(x, state, taps) if cu_seqlens is None else _last_of_each(x[0], state, taps, cu_seqlens)
 
 
 def _last_inputs(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
@@ -208,6 +198,16 @@ def _last_inputs(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
     return torch.cat((state[:, :, taps - missing :].to(x.dtype), tail), dim=2)
 
 
+def _last_of_each(x: Tensor, state: Tensor | None, taps: int, cu_seqlens: Tensor) -> Tensor:
+    """:func:`_last_inputs` of the sequences in one row ``[tokens, channels]``."""
+    number = torch.arange(taps, device=x.device) - taps + cu_seqlens.diff()[:, None]  # below 0: in the state
+    own = x[(cu_seqlens[:-1, None] + number).clamp(0, max(0, len(x) - 1))].transpose(1, 2)
+    if state is None:
+        return own * (number >= 0)[:, None]
+    older = (number + taps).clamp_max(taps - 1)[:, None].expand(-1, x.shape[1], -1)
+    return torch.where((number >= 0)[:, None], own, state.to(x.dtype).gather(2, older))
+
+
 # ---- both ------------------------------------------------------------------------------------------------------------
 
 
@@ -217,9 +217,11 @@ def _past(state: Tensor, taps: int) -> Tensor:
     return past.clone() if torch.is_grad_enabled() else past
 
 
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None) -> Tensor:
+def _convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """In the dtype of the weight, which some models keep wider than the stream."""
-    return convolve(x.to(weight.dtype), weight, bias, past).to(x.dtype)
+    return convolve(x.to(weight.dtype), weight, bias, past, cu_seqlens).to(x.dtype)
 
 
 def _kda(few: bool, q, k, v, g, beta, state: Tensor | None, keep_state: bool, **options) -> tuple[Tensor, Tensor]:
