@@ -3,10 +3,12 @@ r"""``chunk_kda`` over several ranks: each computes its own tokens, and one all-
 A rank computes its first sequence, if that began elsewhere, from a zero state and beside it from the identity, as K
 more columns of V. With S_in, the state that arrives, and M, the transition that the identity becomes,
 
-    S_out = M S_in + S_local        o = o_local + o_identity S_in        dS_in = M^T dS_out + dS_local
+    S_out = M S_in + S_local        o = o_local + o_identity S_in
+    dS_in = M^T dS_out + dS_local   dS_local = o_identity^T do
 
-So the pass over the tokens and the exchange do not wait for other ranks' passes. Every rank then folds what it needs of
-the chain, in the order of tokens and in float64: results are equal from run to run, bit for bit.
+So the pass over the tokens and the exchange do not wait for other ranks' passes. The backward needs no pass for
+dS_local, because the forward leaves o_identity to it. Every rank then folds what it needs of the chain, in the order of
+tokens and in float64: results are equal from run to run, bit for bit.
 """
 
 from __future__ import annotations
@@ -32,14 +34,16 @@ from .routes import Part, Route
 __all__ = ["Rank", "chunk_call", "run_local"]
 
 Op = Callable[..., tuple[Tensor, ...]]
-INITIAL_STATE_ALONE = mask_of([name == "initial_state" for name in GRADIENTS])
 
 
 # ---- the two directions, each as what a rank computes, sends, and makes of what all have sent ------------------------
 
 
-def forward(x: Chunk, route: Route, op: Op) -> Exchange:
-    """Returns o, the final states and what the backward needs: initial states and transitions, key first.
+def forward(x: Chunk, route: Route, op: Op, keeps: bool) -> Exchange:
+    """Returns o, the final states and, if ``keeps``, what the backward needs beside the inputs.
+
+    That is the initial states, key first; M of each part's first sequence, if that is resumed; and o_identity of these
+    sequences, one after another, ``[tokens, HV, K]``.
 
     Sends ``[parts, HV, K, V + K]``: S_local and M of each part's last sequence; zero where nobody needs them.
     """
@@ -56,15 +60,20 @@ def forward(x: Chunk, route: Route, op: Op) -> Exchange:
     wants_final = x.output_final_state or bool(continued)
     o, final, _ = op(*x._replace(v=v, initial_state=initial, state_v_first=False, output_final_state=wants_final))
     summaries = states.new_zeros(len(route.parts), heads, key_dim, value_dim + key_dim)
+    transitions = states.new_zeros(len(route.parts), heads, key_dim, key_dim)
     for i, part in enumerate(route.parts):
         if part.after:
             summaries[i, ..., : final.shape[-1]] = final[part.last]
+        if part.before and wants_final:
+            transitions[i] = final[part.first, ..., value_dim:]
     everywhere = yield summaries
-    transitions = summaries[..., value_dim:].clone()
+    through = o.new_zeros(0, heads, key_dim)
     if resumed:
+        if keeps:
+            through = torch.cat([o[0, begin:end, :, value_dim:] for begin, end in map(route.first_tokens, resumed)])
         o, final = _resume(o, final if wants_final else None, states, everywhere, route)
     final = _in_layout(final, x.state_v_first) if x.output_final_state else None
-    return o, final, states, transitions
+    return (o, final, states, transitions, through) if keeps else (o, final)
 
 
 def _initial_states(x: Chunk, resumed: list[Part]) -> Tensor:
@@ -85,44 +94,53 @@ def _resume(
 ) -> tuple[Tensor, Tensor | None]:
     """Adds to o and the final states, with K columns more, what comes of the states that arrive. Sets these too."""
     value_dim = states.shape[-1]
+    own = o[..., :value_dim].contiguous()
     for part in route.resumed():
         states[part.first] = state_before(everywhere, part, value_dim)
-        begin, end = route.bounds[part.first], route.bounds[part.first + 1]
-        _add_product(o[0, begin:end], states[part.first])
+        begin, end = route.first_tokens(part)
+        _add_product(own[0, begin:end], o[0, begin:end, :, value_dim:], states[part.first])
         if final is not None:
             local, transition = final[part.first].double().split((value_dim, states.shape[-2]), -1)
             final[part.first, ..., :value_dim] = torch.baddbmm(local, transition, states[part.first].double())
-    final = None if final is None else final[..., :value_dim]
-    return o[..., :value_dim].contiguous(), final
+    return own, None if final is None else final[..., :value_dim]
 
 
-def _add_product(o: Tensor, state: Tensor) -> None:
-    """``o[..., :V] += o[..., V:] state`` for o ``[tokens, HV, V + K]`` and a state ``[HV, K, V]``.
+def _add_product(o: Tensor, through: Tensor, state: Tensor) -> None:
+    """``o += through state`` for ``[tokens, HV, V]``, ``[tokens, HV, K]`` and a state ``[HV, K, V]``.
 
     bf16 has operands of the tensor cores, as in the kernels. All else is exact, whatever is set for fp32 products.
     """
-    key_dim, value_dim = state.shape[-2:]
-    local, through = o.transpose(0, 1).split((value_dim, key_dim), -1)  # [HV, tokens, ...]
+    o, through = o.transpose(0, 1), through.transpose(0, 1)
     if o.dtype == torch.bfloat16 and o.is_cuda:
-        local.copy_(torch.baddbmm(local, through, state.to(o.dtype)))
+        o.baddbmm_(through, state.to(o.dtype))
         return
-    for head, own in enumerate(state.double()):  # one at a time: float64 is large
-        local[head] = torch.addmm(local[head].double(), through[head].double(), own).to(o.dtype)
+    for own, left, right in zip(o, through, state.double(), strict=True):  # one head at a time: float64 is large
+        own.copy_(torch.addmm(own.double(), left.double(), right))
 
 
-def backward(x: ChunkBwd, route: Route, op: Op, transitions: Tensor) -> Exchange:
+def backward(x: ChunkBwd, route: Route, op: Op, transitions: Tensor, through: Tensor) -> Exchange:
     """Returns the gradients of ``GRADIENTS``. ``x`` has initial and final states key first.
+
+    ``transitions``, ``through``: as :func:`forward` returns them.
 
     Sends ``[parts, HV, K, V + K]``: dS_local and M of each part's first sequence; zero where nobody needs them.
     """
     heads, key_dim, value_dim = x.v.shape[2], x.k.shape[3], x.v.shape[3]
     dtype, sequences = compute_dtype(x.v.dtype), x.cu_seqlens.shape[0] - 1
     summaries = x.v.new_zeros(len(route.parts), heads, key_dim, value_dim + key_dim, dtype=dtype)
+    rest = through
     for i, part in enumerate(route.parts):
-        if part.before:
-            summaries[i, ..., :value_dim] = _gradient_of_first(x, route, part, op)
-            if part.first == part.last:
-                summaries[i, ..., value_dim:] = transitions[i]
+        if not part.before:
+            continue
+        begin, end = route.first_tokens(part)
+        local = _summed_product(rest[: end - begin], x.do[0, begin:end], dtype)
+        rest = rest[end - begin :]
+        if x.dfinal_state is not None:
+            of_final = x.dfinal_state[part.first].double()
+            local = torch.baddbmm(local.double(), transitions[i].double().transpose(-1, -2), of_final).to(dtype)
+        summaries[i, ..., :value_dim] = local
+        if part.first == part.last:
+            summaries[i, ..., value_dim:] = transitions[i]
     everywhere = yield summaries
     dfinal = x.dfinal_state
     if continued := route.continued():
@@ -137,19 +155,15 @@ def backward(x: ChunkBwd, route: Route, op: Op, transitions: Tensor) -> Exchange
     return tuple(gradients)
 
 
-def _gradient_of_first(x: ChunkBwd, route: Route, part: Part, op: Op) -> Tensor:
-    """dS_local ``[HV, K, V]``: the gradient of the state before a part, if nothing comes from the parts after it."""
-    first = part.first
-    begin, end = route.bounds[first], route.bounds[first + 1]
-    piece = {name: getattr(x, name)[:, begin:end] for name in ("q", "k", "v", "g", "beta", "do")}
-    alone = x._replace(
-        **piece,
-        cu_seqlens=None,
-        initial_state=x.initial_state[first : first + 1],
-        dfinal_state=None if x.dfinal_state is None else x.dfinal_state[first : first + 1],
-        wanted=INITIAL_STATE_ALONE,
-    )
-    return op(*alone)[-1][0]
+def _summed_product(through: Tensor, do: Tensor, dtype: torch.dtype) -> Tensor:
+    """through^T do, summed over tokens: ``[HV, K, V]`` of ``[tokens, HV, K]`` and ``[tokens, HV, V]``.
+
+    With operands as in :func:`_add_product`, and the sum in ``dtype``.
+    """
+    left, right = through.permute(1, 2, 0), do.transpose(0, 1)
+    if do.dtype == torch.bfloat16 and do.is_cuda:
+        return torch.bmm(left, right, out_dtype=dtype)
+    return torch.stack([a.double() @ b.double() for a, b in zip(left, right, strict=True)]).to(dtype)
 
 
 def state_before(everywhere: Tensor, part: Part, value_dim: int) -> Tensor:
@@ -199,7 +213,7 @@ class _ContextParallelChunk(torch.autograd.Function):
     def forward(ctx, meeting: Meeting, namespace: str, *flat):
         ranks = _by_rank(flat, meeting)
         with _exact(ranks[0].q):
-            results = _forwards(meeting, namespace, ranks)
+            results = _forwards(meeting, namespace, ranks, keeps=True)
         ctx.meeting, ctx.namespace = meeting, namespace
         saved = [t for x, (_, _, *kept) in zip(ranks, results, strict=True) for t in (*_saved(x), *kept)]
         ctx.save_for_backward(*saved)
@@ -213,15 +227,16 @@ class _ContextParallelChunk(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
-        meeting, count = ctx.meeting, len(GRADIENTS) + 2
+        meeting, count = ctx.meeting, len(GRADIENTS) + 3
         saved, steps = ctx.saved_tensors, []
         op = library.backward_op(ctx.namespace, "chunk_bwd", saved[2], saved[1].shape[3])
         with _exact(saved[0]):
             for rank, route in enumerate(meeting.routes):
-                *tensors, cu_seqlens, states, transitions = saved[count * rank : count * (rank + 1)]
+                *tensors, cu_seqlens, states, transitions, through = saved[count * rank : count * (rank + 1)]
                 arguments = dict(zip(GRADIENTS, (*tensors, states), strict=True)) | {"cu_seqlens": cu_seqlens}
                 x = _backward_arguments(ctx.options[rank], arguments, *gradients[2 * rank : 2 * rank + 2])
-                steps.append(backward(x._replace(wanted=mask_of(ctx.needed[rank])), route, op, transitions))
+                x = x._replace(wanted=mask_of(ctx.needed[rank]))
+                steps.append(backward(x, route, op, transitions, through))
             found = [dict(zip(GRADIENTS, results, strict=True)) for results in meeting.run(steps)]
         flat = []
         for own, needed, options in zip(found, ctx.needed, ctx.options, strict=True):
@@ -237,9 +252,9 @@ def _by_rank(flat: Sequence, meeting: Meeting) -> list[Chunk]:
     return [Chunk(*flat[size * i : size * (i + 1)]) for i in range(len(meeting.routes))]
 
 
-def _forwards(meeting: Meeting, namespace: str, ranks: list[Chunk]) -> list[tuple]:
+def _forwards(meeting: Meeting, namespace: str, ranks: list[Chunk], *, keeps: bool) -> list[tuple]:
     op = variants.op_in(namespace, "chunk_fwd")
-    return meeting.run([forward(x, route, op) for x, route in zip(ranks, meeting.routes, strict=True)])
+    return meeting.run([forward(x, route, op, keeps) for x, route in zip(ranks, meeting.routes, strict=True)])
 
 
 def _saved(x: Chunk) -> tuple:
@@ -293,7 +308,7 @@ def _outside_of_graphs() -> Callable:
 def _run(meeting: Meeting, namespace: str, op: str, ranks: list[Chunk]) -> list[tuple[Tensor, Tensor | None]]:
     if op != "chunk":
         with torch.no_grad(), _exact(ranks[0].q):
-            return [(o, final) for o, final, *_ in _forwards(meeting, namespace, ranks)]
+            return _forwards(meeting, namespace, ranks, keeps=False)
     flat = _ContextParallelChunk.apply(meeting, namespace, *(a for x in ranks for a in x))
     return list(zip(flat[::2], flat[1::2], strict=True))
 

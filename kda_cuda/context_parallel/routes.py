@@ -41,6 +41,10 @@ class Route:
             return list(range(self.ranks))
         return [2 * s if s < self.ranks else 2 * (2 * self.ranks - 1 - s) + 1 for s in range(2 * self.ranks)]
 
+    def first_tokens(self, part: Part) -> tuple[int, int]:
+        """Where the first sequence of a part begins and ends among this rank's tokens."""
+        return self.bounds[part.first], self.bounds[part.first + 1]
+
     def resumed(self) -> list[Part]:
         """The parts whose first sequence began on an earlier one."""
         return [part for part in self.parts if part.before]
