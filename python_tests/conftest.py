@@ -12,6 +12,8 @@ from kda_cuda import build_info, testing
 from .support import bwd_calls
 from .support.devices import NAMES, Device, note_kernels, take_kernels
 
+# Few tests that take long. They go first, so that no worker is left with one of them at the end.
+LONG_FILES = ("train/", "nn/test_demo.py", "integrations/", "bench/", "parallel/")
 REPORTED = "what ran"  # where in a report: the device of the test, and its kernels by device
 outcomes = {name: Counter() for name in (*NAMES, "-")}
 kernels_seen = {name: Counter() for name in NAMES}
@@ -49,6 +51,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="--no-emulator"))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+    items.sort(key=lambda item: not item.nodeid.removeprefix("python_tests/").startswith(LONG_FILES))
 
 
 @pytest.fixture
