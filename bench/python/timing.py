@@ -41,7 +41,9 @@ def note(row: dict, lines: Sequence[str], result: dict, out: Path | None, device
     print("\n".join(lines), flush=True)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        whole = out.with_name(out.name + ".part")  # who is killed while it writes leaves the rows before
+        whole.write_text(json.dumps(result, indent=1) + "\n")
+        whole.replace(out)
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
