@@ -73,7 +73,7 @@ def test_the_report_has_a_filled_table_of_each(measured):
         "Everything fused, forward and backward",
         "The core alone, backward",
         "A step",
-        "Short_conv, forward",
+        "`short_conv`, forward",
     ):
         assert f"### {title}" in text
     tables = re.findall(r"^\|.*µs.*\|\n\| ---.*\n((?:\|.*\n)+)", text, re.M)
@@ -126,7 +126,7 @@ def test_a_benchmark_that_breaks_does_not_end_the_others(tmp_path, monkeypatch, 
         (tmp_path / f"{name}.json").write_text("of an earlier run")
         monkeypatch.setitem(suite.STEPS, name, replace(suite.STEPS[name], main=main))
     monkeypatch.setattr(report, "write", lambda files, *rest, **more: reports.append(files))
-    with pytest.raises(SystemExit, match="1 of 2 benchmarks failed: {'decode': 'RuntimeError: planted'}"):
+    with pytest.raises(SystemExit, match=r"1 of 2 benchmarks failed: {'decode': 'RuntimeError: planted'}"):
         suite.main(["--device", "cpu", "--out", str(tmp_path), "--only", "decode", "surround", "decode"])
     assert len(ran) == 1 and reports == [[], []]
     assert "planted" in capfd.readouterr().err
@@ -208,6 +208,13 @@ def test_what_is_said_where_things_are_missing(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("KDA_CUDA_EMULATE_LIB", str(tmp_path / "none.so"))
     with pytest.raises(SystemExit, match=r"none\.so does not exist: build it with `make emulator`"):
         bench_decode.main(["--device", "emulator"])
+
+
+def test_the_commit_is_that_of_the_sources(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KDA_CUDA_COMMIT", raising=False)
+    head = timing.said_by("git", "-C", str(ROOT), "rev-parse", "HEAD") or ""
+    assert timing.commit() in (head, f"{head}-dirty")
 
 
 def test_the_device_of_this_machine(monkeypatch):
