@@ -142,8 +142,8 @@ def machine(device: str) -> dict:
 
 def commit() -> str:
     """Of these sources, wherever the program was started; -dirty if a file differs from it."""
-    described = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    return os.environ.get("KDA_CUDA_COMMIT") or said_by(*described) or ""
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return os.environ.get("KDA_CUDA_COMMIT") or said_by("git", "-C", str(Path(__file__).parent), *describe) or ""
 
 
 def said_by(*command: str) -> str | None:

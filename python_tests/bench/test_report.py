@@ -75,7 +75,7 @@ def test_the_essential_comes_first():
 
 
 def test_what_a_title_says():
-    assert report.title(RESULT | {"gpu": "NVIDIA H200"}, "bench/results/chunk_fwd_long_h200.json").endswith("(long)")
+    assert report.title(RESULT | {"gpu": "NVIDIA H200"}, "chunk_fwd_long_h200.json").endswith("(long)")
     assert report.title(RESULT, "chunk_fwd.json") == "The forward, without gradients"
 
 
