@@ -68,14 +68,14 @@ bench:  ## every operation beside its peers, verified, timed, reported; ARGS="--
 	@if [ -x $(BIN)/python ] || ! $(PYTHON) -c "import torch" 2>/dev/null; \
 	then $(MAKE) $$(command -v nvidia-smi >/dev/null && echo build || echo emulator); \
 	else echo "$(PYTHON) has torch, and there is no $(VENV): nothing is installed or built"; fi
-	$(PYTHON) -m bench.python.suite $(ARGS)
+	$$([ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON)) -m bench.python.suite $(ARGS)
 
 bench-cpp: venv  ## the microbenchmarks of the kernels alone into build/bench, to be run on a GPU (needs Debian's libbenchmark-dev)
-	$(BIN)/python setup.py --print-kernel-options "$${KDA_CUDA_ARCHS:-80;90a}" | xargs cmake -S . -B build/cmake-bench -G Ninja -DKDA_BUILD_BENCH=ON
+	$(BIN)/python setup.py --print-kernel-options "$${KDA_CUDA_ARCHS:-auto}" | xargs cmake -S . -B build/cmake-bench -G Ninja -DKDA_BUILD_BENCH=ON
 	cmake --build build/cmake-bench --target bench_decode bench_chunk_fwd bench_chunk_bwd --parallel $(JOBS)
 
 core: venv  ## the kernels for C++ programs without torch, as a CMake package below build/core
-	$(BIN)/python setup.py --print-kernel-options "$${KDA_CUDA_ARCHS:-80;90a}" | xargs cmake -S . -B build/cmake-core -G Ninja -DKDA_BUILD_CORE=ON
+	$(BIN)/python setup.py --print-kernel-options "$${KDA_CUDA_ARCHS:-auto}" | xargs cmake -S . -B build/cmake-core -G Ninja -DKDA_BUILD_CORE=ON
 	cmake --build build/cmake-core --parallel $(JOBS)
 	cmake --install build/cmake-core --prefix build/core --component core
 

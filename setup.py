@@ -83,13 +83,13 @@ def find_cuda() -> Cuda | None:
         say(f"{cuda.source}: {problem or f'CUDA {cuda.version()} in {cuda.home}'}")
         if not problem:
             return cuda
-    say("no CUDA compiler: set CUDA_HOME, or install the PyPI packages that README.md names")
+    say("no CUDA compiler: set CUDA_HOME, or install the PyPI packages that docs/install.md names")
     return None
 
 
-def architectures() -> str:
-    """Compute capabilities to compile for, separated by semicolons: what KDA_CUDA_ARCHS asks for."""
-    asked = os.environ.get("KDA_CUDA_ARCHS", "auto")
+def architectures(asked: str | None = None) -> str:
+    """Compute capabilities to compile for, separated by semicolons: what KDA_CUDA_ARCHS asks for by default."""
+    asked = os.environ.get("KDA_CUDA_ARCHS", "auto") if asked is None else asked
     if asked == "all":
         return ALL_ARCHS
     if asked == "auto":
@@ -211,7 +211,10 @@ def main() -> None:
         print(found.include if found else "")
         sys.exit(0 if found else 1)
     if "--print-kernel-options" in sys.argv:
-        options = kernel_options(find_cuda(), package_dir("torch"), sys.argv[-1])
+        cuda = find_cuda()
+        if not cuda:
+            raise SystemExit("kda_cuda build: no CUDA compiler was found")
+        options = kernel_options(cuda, package_dir("torch"), architectures(sys.argv[-1]))
         print(*(f"'-D{k}={v}'" for k, v in options.items()), f"'-DKDA_OUTPUT={ROOT / 'build' / 'other-archs'}'")
         sys.exit(0)
     setup(

@@ -247,12 +247,19 @@ def device_argument(name: str) -> Device:
     return Device(name)
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {number}, expected at least 1")
+    return number
+
+
 def add_arguments(parser: argparse.ArgumentParser, peers: Sequence[str], rounds: int) -> None:
     """What every benchmark lets one choose."""
     parser.add_argument("--out", "--json", type=Path, help="a file of JSON, written after every row")
     parser.add_argument("--peers", nargs="*", choices=peers, default=list(peers))
     parser.add_argument("--no-peers", dest="peers", action="store_const", const=[])
-    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--rounds", type=positive, default=rounds)
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row is begun")
     parser.add_argument(
         "--device", type=device_argument, default=Device("cuda"), metavar="cuda|emulator|cpu",
@@ -267,7 +274,10 @@ def begin(args: argparse.Namespace, benchmark: str, peers: dict, **facts: object
     if args.device == "cuda" and not kda_cuda.build_info()["ops"]:
         raise SystemExit("kda_cuda/_ops.so is missing, expected it beside the package: `make build` makes it")
     if args.device.name == "emulator":
-        testing.load_emulator()
+        try:
+            testing.load_emulator()
+        except FileNotFoundError as e:
+            raise SystemExit(str(e)) from e
     os.environ["KDA_CUDA_STRICT"] = "1"  # the reference is never timed in place of a kernel
     args.bandwidth = timing.copy_bandwidth(args.device)
     result = {

@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "bench" / "results"
@@ -26,6 +27,7 @@ TITLES = {
     "surround": "Convolution and gated norm",
 }
 MEASURED = {"step": "forward and backward", "core": "backward", "decode": "a step"}
+OURS = "kda_cuda"
 GROUPS = {  # by form, op or host
     "fused": "everything fused",
     "core": "the core alone",
@@ -33,6 +35,7 @@ GROUPS = {  # by form, op or host
 }
 LABELS = ("shape", "batch", "heads", "tokens", "state", "regime", "gradients")
 MACHINE = {"driver": "driver", "torch": "torch", "cuda": "CUDA", "triton": "Triton", "commit": "commit"}
+NOT_PEERS = ("reference", "sdpa", "copy")  # beside them nobody chooses
 HOW_TO_READ = """\
 * Outputs and gradients of every provider are verified before anything is timed. What is wrong has no time.
 * **GPU time** is that of a call inside a CUDA graph: the median of rounds in which all providers take turns.
@@ -43,20 +46,26 @@ HOW_TO_READ = """\
 * **Peak** is the memory that a warmed-up call takes, results included.
 * Of a layer, GPU time is the sum of its kernels. On a CPU every time is the host's.
 * Two gate regimes: with `fast` gates no channel remembers for 16 tokens, with `long` ones most remember for hundreds.
+* **Everything fused** computes the gate, the norms of q and k and the sigmoid of beta too.
+* **The core alone** gets them computed.
+* `fla` is flash-linear-attention, `flash_kda` FlashKDA and `cudnn` NVIDIA's cuDNN frontend.
 * `sdpa` is PyTorch's `scaled_dot_product_attention` at the same shape, which computes another function.
+* `copy` moves as many bytes by PyTorch's copy, as one more provider.
 * A shape such as T8192_H64_N1 has 8192 tokens, 64 heads and one sequence.
 """
-INTRODUCTION = f"""\
+INTRODUCTION = """\
 # Performance
 
-`make bench` measures all of this on one machine, and draws a report from the JSON that it wrote.
-`python -m bench.python.report --page` draws this page from `bench/results`. A test compares the two.
-
-{HOW_TO_READ}
-`bench/log` says what was expected and why things are as they are.
-
-![GPU time of a training step, everything fused](performance.png)
+`make bench` measures this on your machine, and draws such a report. This page is drawn from `bench/results` by
+`python -m bench.python.report --page`. `bench/log` says what was expected and why things are as they are.
 """
+IN_SHORT = """\
+## In short
+
+A cell says how many times as much another library takes as kda_cuda: the median of all rows, the least and the most.
+Below 1 the other library is ahead. The section *How to read it* explains the words. After it come all rows.
+"""
+FIGURE = "![GPU time of a training step, everything fused](performance.png)"
 INTRODUCTION_OF_REPORT = f"# Benchmarks\n\n{HOW_TO_READ.strip()}"
 
 
@@ -101,7 +110,8 @@ def tables(result: dict) -> Iterator[Table]:
         groups.setdefault((row.get("form") or row.get("op") or row.get("host"), row.get("gradients")), []).append(row)
     for (group, _), rows in groups.items():
         for what in dict.fromkeys(what for row in rows for what in row.get("bytes", {})) or ("not measured",):
-            title = ", ".join(x for x in (GROUPS.get(group, group), MEASURED.get(what, what)) if x)
+            name = GROUPS.get(group, f"`{group}`" if group else "")
+            title = ", ".join(x for x in (name, MEASURED.get(what, what)) if x)
             yield Table(title, what, rows)
 
 
@@ -168,14 +178,22 @@ def reasons(table: Table) -> list[str]:
             if why := columns.get("failed") or columns.get("unsupported"):
                 found[name, why] += 1
     rows = len(table.rows)
-    return [f"* {who}{f' in {n} of {rows} rows' if rows > 1 else ''}: `{why}`" for (who, why), n in found.items()]
+    lines = [(who, " ".join(why.replace("`", "'").split()), n) for (who, why), n in found.items()]
+    return [f"* {who}{f' in {n} of {rows} rows' if rows > 1 else ''}: `{why}`" for who, why, n in lines]
+
+
+def title(result: dict, source: str) -> str:
+    """Of the benchmark, with what the name of the file says beside it and the GPU."""
+    words, gpu = Path(source).stem.removeprefix(result["benchmark"]).split("_"), (result.get("gpu") or "").lower()
+    more = " ".join(word for word in words if word not in gpu)
+    return TITLES[result["benchmark"]] + (f" ({more})" if more else "")
 
 
 def section(result: dict, source: str, level: str = "##") -> str:
     """All tables of one result, with where they were measured."""
     machine = ", ".join(f"{name} {result[key]}" for key, name in MACHINE.items() if result.get(key))
     place = result.get("gpu") or f"a CPU, device {result['device']}"
-    head = f"{level} {TITLES[result['benchmark']]}: {place}, {result['date']}"
+    head = f"{level} {title(result, source)}: {place}, {result['date']}"
     copied = f"a copy moves {result['copy_bandwidth_tb_s']} TB/s"
     parts = [head, f"`{source}`. {machine[:1].upper()}{machine[1:]}; {result['dtype']}, {copied}."]
     missing = [f"* {name}: `{why}`" for name, why in peers_of(result) if why.startswith(("missing", "not there"))]
@@ -209,10 +227,45 @@ def measured_on_gpus(folder: Path = RESULTS) -> list[tuple[Path, dict]]:
     return [(path, result) for path, result in load(sorted(folder.glob("*.json"))) if result["gpu"]]
 
 
+def spread(ratios: list[float]) -> str:
+    """Median, least and most."""
+    if not ratios:
+        return "–"
+    least, most = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+    return f"{median(ratios):.2f}" + (f" ({least} to {most})" if least != most else "")
+
+
+def beside(table: Table, rows: list[dict], name: str) -> list[str]:
+    """How many rows both have, and GPU time, host time and peak memory of ``name`` over ours."""
+
+    def ratios(of: Callable[[dict, str], float | None]) -> list[float]:
+        pairs = [(of(row, OURS), of(row, name)) for row in rows]
+        return [theirs / ours for ours, theirs in pairs if ours and theirs]
+
+    gpu, host = (ratios(lambda row, x, c=column: table.median(row, x, c)) for column in ("gpu_us", "host_us"))
+    return [str(len(gpu)), spread(gpu), spread(host), spread(ratios(peak))] if gpu else []
+
+
+def in_short(results: list[dict]) -> str:
+    """Every table with peers: a line for each of them and each regime."""
+    lines = []
+    for result in results:
+        for table in tables(result):
+            what = ": ".join(x for x in (TITLES[result["benchmark"]], table.title) if x != "forward")
+            for name in (x for x in table.providers() if x != OURS and x not in NOT_PEERS):
+                for regime in dict.fromkeys(row.get("regime") for row in table.rows):
+                    rows = [row for row in table.rows if row.get("regime") == regime]
+                    if cells := beside(table, rows, name):
+                        lines.append([what, " ".join(result["gpu"].split()[:2]), regime or "–", name, *cells])
+    return grid(["measured", "GPU", "regime", "beside", "rows", "GPU time", "host time", "peak memory"], 4, lines)
+
+
 def page() -> str:
-    """docs/performance.md: what was measured on GPUs."""
-    sections = [section(x, path.relative_to(ROOT).as_posix()) for path, x in measured_on_gpus()]
-    return "\n\n".join([INTRODUCTION.strip(), *sections]) + "\n"
+    """docs/performance.md: what was measured on GPUs, the essential first."""
+    measured = measured_on_gpus()
+    sections = [section(x, path.relative_to(ROOT).as_posix()) for path, x in measured]
+    first = [INTRODUCTION.strip(), IN_SHORT.strip(), in_short([x for _, x in measured]), FIGURE]
+    return "\n\n".join([*first, f"## How to read it\n\n{HOW_TO_READ.strip()}", *sections]) + "\n"
 
 
 def draw_page() -> None:
@@ -235,7 +288,7 @@ def figure(result: dict, table: Table, path: Path) -> None:
     labels = [" ".join(str(row.get(x, "")) for x in table.labels()) for row in table.rows]
     axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
     place = f"{result.get('gpu') or result['device']}, {result['date']}"
-    axes.set_title(f"{table.heading()}\n{place}", fontsize="medium")
+    axes.set_title(f"{table.heading().replace('`', '')}\n{place}", fontsize="medium")
     axes.set(yscale="log", ylabel="µs")
     axes.grid(axis="y", which="both", alpha=0.3)
     axes.legend()
@@ -259,6 +312,17 @@ def write(files: list[Path], out: Path, failed: dict[str, str] | None = None, fi
     out.write_text("\n\n".join(part for part in parts if part) + "\n")
 
 
+def problem(path: Path) -> str | None:
+    """Why a file cannot be reported."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        return f"{type(e).__name__}: {e}"
+    if isinstance(result, dict) and result.get("benchmark") in TITLES:
+        return None
+    return f"it is of no benchmark that has a report: {', '.join(TITLES)}"
+
+
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path)
@@ -267,6 +331,9 @@ def main(given: list[str] | None = None) -> None:
     args = parser.parse_args(given)
     if args.page == bool(args.files) or bool(args.files) != bool(args.out):
         parser.error("expected files and --out, or --page")
+    for path in args.files:
+        if why := problem(path):
+            parser.error(f"{path}: {why}")
     if args.page:
         draw_page()
     else:

@@ -19,6 +19,7 @@ import argparse
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,7 +30,7 @@ import torch
 from kda_cuda import testing
 
 from . import bench_chunk_bwd, bench_chunk_fwd, bench_decode, bench_layer, bench_surround, report
-from .harness import device_argument
+from .harness import device_argument, positive
 
 OUT = report.ROOT / "build" / "performance"
 LATE_S = 60  # a benchmark that has not ended so long after its budget is killed
@@ -109,11 +110,14 @@ def in_process(command: list[str], seconds: float) -> str | None:
 
 
 def call(main: Callable[[list[str]], None], arguments: list[str]) -> str | None:
-    """Runs a benchmark in this process; why it failed."""
+    """Runs a benchmark in this process; why it failed. The others go on, as they do where each one is a process."""
     try:
         main(arguments)
     except SystemExit as e:
         return str(e) if e.code else None
+    except Exception as e:
+        traceback.print_exc()
+        return f"{type(e).__name__}: {e}"
     return None
 
 
@@ -145,7 +149,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--size", choices=("full", "quick", "small"))
-    parser.add_argument("--seconds", type=float, help="for everything, on a GPU")
+    parser.add_argument("--seconds", type=positive, help="for everything, on a GPU")
     parser.add_argument("--device", type=device_argument, default=device_argument(here()))
     args = parser.parse_args(given)
     args.size = args.size or ("full" if args.device == "cuda" else "small")
@@ -156,11 +160,13 @@ def main(given: list[str] | None = None) -> None:
     if args.device.name == "cpu":
         print("No GPU, and no emulator (make emulator builds it): kda_cuda is its reference here", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
+    args.only = list(dict.fromkeys(args.only))
     files, failed = {name: args.out / f"{name}.json" for name in args.only}, {}
+    for path in files.values():
+        path.unlink(missing_ok=True)  # no report shows a result of an earlier run
     report_path = args.out / "README.md"
     for name, path in files.items():
         begin = time.monotonic()
-        path.unlink(missing_ok=True)  # a result of an earlier run is none of this one
         print(f"=== {name}", flush=True)
         why = measure(STEPS[name], args, path)
         if why:

@@ -41,7 +41,9 @@ def note(row: dict, lines: Sequence[str], result: dict, out: Path | None, device
     print("\n".join(lines), flush=True)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        whole = out.with_name(out.name + ".part")  # who is killed while it writes leaves the rows before
+        whole.write_text(json.dumps(result, indent=1) + "\n")
+        whole.replace(out)
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -139,7 +141,9 @@ def machine(device: str) -> dict:
 
 
 def commit() -> str:
-    return os.environ.get("KDA_CUDA_COMMIT") or said_by("git", "rev-parse", "HEAD") or ""
+    """Of these sources, wherever the program was started; -dirty if a file differs from it."""
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return os.environ.get("KDA_CUDA_COMMIT") or said_by("git", "-C", str(Path(__file__).parent), *describe) or ""
 
 
 def said_by(*command: str) -> str | None:

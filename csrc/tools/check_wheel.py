@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("80", "90a", "100", "120")
 MOST_BYTES = 40_000_000
 OPS = "kda_cuda/_ops.so"
+LICENCES = {"LICENSE", "THIRD_PARTY_NOTICES.txt"}  # the second is of what _ops.so and _C are linked with
 TAG = re.compile(r"kda_cuda-[^-]+-py3-none-manylinux_2_\d+_x86_64(\.manylinux\w+)*\.whl")
 
 
@@ -72,8 +73,9 @@ def faults(wheel: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> Itera
     allowed = re.compile(r"kda_cuda/_C\.[\w-]+\.so|kda_cuda-[^/]+\.dist-info/.*")
     if added := {name for name in names - wanted if not allowed.fullmatch(name)}:
         yield f"it has {sorted(added)}, which nothing needs"
-    if not any(re.fullmatch(r"kda_cuda-[^/]+\.dist-info/licenses/LICENSE", name) for name in names):
-        yield "it lacks the licence"
+    licences = {name.rpartition("/")[2] for name in names if ".dist-info/licenses/" in name}
+    if missing := LICENCES - licences:
+        yield f"it lacks the licences {sorted(missing)}"
     if code != expected_code(architectures):
         yield f"it has machine code {dict(code)}, expected {expected_code(architectures)}"
 

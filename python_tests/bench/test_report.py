@@ -29,7 +29,7 @@ RESULT = {
         }},
         {"shape": "T8_H1_N1", "regime": "long", "bytes": {"forward": 50_000_000}, "providers": {
             "kda_cuda": {"forward": columns(1.25)},
-            "fla": {"forward": {"failed": "RuntimeError: no"}}, "flash_kda": {"unsupported": "bounded gates only"},
+            "fla": {"forward": {"failed": "RuntimeError:\n  `no`"}}, "flash_kda": {"unsupported": "bounded gates only"},
         }},
         {"shape": "T9_H1_N1", "regime": "long", "failed": "kda_cuda is wrong"},
         {"shape": "T9_H1_N1", "regime": "fast", "left_out": "the budget of 3 s was spent"},
@@ -55,11 +55,28 @@ def test_a_section():
     for reason in (
         "* flash_kda in 1 of 4 rows: `wrong, not timed: {'o': 0.5}`",
         "* flash_kda in 1 of 4 rows: `bounded gates only`",
-        "* fla in 1 of 4 rows: `RuntimeError: no`",
+        "* fla in 1 of 4 rows: `RuntimeError: 'no'`",
         "* T9_H1_N1 long in 1 of 4 rows: `kda_cuda is wrong`",
         "* T9_H1_N1 fast in 1 of 4 rows: `the budget of 3 s was spent`",
     ):
         assert reason in text
+
+
+def test_the_essential_comes_first():
+    """Medians over the rows that both have, and no line for who has none."""
+    steps = [{"shape": str(us), "bytes": {"forward": 1}, "providers": {
+        "kda_cuda": {"peak_mib": 2.0, "forward": columns(10.0)}, "copy": {"forward": columns(1.0)},
+        "fla": {"peak_mib": 3.0, "forward": columns(us)}, "cula": {"unsupported": "no"},
+    }} for us in (5.0, 20.0, 40.0)]  # fmt: skip
+    lines = report.in_short([RESULT | {"rows": [*steps, *RESULT["rows"][2:]]}]).splitlines()
+    of_fla = "| The forward, without gradients | NVIDIA X | – | fla | 3 | 2.00 (0.50 to 4.00) |"
+    assert lines[2:] == [f"{of_fla} 2.00 (0.50 to 4.00) | 1.50 |"]
+    assert report.page().index("## In short") < report.page().index("## How to read it") < 8000
+
+
+def test_what_a_title_says():
+    assert report.title(RESULT | {"gpu": "NVIDIA H200"}, "chunk_fwd_long_h200.json").endswith("(long)")
+    assert report.title(RESULT, "chunk_fwd.json") == "The forward, without gradients"
 
 
 def test_rows_without_any_time_have_no_table():
@@ -90,3 +107,17 @@ def test_figures(tmp_path):
 def test_what_must_be_said(bad):
     with pytest.raises(SystemExit):
         report.main(bad)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "FileNotFoundError"), ('{"benchmark": "dec', "JSONDecodeError"), ("{}", "it is of no benchmark"),
+     ("[1]", "it is of no benchmark")],
+)  # fmt: skip
+def test_files_that_cannot_be_reported_are_named(content, message, tmp_path, capsys):
+    path, out = tmp_path / "x.json", tmp_path / "README.md"
+    if content:
+        path.write_text(content)
+    with pytest.raises(SystemExit):
+        report.main([str(path), "--out", str(out)])
+    assert f"{path}: {message}" in capsys.readouterr().err and not out.exists()

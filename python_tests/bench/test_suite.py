@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import kda_cuda
-from bench.python import bench_chunk_fwd, bench_decode, bench_layer, harness, report, suite
+from bench.python import bench_chunk_fwd, bench_decode, bench_layer, harness, report, suite, timing
 from kda_cuda import testing
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +73,7 @@ def test_the_report_has_a_filled_table_of_each(measured):
         "Everything fused, forward and backward",
         "The core alone, backward",
         "A step",
-        "Short_conv, forward",
+        "`short_conv`, forward",
     ):
         assert f"### {title}" in text
     tables = re.findall(r"^\|.*µs.*\|\n\| ---.*\n((?:\|.*\n)+)", text, re.M)
@@ -97,6 +98,38 @@ def test_a_killed_run_keeps_its_rows(tmp_path, monkeypatch):
         bench_chunk_fwd.main(given)
     (row,) = json.loads(out.read_text())["rows"]
     assert row["regime"] == "fast" and "forward" in row["providers"]["kda_cuda"]
+
+
+def test_a_run_killed_while_it_writes_keeps_the_rows_before(tmp_path, monkeypatch):
+    out, result = tmp_path / "run.json", {"rows": []}
+    timing.note({"row": 1}, [], result, out, "cpu")
+    real = Path.write_text
+
+    def killed(path, text):
+        real(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        timing.note({"row": 2}, [], result, out, "cpu")
+    assert json.loads(out.read_text())["rows"] == [{"row": 1}]
+
+
+def test_a_benchmark_that_breaks_does_not_end_the_others(tmp_path, monkeypatch, capfd):
+    """And no report, not even the first one, shows what an earlier run left."""
+    ran, reports = [], []
+
+    def breaks(arguments):
+        raise RuntimeError("planted")
+
+    for name, main in {"decode": breaks, "surround": ran.append}.items():
+        (tmp_path / f"{name}.json").write_text("of an earlier run")
+        monkeypatch.setitem(suite.STEPS, name, replace(suite.STEPS[name], main=main))
+    monkeypatch.setattr(report, "write", lambda files, *rest, **more: reports.append(files))
+    with pytest.raises(SystemExit, match=r"1 of 2 benchmarks failed: {'decode': 'RuntimeError: planted'}"):
+        suite.main(["--device", "cpu", "--out", str(tmp_path), "--only", "decode", "surround", "decode"])
+    assert len(ran) == 1 and reports == [[], []]
+    assert "planted" in capfd.readouterr().err
 
 
 def test_a_planted_wrong_result_has_no_time(tmp_path, monkeypatch, capsys):
@@ -166,7 +199,22 @@ def test_what_is_said_where_things_are_missing(monkeypatch, capsys, tmp_path):
     for bad in (["--device", "tpu"], ["--size", "quick", "--device", "cpu"], ["--size", "small", "--device", "cuda"]):
         with pytest.raises(SystemExit):
             suite.main([*bad, "--out", str(tmp_path)])
-    assert "device is 'tpu', expected one of cpu, emulator, cuda" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench_decode.main(["--rounds", "0"])
+    said = capsys.readouterr().err
+    assert "device is 'tpu', expected one of cpu, emulator, cuda" in said
+    assert "--rounds: got 0, expected at least 1" in said
+    monkeypatch.setattr(testing, "load_emulator", testing.load_emulator.__wrapped__)  # whatever was loaded before
+    monkeypatch.setenv("KDA_CUDA_EMULATE_LIB", str(tmp_path / "none.so"))
+    with pytest.raises(SystemExit, match=r"none\.so does not exist: build it with `make emulator`"):
+        bench_decode.main(["--device", "emulator"])
+
+
+def test_the_commit_is_that_of_the_sources(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KDA_CUDA_COMMIT", raising=False)
+    head = timing.said_by("git", "-C", str(ROOT), "rev-parse", "HEAD") or ""
+    assert timing.commit() in (head, f"{head}-dirty")
 
 
 def test_the_device_of_this_machine(monkeypatch):

@@ -230,7 +230,10 @@ def test_auto_architectures_are_those_of_the_machine(present, archs, machine, mo
 )
 def test_asked_architectures(asked, archs, monkeypatch):
     monkeypatch.setenv("KDA_CUDA_ARCHS", asked)
-    assert load_setup().architectures() == archs
+    setup = load_setup()
+    assert setup.architectures() == archs
+    monkeypatch.delenv("KDA_CUDA_ARCHS")
+    assert setup.architectures(asked) == archs, "as make core asks"
 
 
 @pytest.mark.parametrize("asked", ["", "hopper", "9.0", "75", "80;sm_90a", "native"])
@@ -241,6 +244,14 @@ def test_bad_architectures(asked, monkeypatch):
     assert str(refused.value) == (
         f"KDA_CUDA_ARCHS is {asked!r}, expected auto, all, or compute capabilities of 80 or later such as \"80;90a\""
     )  # fmt: skip
+
+
+def test_without_a_compiler_there_are_no_options_of_kernels(monkeypatch):
+    setup = load_setup()
+    monkeypatch.setattr(setup, "find_cuda", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--print-kernel-options", "all"])
+    with pytest.raises(SystemExit, match="no CUDA compiler was found"):
+        setup.main()
 
 
 # ---- the whole build -------------------------------------------------------------------------------------------------
@@ -270,8 +281,9 @@ def test_wheel_without_kernels(sources, tmp_path):
     assert re.fullmatch(rf"kda_cuda-{re.escape(kda_cuda.__version__)}-py3-none-linux_\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        (licence,) = (name for name in archive.namelist() if name.endswith(".dist-info/licenses/LICENSE"))
-        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+        for licence in ("LICENSE", "THIRD_PARTY_NOTICES.txt"):
+            (name,) = (name for name in archive.namelist() if name.endswith(f".dist-info/licenses/{licence}"))
+            assert archive.read(name) == (ROOT / licence).read_bytes()
         archive.extractall(tmp_path / "site")
     own = {str(p.relative_to(ROOT)) for p in (ROOT / "kda_cuda").rglob("*.py")}
     extension = {name for name in names if name.startswith("kda_cuda/_C.")}

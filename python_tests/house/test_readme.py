@@ -131,16 +131,31 @@ def test_the_measured_accuracy_is_told():
 def test_figures_of_the_readme_were_measured():
     results = ROOT / "bench/results"
     rows = json.loads((results / "chunk_bwd_h200.json").read_text())["rows"]
-    (step,) = (
+    steps = [
         row["providers"]
         for row in rows
-        if (row["form"], row["shape"], row["regime"], row["gradients"]) == ("fused", "T8192_H16_N1", "long", "all")
+        if (row["form"], row["shape"], row["gradients"]) == ("fused", "T8192_H16_N1", "all")
+    ]
+    (ours, _), fla = (
+        sorted(f"{step[name]['step']['gpu_us']['median'] / 1e3:.2f}" for step in steps) for name in ("kda_cuda", "fla")
     )
-    ours, fla = (f"{step[name]['step']['gpu_us']['median'] / 1e3:.2f} ms" for name in ("kda_cuda", "fla"))
-    assert f"takes {ours} for 8192 tokens and 16 heads" in README and f"and {fla} in" in README
-    cells = json.loads((results / "decode_h100.json").read_text())["benchmarks"]
-    (cell,) = (x for x in cells if x["name"].startswith("decode/state:fp32/heads:32/tokens:1/batch:32/"))
-    assert f"takes {cell['us']:.0f} µs on one H100. Copying the bytes takes {cell['copy_us']:.0f} µs." in README
+    assert f"takes {ours} ms for 8192 tokens and 16 heads" in README and f"takes {' to '.join(fla)} ms in" in README
+    result = json.loads((results / "decode_fla_h100.json").read_text())
+    labels = {"batch": 32, "heads": 32, "tokens": 1, "state": "fp32"}
+    (row,) = (row for row in result["rows"] if labels.items() <= row.items())
+    ours, fla = (row["providers"][name]["decode"]["gpu_us"]["median"] for name in ("kda_cuda", "fla"))
+    copy = row["bytes"]["decode"] / (1e6 * result["copy_bandwidth_tb_s"])
+    assert f"32 heads takes {ours:.0f} µs on one H100, and {fla:.0f} µs in flash" in README
+    assert f"Copying as many bytes takes {copy:.0f} µs." in README
+
+
+def test_what_two_gpus_bring_is_told():
+    rows = json.loads((ROOT / "bench/results/several_gpus_h200x2.json").read_text())["rows"]
+    of = {(row["tokens"], row["heads"], row["regime"]): row["kda_cuda"]["step"] for row in rows}
+    share = {key: f"{step['us'] / step['one_gpu_us']:.2f}" for key, step in of.items()}
+    page = PAGES["docs/parallel.md"]
+    assert f"take {share[262144, 32, 'long']} to {share[262144, 32, 'fast']} of the time of one" in page
+    assert f"{share[32768, 8, 'long']} to {share[32768, 8, 'fast']} times that time" in page
 
 
 def test_make_targets_that_documents_name_exist():

@@ -15,6 +15,7 @@ from kda_cuda.build_info import ops_library
 
 ROOT = Path(__file__).parents[2]
 GOOD_NAME = f"kda_cuda-{kda_cuda.__version__}-py3-none-manylinux_2_34_x86_64.whl"
+LICENCES = f"kda_cuda-{kda_cuda.__version__}.dist-info/licenses"
 needs_ops = pytest.mark.skipif(ops_library() is None, reason="reference-only install: there is no _ops.so")
 
 
@@ -49,7 +50,7 @@ def wheel_of(folder: Path, name: str = GOOD_NAME, **changed: bytes | None) -> Pa
     files = {str(path.relative_to(ROOT)): b"" for path in (ROOT / "kda_cuda").rglob("*.py")}
     information = f"kda_cuda-{kda_cuda.__version__}.dist-info"
     files |= {tool.OPS: library(), "kda_cuda/_C.cpython-311-x86_64-linux-gnu.so": b"", f"{information}/METADATA": b""}
-    files |= {f"{information}/licenses/LICENSE": b"MIT"}
+    files |= {f"{information}/licenses/{licence}": b"MIT" for licence in tool.LICENCES}
     with zipfile.ZipFile(folder / name, "w") as archive:
         for path, content in {**files, **changed}.items():
             if content is not None:
@@ -69,7 +70,8 @@ def test_a_right_wheel_has_no_fault(tmp_path):
         ({"kda_cuda/layers.py": None}, "it lacks ['kda_cuda/layers.py']"),
         ({"kda_cuda/libkda_cuda_emulated.so": b""}, "it has ['kda_cuda/libkda_cuda_emulated.so'], which nothing needs"),
         ({"kda_cuda/_reference_only.txt": b""}, "it has ['kda_cuda/_reference_only.txt'], which nothing needs"),
-        ({f"kda_cuda-{kda_cuda.__version__}.dist-info/licenses/LICENSE": None}, "it lacks the licence"),
+        ({f"{LICENCES}/LICENSE": None}, "it lacks the licences ['LICENSE']"),
+        ({f"{LICENCES}/THIRD_PARTY_NOTICES.txt": None}, "it lacks the licences ['THIRD_PARTY_NOTICES.txt']"),
         ({tool.OPS: fatbin("80", "90")}, "it has machine code {'80': 1, '90': 1}, expected {'80': "),
         ({tool.OPS: None}, "it lacks ['kda_cuda/_ops.so']"),
         ({"kda_cuda-1.dist-info/x": bytes(tool.MOST_BYTES)}, "bytes, expected at most 40000000"),
