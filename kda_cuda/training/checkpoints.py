@@ -70,13 +70,21 @@ def save(
 
 
 def _raise_named(error: OSError | CheckpointException, folder: Path, name: str) -> None:
-    causes = [error] if isinstance(error, OSError) else [cause for cause, _ in error.failures.values()]
-    cause = next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
+    cause = _cause(error)
     kept = latest(folder)
     stays = "there is no earlier one" if kept is None else f"{kept.name} stays"
     text = f"kda_cuda.train: checkpoint {folder / name} cannot be written, {stays}: {cause}"
     number = getattr(cause, "errno", None)
     raise (OSError(text) if number is None else OSError(number, text)) from error
+
+
+def _cause(error: Exception | CheckpointException) -> Exception:
+    """What torch.distributed.checkpoint wrapped, of all ranks; Ctrl-C goes on as itself."""
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    for cause in causes:
+        if not isinstance(cause, Exception):
+            raise cause
+    return next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
 
 
 def latest(folder: Path) -> Path | None:
@@ -106,8 +114,7 @@ def _reading(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, CheckpointException) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        told = "expected a complete one; when it is removed, --resume takes the one before"
+        cause, told = _cause(error), "expected a complete one; when it is removed, --resume takes the one before"
         raise ValueError(
             f"kda_cuda.train: checkpoint {checkpoint} cannot be read, {told}: {type(cause).__name__}: {cause}"
         ) from error

@@ -164,6 +164,17 @@ def test_a_full_disk_leaves_the_old_checkpoint(arguments, uninterrupted, tmp_pat
     assert run(arguments, tmp_path, "--resume") == rows[4:]
 
 
+def test_ctrl_c_while_saving(tmp_path, monkeypatch):
+    def interrupted(self, path, mode):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FileSystem, "create_stream", interrupted)
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(tmp_path, 3, model, adamw(model), {}, World(0, 1, torch.device("cpu")), keep=1)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("damage", ["about.json", ".metadata", "__0_0.distcp", "everything"])
 def test_a_damaged_checkpoint_is_named(arguments, uninterrupted, tmp_path, damage):
     """It was copied in part, for instance. The one before is there for a run that is told to take it."""
