@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
 
+from .checks import Checker
 from .nn.decoder import CausalLM, DecoderBlock
 from .nn.feed_forward import SwiGLU
 from .nn.hybrid_cache import HybridCache
@@ -17,7 +19,11 @@ __all__ = ["HybridCache", "HybridConfig", "HybridLM"]
 
 @dataclass(frozen=True)
 class HybridConfig:
-    """Sizes of a :class:`HybridLM`. The defaults make the small byte-level model of the demo."""
+    """Sizes of a :class:`HybridLM`. The defaults make the small byte-level model of the demo.
+
+    Raises:
+        ValueError, TypeError: a size does not fit; the message names it.
+    """
 
     vocab_size: int = 256
     hidden_size: int = 128
@@ -34,9 +40,11 @@ class HybridConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
+        c = Checker("HybridConfig")
         for name, value in vars(self).items():
-            if value <= 0:
-                raise ValueError(f"HybridConfig: {name} is {value}, expected a positive number")
+            (c.number if name == "norm_eps" else c.integer)(name, value)
+            if not 0 < value < math.inf:
+                raise c.value_error(f"{name} is {value}, expected a positive number")
 
     def is_full_attention(self, layer: int) -> bool:
         """Whether the layer of this index, from 0, is MLA."""

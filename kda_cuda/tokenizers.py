@@ -21,6 +21,7 @@ def tokenizer(
 
     Raises:
         ImportError: the package that the tokenizer needs is not installed.
+        ValueError: the file is no ``tokenizer.json``.
     """
     path = Path(where)
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -29,7 +30,10 @@ def tokenizer(
             from tokenizers import Tokenizer
         except ImportError:
             raise ImportError(f"{asked_by}: {file} is a tokenizer.json: pip install tokenizers") from None
-        of_file = Tokenizer.from_file(str(file))
+        try:
+            of_file = Tokenizer.from_file(str(file))
+        except Exception as error:  # the package raises nothing more special
+            raise ValueError(f"{asked_by}: {file} is no tokenizer.json: {error}") from None
         return lambda text: of_file.encode(text).ids, lambda ids: of_file.decode(ids)
     try:
         from transformers import AutoTokenizer

@@ -74,8 +74,10 @@ def _config(path: Path | None) -> HybridConfig | KimiLinearConfig:
         return HybridConfig()
     try:
         values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{WHO}: --config {path} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{WHO}: --config {path} is a {type(values).__name__}, expected fields with their values")
     if values.get("model_type") == "kimi_linear":
         if not importlib.util.find_spec("safetensors"):
             raise ImportError(f"{WHO}: checkpoints of Kimi Linear need safetensors: pip install safetensors")
@@ -105,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict]:
     """Trains, and returns the lines of ``metrics.jsonl``.
 
     Raises:
-        ValueError: the text, the config, the checkpoint or the number of processes does not fit.
+        ValueError, TypeError: the text, the config, the checkpoint or the number of processes does not fit.
         ImportError: a package that an option needs is not installed.
         OSError: a file cannot be written. The checkpoints that were there are left.
     """

@@ -201,9 +201,10 @@ def _last_inputs(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
 def _last_of_each(x: Tensor, state: Tensor | None, taps: int, cu_seqlens: Tensor) -> Tensor:
     """:func:`_last_inputs` of the sequences in one row ``[tokens, channels]``."""
     number = torch.arange(taps, device=x.device) - taps + cu_seqlens.diff()[:, None]  # below 0: in the state
-    own = x[(cu_seqlens[:-1, None] + number).clamp(0, max(0, len(x) - 1))].transpose(1, 2)
+    x = x if len(x) else x.new_zeros(1, x.shape[1])  # what is not used must be there to be read
+    own = x[(cu_seqlens[:-1, None] + number).clamp(0, len(x) - 1)].transpose(1, 2)
     if state is None:
-        return own * (number >= 0)[:, None]
+        return own.masked_fill((number < 0)[:, None], 0)
     older = (number + taps).clamp_max(taps - 1)[:, None].expand(-1, x.shape[1], -1)
     return torch.where((number >= 0)[:, None], own, state.to(x.dtype).gather(2, older))
 

@@ -277,12 +277,13 @@ class KimiDeltaAttention(KeepsFp32, nn.Module):
         return [y.unflatten(-1, (-1, dim)) for y, dim in zip(streams, dims, strict=True)]
 
     def _convolve(self, inputs: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """The streams of q, k and v side by side, convolved in one call unless one of the modules is not plain.
+        """The streams of q, k and v side by side, convolved in one call if the modules are plain and alike.
 
         ``inputs`` ``[batch, tokens, channels]``, ``past`` ``[sequences, channels, taps - 1]``.
         """
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        if all(is_plain(conv, ShortConvolution, may_have_bias=True) for conv in convolutions):
+        plain = all(is_plain(conv, ShortConvolution, may_have_bias=True) for conv in convolutions)
+        if plain and len({conv.bias is None for conv in convolutions}) == 1:
             biases = [conv.bias for conv in convolutions if conv.bias is not None]
             weight = torch.cat([conv.weight for conv in convolutions])
             return convolve(inputs, weight, torch.cat(biases) if biases else None, past, cu_seqlens)

@@ -87,9 +87,11 @@ def learned(runs: Sequence[Run], sizes: Sizes, device: str, dtype: torch.dtype, 
         yield from (learn(run, sizes, device, dtype) for run in runs)
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
-    with pool:
+    try:
         for done in as_completed([pool.submit(learn, run, sizes, device, dtype) for run in runs]):
             yield done.result()
+    finally:  # after an error or Ctrl-C, what has not begun does not begin
+        pool.shutdown(cancel_futures=True)
 
 
 def summary(rows: Sequence[dict]) -> list[str]:

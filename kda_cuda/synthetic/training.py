@@ -73,8 +73,10 @@ def new_model(task: Task, variant: str, sizes: Sizes) -> HybridLM:
 
 
 def loss_of(model: HybridLM, batch: Batch) -> torch.Tensor:
-    """Cross entropy of the asked tokens alone."""
-    return F.cross_entropy(model(batch.tokens).float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
+    """Cross entropy of the asked tokens alone; 0 where nothing is asked."""
+    logits, targets = model(batch.tokens).float().flatten(0, 1), batch.targets.flatten()
+    asked = (targets != IGNORED).sum().clamp(min=1)  # the mean of nothing would be no number
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / asked
 
 
 @torch.no_grad()
@@ -98,8 +100,9 @@ def learn(run: Run, sizes: Sizes, device: str = "cpu", dtype: torch.dtype = torc
     rest = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=BETAS)
+    total = sizes.steps + 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, run.lr, total_steps=sizes.steps + 1, pct_start=WARM_UP, cycle_momentum=False
+        optimizer, run.lr, total_steps=total, pct_start=max(WARM_UP, 2 / total), cycle_momentum=False
     )
     generator = torch.Generator(device).manual_seed(run.seed)
     held_out = run.task.batch(sizes.held_out, torch.Generator(device).manual_seed(HELD_OUT_SEED))

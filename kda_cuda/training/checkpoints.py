@@ -48,7 +48,8 @@ def save(
 
     def finish() -> None:
         with open(place / ABOUT, "w") as file:
-            json.dump({"step": step, "ranks": world.size, "settings": settings}, file, indent=1)
+            about = {"step": step, "ranks": world.size, "device": world.device.type, "settings": settings}
+            json.dump(about, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -69,13 +70,21 @@ def save(
 
 
 def _raise_named(error: OSError | CheckpointException, folder: Path, name: str) -> None:
-    causes = [error] if isinstance(error, OSError) else [cause for cause, _ in error.failures.values()]
-    cause = next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
+    cause = _cause(error)
     kept = latest(folder)
     stays = "there is no earlier one" if kept is None else f"{kept.name} stays"
     text = f"kda_cuda.train: checkpoint {folder / name} cannot be written, {stays}: {cause}"
     number = getattr(cause, "errno", None)
     raise (OSError(text) if number is None else OSError(number, text)) from error
+
+
+def _cause(error: Exception | CheckpointException) -> Exception:
+    """What torch.distributed.checkpoint wrapped, of all ranks; Ctrl-C goes on as itself."""
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    for cause in causes:
+        if not isinstance(cause, Exception):
+            raise cause
+    return next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
 
 
 def latest(folder: Path) -> Path | None:
@@ -85,21 +94,47 @@ def latest(folder: Path) -> Path | None:
 
 
 def settings_of(checkpoint: Path) -> dict:
-    """What :func:`save` was given."""
-    return json.loads((checkpoint / ABOUT).read_text())["settings"]
+    """What :func:`save` was given.
+
+    Raises:
+        ValueError: the checkpoint cannot be read.
+    """
+    return _about(checkpoint)["settings"]
+
+
+def _about(checkpoint: Path) -> dict:
+    with _reading(checkpoint):
+        about = json.loads((checkpoint / ABOUT).read_text())
+        return {name: about[name] for name in ("step", "ranks", "device", "settings")}
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    """What fails inside becomes a ValueError that names the checkpoint: something damaged it after it was complete."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, CheckpointException) as error:
+        cause, told = _cause(error), "expected a complete one; when it is removed, --resume takes the one before"
+        raise ValueError(
+            f"kda_cuda.train: checkpoint {checkpoint} cannot be read, {told}: {type(cause).__name__}: {cause}"
+        ) from error
 
 
 def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> int:
     """Fills model, optimizer and generators of random numbers; returns how many steps are done. All ranks call it.
 
-    The number of ranks may be another one than at the time of saving. The generators then stay as they are.
+    The number of ranks or their kind of device may be another one than at the time of saving. The generators then stay
+    as they are.
+
+    Raises:
+        ValueError: the checkpoint cannot be read.
     """
-    about = json.loads((checkpoint / ABOUT).read_text())
+    about = _about(checkpoint)
     state = _state(model, optimizer, world)
     generators = state["random"]
-    if about["ranks"] != world.size:
+    if (about["ranks"], about["device"]) != (world.size, world.device.type):
         del state["random"]
-    with _quiet():
+    with _quiet(), _reading(checkpoint):
         dcp.load(state, checkpoint_id=checkpoint)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     if "random" in state:

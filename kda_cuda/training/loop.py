@@ -24,7 +24,7 @@ from .text import NO_TARGET, Corpus, PackedRows, validation_windows
 
 __all__ = ["Run", "settings_of_run"]
 
-EVALUATED_ROWS = 8  # windows of the validation text that go through the model at a time
+EVALUATED_ROWS = 8  # windows of the validation text that go through the model at a time, at most
 
 
 def settings_of_run(config: dict, corpus: Corpus, o: Options) -> dict:
@@ -77,10 +77,10 @@ class Run:
                 f"kda_cuda.train: --out {self.o.out} has {found.name}, expected --resume or another folder"
             )
         for name, value in checkpoints.settings_of(found).items():
-            if self.settings[name] != value:
+            if self.settings.get(name) != value:
                 option = "--" + name.replace("_", "-")
                 raise ValueError(
-                    f"kda_cuda.train: {option} is {self.settings[name]}, expected {value} as in {self.folder}"
+                    f"kda_cuda.train: {option} is {self.settings.get(name)}, expected {value} as in {self.folder}"
                 )
         return found
 
@@ -89,7 +89,7 @@ class Run:
 
         Raises:
             OSError: a file cannot be written. The checkpoints that were there are left.
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the loss or the norm of its gradients is not finite. No checkpoint has that step.
         """
         o, first = self.o, self.world.rank == 0
         log: list[metrics.Metrics] = []
@@ -125,16 +125,15 @@ class Run:
         """One step; returns its line. On every rank alike, up to the time."""
         o, begin = self.o, time.perf_counter()
         lr = learning_rate(step, o.steps, o.lr, o.warm_up, o.lr_last)
-        loss = float(self._backward(step))
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"kda_cuda.train: the loss of step {step + 1} is {loss}, expected a finite number")
-        norm = float(descend(self.model, self.optimizer, lr, o.clip))
+        loss = _finite("loss", float(self._backward(step)), step)
+        norm = _finite("gradient norm", float(descend(self.model, self.optimizer, lr, o.clip)), step)
         seconds, tokens = time.perf_counter() - begin, o.batch * o.tokens
         row = {"step": step + 1, "tokens": (step + 1) * tokens, "loss": loss, "lr": lr, "gradient_norm": norm}
         row["tokens_per_second"] = round(tokens / seconds, 1)
         if (step + 1) % o.evaluate_every == 0 or step + 1 == o.steps:
             with self._autocast():
-                row["validation_loss"] = float(mean_loss(self.model, self.held_out, EVALUATED_ROWS))
+                rows = min(EVALUATED_ROWS, o.batch // self.world.size // o.accumulate)
+                row["validation_loss"] = float(mean_loss(self.model, self.held_out, rows))
         return row
 
     def _backward(self, step: int) -> Tensor:
@@ -166,6 +165,12 @@ class Run:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.model, options=options)
         on_first_rank(lambda: _write(self.o.out, whole, weights, rows))
+
+
+def _finite(name: str, value: float, step: int) -> float:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"kda_cuda.train: the {name} of step {step + 1} is {value}, expected a finite number")
+    return value
 
 
 def _write(out: Path, whole: CausalLM, weights: dict[str, Tensor], rows: list[dict]) -> None:

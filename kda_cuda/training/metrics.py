@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.util
 import json
 import os
@@ -18,9 +20,15 @@ PANELS = {  # title, keys of the lines and their labels
 
 
 def read(path: Path) -> list[dict]:
-    """The complete lines of a file; none if it is not there. A process that was killed may leave half a line."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The complete lines of a file; none if it is not there.
+
+    A process that was killed may leave half a line, and a machine that lost its power anything. That is left out.
+    """
+    rows = []
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 class Metrics:
@@ -29,14 +37,20 @@ class Metrics:
     Args:
         path: the file. Lines of later steps than ``done`` are removed: the run does these steps again.
         done: how many steps the checkpoint has from which the run goes on; 0 begins an empty file.
+
+    Raises:
+        OSError: the file cannot be written, or another run has it open.
     """
 
     def __init__(self, path: Path, done: int):
-        self.rows = [row for row in read(path) if row["step"] <= done]
-        kept = path.with_suffix(".new")
-        kept.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        os.replace(kept, path)
-        self.file = open(path, "a")  # noqa: SIM115
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, _locked(path.parent))
+            self.rows = [row for row in read(path) if row["step"] <= done]
+            kept = path.with_suffix(".new")
+            kept.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            os.replace(kept, path)
+            self.file = stack.enter_context(open(path, "a"))
+            self._held = stack.pop_all()
 
     def write(self, row: dict) -> None:
         """The line is in the file when this returns."""
@@ -45,7 +59,21 @@ class Metrics:
         self.file.flush()
 
     def close(self) -> None:
-        self.file.close()
+        """Another run may then open the file."""
+        self._held.close()
+
+
+def _locked(folder: Path) -> int:
+    """A handle of the folder that no other run has. Its end, or that of the process, lets others in."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise OSError(error.errno, f"kda_cuda.train: another run writes into --out {folder}") from None
+    except OSError:  # a file system without locks
+        pass
+    return handle
 
 
 def draw(path: Path, rows: list[dict]) -> bool:

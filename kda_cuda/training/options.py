@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,11 +70,14 @@ class Options:
         self._check("lr_last", 0 <= self.lr_last <= 1, "0 to 1")
         self._check("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number >= 0")
         self._check("seed", 0 <= self.seed <= LARGEST_SEED, f"0 to {LARGEST_SEED}")
-        self._check("device", self.device.partition(":")[0] in ("cpu", "cuda"), "cpu or cuda")
+        self._check("device", re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None, "cpu or cuda")
+        self._check("device", self.device == "cpu" or torch.cuda.is_available(), "cpu, since torch finds no GPU")
         self._check("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         self._check("parallel", self.parallel in PARALLEL, f"one of {', '.join(PARALLEL)}")
         for path in self.text:
             self._check("text", path.exists(), "a file or a folder", path)
+            read = path.is_dir() and Path(os.path.realpath(self.out)).is_relative_to(os.path.realpath(path))
+            self._check("out", not read, f"a folder outside of --text {path}, where every file is text")
         if self.config is not None:
             self._check("config", self.config.is_file(), "a file")
 

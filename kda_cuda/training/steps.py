@@ -56,6 +56,7 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, clip:
 @torch.no_grad()
 def mean_loss(model: nn.Module, batch: Tensor, rows: int) -> Tensor:
     """Cross entropy a token in nats, 0-d, of windows ``[n, tokens + 1]``; so many ``rows`` at a time."""
-    inputs, targets = batch[:, :-1], batch[:, 1:]
-    logits = torch.cat([model(part).float() for part in inputs.split(rows)])
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    total = torch.zeros((), device=batch.device)
+    for part in batch.split(rows):
+        total += F.cross_entropy(model(part[:, :-1]).float().flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
+    return total / batch[:, 1:].numel()

@@ -98,7 +98,8 @@ def windows(data: Tensor, starts: Tensor, tokens: int, device: torch.device | st
 def validation_windows(data: Tensor, tokens: int, device: torch.device | str) -> Tensor:
     """At most 48 windows, spread evenly over the data: always the same ones."""
     last = len(data) - tokens - 1
-    return windows(data, torch.linspace(0, last, max(1, min(48, last // tokens))).long(), tokens, device)
+    starts = torch.linspace(0, last, max(1, min(48, last // tokens)), dtype=torch.float64)  # fp32 rounds beyond 2^24
+    return windows(data, starts.long(), tokens, device)
 
 
 class Batch(NamedTuple):

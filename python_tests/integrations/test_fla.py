@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kda_cuda import variants
 from kda_cuda.integrations import fla as door
+from kda_cuda.integrations import patched
 
 from .peers import ROOT, run_with
 
@@ -61,6 +62,21 @@ def test_patched_layer(seen):
         assert any(op in k for k in seen["layer kernels"])
     assert all(any(op in k for k in seen["step kernels"]) for op in ("chunk_fwd", "decode"))
     assert seen["names"] == seen["undone"] == [""]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("lengths", [[5, 0, 1, 3, 9], [0, 0]], ids=str)
+def test_last_inputs_of_packed_rows(begun, lengths):
+    """Those of each sequence alone, whatever its neighbours hold; also where no sequence has a token."""
+    bounds, taps = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32), 4
+    x, state = torch.randn(sum(lengths), 3), torch.randn(len(lengths), 3, taps) if begun else None
+    x[:5] = torch.nan
+    alone = [
+        patched._last_inputs(part[None], None if state is None else state[i : i + 1], taps)
+        for i, part in enumerate(x.split(lengths))
+    ]
+    found = patched._last_of_each(x, state, taps, bounds)
+    torch.testing.assert_close(found, torch.cat(alone), rtol=0, atol=0, equal_nan=True)
 
 
 def streams(key_dim: int = 128, dtype: torch.dtype = torch.bfloat16, **options) -> dict:

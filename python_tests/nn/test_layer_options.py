@@ -153,3 +153,12 @@ def test_errors(options, error, message):
     with pytest.raises(error) as raised:
         KimiDeltaAttention(HIDDEN, HEADS, DIM, **options)
     assert str(raised.value).startswith(f"kda_cuda::KimiDeltaAttention: {message}")
+
+
+def test_one_convolution_alone_may_have_a_bias():
+    layer, x = make("kda", "bias"), torch.randn(1, 6, HIDDEN)
+    with torch.no_grad():
+        layer.q_conv1d.bias.zero_(), layer.v_conv1d.bias.zero_()
+    expected = layer(x)
+    layer.q_conv1d.bias = layer.v_conv1d.bias = None
+    torch.testing.assert_close(layer(x), expected)

@@ -13,7 +13,7 @@ CASES = [
     Task("palindrome", 17, 3),
     Task("mqar", 4, 2, 1),
     Task("mqar", 48, 5, 9),
-    Task("stack", 3, 2, 1),
+    Task("stack", 6, 2, 1),
     Task("stack", 60, 4, 3),
 ]
 
@@ -93,7 +93,7 @@ def test_equal_seeds_give_equal_rows():
         (("sorting", 8, 2), "kda_cuda::Task: name is 'sorting', expected one of ['palindrome', 'mqar', 'stack']"),
         (("palindrome", 1, 2), "kda_cuda::Task: length is 1, expected at least 2 for palindrome"),
         (("mqar", 3, 2, 1), "kda_cuda::Task: length is 3, expected at least 4 for mqar"),
-        (("stack", 2, 2, 1), "kda_cuda::Task: length is 2, expected at least 3 for stack"),
+        (("stack", 5, 2, 1), "kda_cuda::Task: length is 5, expected at least 6 for stack"),
         (("palindrome", 8, 1), "kda_cuda::Task: symbols is 1, expected at least 2"),
         (("mqar", 64, 4, 7), "kda_cuda::Task: keys is 7, expected at least 8 for mqar of this length"),
         (("stack", 64, 4), "kda_cuda::Task: keys is 0, expected at least 1 for stack of this length"),

@@ -42,6 +42,23 @@ def test_a_run_ends_when_it_has_solved_its_task(monkeypatch):
     assert early["curve"] == row["curve"][:1] and early["solved_at"] == 2
 
 
+@pytest.mark.parametrize("steps", [1, 9, 10, 19])
+def test_every_number_of_steps_has_a_schedule(steps, monkeypatch):
+    """One whose tenth is one step, too."""
+    monkeypatch.setattr(training, "loss_of", lambda model, batch: sum(p.square().sum() for p in model.parameters()))
+    sizes = Sizes(**vars(SIZES) | {"steps": steps, "batch": 1, "held_out": 1})
+    assert learn(Run(Task("palindrome", 2, 9), "kda", 1e-3, 0), sizes)["curve"][-1][0] <= steps
+
+
+def test_rows_that_ask_nothing_teach_nothing():
+    task = Task("stack", 6, 2, 1)
+    seed = next(n for n in range(99) if bool((task.batch(1, torch.Generator().manual_seed(n)).targets < 0).all()))
+    model = training.new_model(task, "kda", SIZES)
+    loss = training.loss_of(model, task.batch(1, torch.Generator().manual_seed(seed)))
+    loss.backward()
+    assert loss == 0 and not any(bool(p.grad.any()) for p in model.parameters())
+
+
 def test_accuracy_counts_what_is_asked():
     task = Task("palindrome", 8, 4)
     batch = task.batch(6, torch.Generator().manual_seed(0))

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kda_cuda import train
 from kda_cuda.training import metrics
@@ -31,6 +32,7 @@ DOCUMENT = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
         (["--weight-decay", "-1"], "--weight-decay is -1.0, expected a finite number >= 0"),
         (["--seed", "-1"], "--seed is -1, expected 0 to 2147483647"),
         (["--device", "abacus"], "--device is abacus, expected cpu or cuda"),
+        (["--device", "cpu:1"], "--device is cpu:1, expected cpu or cuda"),
         (["--dtype", "float16"], "--dtype is float16, expected one of float32, bfloat16"),
         (["--parallel", "tensor"], "--parallel is tensor, expected one of fsdp, ddp"),
         (["--text", "no/such/file"], "--text is no/such/file, expected a file or a folder"),
@@ -54,6 +56,9 @@ def test_rows_are_divided_among_processes():
     [
         ("{", "is no JSON: "),
         ('{"hidden": 3}', r"has \['hidden'\], expected fields of HybridConfig or a model_type"),
+        ("[1]", "is a list, expected fields with their values"),
+        ('{"num_heads": 0.5}', r"HybridConfig: num_heads is 0.5 \(float\), expected an int"),
+        ('{"norm_eps": NaN}', "HybridConfig: norm_eps is nan, expected a positive number"),
         ('{"hidden_size": 0}', "HybridConfig: hidden_size is 0, expected a positive number"),
         ('{"model_type": "kimi_linear", "layers": 3}', r"unknown fields \['layers'\]"),
         ('{"vocab_size": 100}', "the text has token 120, expected less than the vocab_size 100 of --config"),
@@ -62,7 +67,7 @@ def test_rows_are_divided_among_processes():
 def test_bad_configs(config, message, tmp_path):
     (tmp_path / "config.json").write_text(config)
     (tmp_path / "text").write_text("x" * 1000)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         train.main(["--config", str(tmp_path / "config.json"), "--text", str(tmp_path / "text"), "--device", "cpu"])
 
 
@@ -70,6 +75,28 @@ def test_what_a_tokenizer_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"kda_cuda\.train: .* has no tokenizer\.json: pip install transformers"):
         train.main(["--tokenizer", str(tmp_path), "--device", "cpu"])
+
+
+def test_what_is_no_tokenizer(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"kda_cuda\.train: .*tokenizer\.json is no tokenizer\.json: "):
+        train.main(["--tokenizer", str(tmp_path), "--device", "cpu"])
+
+
+def test_the_results_are_not_read_as_text(tmp_path, capsys):
+    """A run that is resumed would have another text."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    for out in (tmp_path, tmp_path / "run", tmp_path / "link" / "run"):
+        with pytest.raises(SystemExit):
+            train.main(["--text", str(tmp_path), "--out", str(out), "--device", "cpu"])
+        assert f"error: --out is {out}, expected a folder outside of --text {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        train.main(["--device", "cuda"])
+    assert "error: --device is cuda, expected cpu, since torch finds no GPU\n" in capsys.readouterr().err
 
 
 def test_commands_of_the_document_are_understood():
@@ -93,8 +120,10 @@ def test_metrics_are_kept_up_to_a_step_and_drawn(tmp_path):
     path, keys = tmp_path / "metrics.jsonl", ("loss", "lr", "gradient_norm", "tokens_per_second")
     rows = [{"step": n, **dict.fromkeys(keys, n)} for n in range(1, 5)]
     rows[1]["validation_loss"] = 1.0
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "lo')
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '\0\0\n[1]\n{"step": 5, "lo')
     log = metrics.Metrics(path, 3)
+    with pytest.raises(OSError, match="another run writes into --out"):
+        metrics.Metrics(path, 0)
     log.write(rows[3] | {"loss": 9})
     log.close()
     assert metrics.read(path) == [*rows[:3], rows[3] | {"loss": 9}]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from kda_cuda.training import checkpoints
+from kda_cuda.training import checkpoints, loop
 from kda_cuda.training.ranks import World
 from kda_cuda.training.steps import adamw
 
@@ -126,6 +126,11 @@ def test_random_numbers_go_on(tmp_path):
     torch.manual_seed(6)
     assert checkpoints.load(checkpoints.latest(tmp_path), model, optimizer, world) == 3
     assert torch.equal(torch.rand(3), expected)
+    about = checkpoints.latest(tmp_path) / "about.json"
+    about.write_text(about.read_text().replace('"cpu"', '"cuda"'))
+    torch.manual_seed(6)
+    assert checkpoints.load(about.parent, model, optimizer, world) == 3  # those of another device stay
+    torch.testing.assert_close(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(6)))
 
 
 @pytest.mark.parametrize("file", [".distcp", ".metadata", "about.json"])
@@ -159,10 +164,47 @@ def test_a_full_disk_leaves_the_old_checkpoint(arguments, uninterrupted, tmp_pat
     assert run(arguments, tmp_path, "--resume") == rows[4:]
 
 
+def test_ctrl_c_while_saving(tmp_path, monkeypatch):
+    def interrupted(self, path, mode):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FileSystem, "create_stream", interrupted)
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(tmp_path, 3, model, adamw(model), {}, World(0, 1, torch.device("cpu")), keep=1)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["about.json", ".metadata", "__0_0.distcp", "everything"])
+def test_a_damaged_checkpoint_is_named(arguments, uninterrupted, tmp_path, damage):
+    """It was copied in part, for instance. The one before is there for a run that is told to take it."""
+    _, out = uninterrupted
+    place = tmp_path / "checkpoints" / "step-00000004"
+    shutil.copytree(out / "checkpoints" / "step-00000004", place)
+    for path in place.iterdir() if damage == "everything" else [place / damage]:
+        path.write_bytes(b"garbage" if damage == "everything" else path.read_bytes()[:10])
+    with pytest.raises(ValueError, match=f"checkpoint {place} cannot be read, expected a complete one"):
+        run(arguments, tmp_path, "--resume")
+
+
+def test_gradients_that_are_no_numbers_end_the_run(arguments, tmp_path, monkeypatch):
+    """Before a checkpoint is written of what they made of the weights."""
+    monkeypatch.setattr(loop, "descend", lambda *_: torch.tensor(torch.inf))
+    with pytest.raises(FloatingPointError, match="the gradient norm of step 1 is inf, expected a finite number"):
+        run(arguments, tmp_path, "--save-every", "1")
+    assert checkpoints.latest(tmp_path / "checkpoints") is None
+
+
 def test_another_run_is_refused(arguments, uninterrupted, tmp_path):
     _, out = uninterrupted
     with pytest.raises(ValueError, match=r"--out .* has step-00000006, expected --resume or another folder"):
         run(arguments, out)
+    about = checkpoints.latest(out / "checkpoints") / "about.json"
+    kept = about.read_text()
+    about.write_text(kept.replace('"clip"', '"clap"'))  # an option that only another version has
+    with pytest.raises(ValueError, match=r"--clap is None, expected 1.0 as in"):
+        run(arguments, out, "--resume")
+    about.write_text(kept)
     (tmp_path / "text").write_text("another text. " * 20)
     for more, message in (
         (["--seed", "1"], "--seed is 1, expected 0 as in"),

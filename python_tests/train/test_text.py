@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import tokenizers
@@ -10,8 +11,8 @@ import torch
 
 from kda_cuda.tokenizers import tokenizer
 from kda_cuda.training import progress
-from kda_cuda.training.steps import learning_rate, warm_up_steps
-from kda_cuda.training.text import NO_TARGET, Corpus, PackedRows
+from kda_cuda.training.steps import learning_rate, mean_loss, warm_up_steps
+from kda_cuda.training.text import NO_TARGET, Corpus, PackedRows, validation_windows
 
 
 def write_documents(folder, number: int) -> list[bytes]:
@@ -105,6 +106,28 @@ def test_the_order_depends_on_seed_and_number_alone():
         assert starts == list(range(starts[0], starts[0] + 72, 8)) and starts[-1] + 8 < 87
     assert len({min(whole[9 * epoch : 9 * epoch + 9]) for epoch in range(4)}) > 1
     assert [whole[i : i + 9] for i in (0, 9)] != [sorted(whole[i : i + 9]) for i in (0, 9)]
+
+
+def test_validation_windows_end_with_the_text():
+    """Their starts are exact where fp32 is not."""
+    data = torch.zeros(2**25 + 12, dtype=torch.uint8)
+    data[-1] = 1
+    assert validation_windows(data, 8, "cpu")[-1].tolist() == [0] * 8 + [1]
+
+
+def test_the_mean_loss_keeps_the_logits_of_a_few_rows():
+    torch.manual_seed(0)
+    batch, table, made = torch.randint(5, (7, 9)), torch.randn(5, 5), []
+
+    def model(tokens: torch.Tensor) -> torch.Tensor:
+        assert len(tokens) <= 3 and all(logits() is None for logits in made)
+        logits = table[tokens]
+        made.append(weakref.ref(logits))
+        return logits
+
+    expected = torch.nn.functional.cross_entropy(table[batch[:, :-1]].flatten(0, 1), batch[:, 1:].flatten())
+    torch.testing.assert_close(mean_loss(model, batch, 3), expected)
+    assert len(made) == 3
 
 
 def test_the_learning_rate_rises_and_falls():
