@@ -281,7 +281,7 @@ def test_wheel_without_kernels(sources, tmp_path):
     assert re.fullmatch(rf"kda_cuda-{re.escape(kda_cuda.__version__)}-py3-none-linux_\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        for licence in ("LICENSE", "THIRD_PARTY_NOTICES.txt"):
+        for licence in ("LICENSE", "csrc/package/THIRD_PARTY_NOTICES.txt"):
             (name,) = (name for name in archive.namelist() if name.endswith(f".dist-info/licenses/{licence}"))
             assert archive.read(name) == (ROOT / licence).read_bytes()
         archive.extractall(tmp_path / "site")
