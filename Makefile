@@ -64,6 +64,10 @@ test-sanitizers: build/cmake-tests  ## ASan + UBSan and TSan: a slice; with FULL
 	$(BIN)/python csrc/tests/sanitize.py build/cmake-tests/csrc/tests $(if $(FULL),--full)
 
 # Where there is a torch and no virtual environment, nothing is installed: what is built and importable is measured.
+# Two commands, since a pipe would hide the failure of the first.
+CMAKE_KERNELS = mkdir -p build && $(BIN)/python setup.py --print-kernel-options "$${KDA_CUDA_ARCHS:-auto}" > build/kernel-options \
+                && < build/kernel-options xargs cmake -S .
+
 bench:  ## every operation beside its peers, verified, timed, reported; ARGS="--size quick" and others: bench/python/suite.py
 	@if [ -x $(BIN)/python ] || ! $(PYTHON) -c "import torch" 2>/dev/null; \
 	then $(MAKE) $$(command -v nvidia-smi >/dev/null && echo build || echo emulator); \
@@ -71,11 +75,11 @@ bench:  ## every operation beside its peers, verified, timed, reported; ARGS="--
 	$$([ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON)) -m bench.python.suite $(ARGS)
 
 bench-cpp: venv  ## the microbenchmarks of the kernels alone into build/bench, to be run on a GPU (needs Debian's libbenchmark-dev)
-	$(BIN)/python setup.py --print-kernel-options "$${KDA_CUDA_ARCHS:-auto}" | xargs cmake -S . -B build/cmake-bench -G Ninja -DKDA_BUILD_BENCH=ON
+	$(CMAKE_KERNELS) -B build/cmake-bench -G Ninja -DKDA_BUILD_BENCH=ON
 	cmake --build build/cmake-bench --target bench_decode bench_chunk_fwd bench_chunk_bwd --parallel $(JOBS)
 
 core: venv  ## the kernels for C++ programs without torch, as a CMake package below build/core
-	$(BIN)/python setup.py --print-kernel-options "$${KDA_CUDA_ARCHS:-auto}" | xargs cmake -S . -B build/cmake-core -G Ninja -DKDA_BUILD_CORE=ON
+	$(CMAKE_KERNELS) -B build/cmake-core -G Ninja -DKDA_BUILD_CORE=ON
 	cmake --build build/cmake-core --parallel $(JOBS)
 	cmake --install build/cmake-core --prefix build/core --component core
 
