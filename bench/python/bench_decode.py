@@ -38,9 +38,15 @@ CACHE_BYTES = 64 << 30  # of keys and values, all sets together
 
 
 def inputs(
-    batch: int, heads: int, tokens: int, state_dtype: torch.dtype, seed: int, device: str = "cuda",
-    regime: str = "long", dim: int = DIM,
-) -> dict:  # fmt: skip
+    batch: int,
+    heads: int,
+    tokens: int,
+    state_dtype: torch.dtype,
+    seed: int,
+    device: str = "cuda",
+    regime: str = "long",
+    dim: int = DIM,
+) -> dict:
     make = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:

@@ -42,10 +42,20 @@ ROUNDS, WARM_UP = 7, 2
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # relative RMS difference of the logits of a cached step
 FREE_SHARE = 0.9  # of the free memory: the rest is for what a step needs beside the cache
 TINY = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "linear_num_heads": 2,
-    "linear_head_dim": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16,
-    "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_token": 2,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "linear_num_heads": 2,
+    "linear_head_dim": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_token": 2,
+}
 
 
 # ---- the models ------------------------------------------------------------------------------------------------------

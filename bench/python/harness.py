@@ -262,9 +262,12 @@ def add_arguments(parser: argparse.ArgumentParser, peers: Sequence[str], rounds:
     parser.add_argument("--rounds", type=positive, default=rounds)
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row is begun")
     parser.add_argument(
-        "--device", type=device_argument, default=Device("cuda"), metavar="cuda|emulator|cpu",
+        "--device",
+        type=device_argument,
+        default=Device("cuda"),
+        metavar="cuda|emulator|cpu",
         help="emulator: the kernels on the CPU; cpu: the reference",
-    )  # fmt: skip
+    )
 
 
 def begin(args: argparse.Namespace, benchmark: str, peers: dict, **facts: object) -> dict:
@@ -281,10 +284,16 @@ def begin(args: argparse.Namespace, benchmark: str, peers: dict, **facts: object
     os.environ["KDA_CUDA_STRICT"] = "1"  # the reference is never timed in place of a kernel
     args.bandwidth = timing.copy_bandwidth(args.device)
     result = {
-        "benchmark": benchmark, **timing.machine(args.device), "device": args.device.name,
-        "copy_bandwidth_tb_s": float(f"{args.bandwidth / 1e12:.4g}"), **facts,
-        "rounds": args.rounds, "peers": peers, "columns": COLUMNS, "rows": [],
-    }  # fmt: skip
+        "benchmark": benchmark,
+        **timing.machine(args.device),
+        "device": args.device.name,
+        "copy_bandwidth_tb_s": float(f"{args.bandwidth / 1e12:.4g}"),
+        **facts,
+        "rounds": args.rounds,
+        "peers": peers,
+        "columns": COLUMNS,
+        "rows": [],
+    }
     print(f"{benchmark} on {result['gpu'] or args.device.name}, commit {result['commit']}, peers: {peers}", flush=True)
     return result
 

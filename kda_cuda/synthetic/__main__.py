@@ -142,9 +142,12 @@ def main(given: Sequence[str] | None = None) -> dict:
         save(o.out, result)
         done = len(result["rows"])
         left = result["seconds"] * (len(runs) - done) / done
-        print(f"[{done}/{len(runs)}, about {left:.0f} s left] {row['task']} {row['length']} {row['variant']} "
-              f"lr {row['lr']:g} seed {row['seed']}: {row['accuracy']:.3f} right after {row['curve'][-1][0]} steps, "
-              f"{row['seconds']} s", flush=True)  # fmt: skip
+        print(
+            f"[{done}/{len(runs)}, about {left:.0f} s left] {row['task']} {row['length']} {row['variant']} "
+            f"lr {row['lr']:g} seed {row['seed']}: {row['accuracy']:.3f} right after {row['curve'][-1][0]} steps, "
+            f"{row['seconds']} s",
+            flush=True,
+        )
     print("\n".join(summary(result["rows"])))
     if importlib.util.find_spec("matplotlib"):
         draw(o.out / "synthetic.png", result["rows"])

@@ -19,22 +19,41 @@ def columns(us: float) -> dict:
 
 
 RESULT = {
-    "benchmark": "chunk_fwd", "gpu": "NVIDIA X", "driver": "5", "torch": "2", "commit": "abc", "date": "2026-01-02",
-    "device": "cuda", "copy_bandwidth_tb_s": 2.0, "dtype": "bfloat16",
+    "benchmark": "chunk_fwd",
+    "gpu": "NVIDIA X",
+    "driver": "5",
+    "torch": "2",
+    "commit": "abc",
+    "date": "2026-01-02",
+    "device": "cuda",
+    "copy_bandwidth_tb_s": 2.0,
+    "dtype": "bfloat16",
     "peers": {"fla": "flash-linear-attention 0.6.0", "cula": "missing: ImportError: no cula"},
     "rows": [
-        {"shape": "T8_H1_N1", "regime": "fast", "bytes": {"forward": 50_000_000}, "providers": {
-            "kda_cuda": {"peak_mib": 12.5, "forward": columns(100.0)},
-            "fla": {"forward": columns(250.0)}, "flash_kda": {"failed": "wrong, not timed: {'o': 0.5}"},
-        }},
-        {"shape": "T8_H1_N1", "regime": "long", "bytes": {"forward": 50_000_000}, "providers": {
-            "kda_cuda": {"forward": columns(1.25)},
-            "fla": {"forward": {"failed": "RuntimeError:\n  `no`"}}, "flash_kda": {"unsupported": "bounded gates only"},
-        }},
+        {
+            "shape": "T8_H1_N1",
+            "regime": "fast",
+            "bytes": {"forward": 50_000_000},
+            "providers": {
+                "kda_cuda": {"peak_mib": 12.5, "forward": columns(100.0)},
+                "fla": {"forward": columns(250.0)},
+                "flash_kda": {"failed": "wrong, not timed: {'o': 0.5}"},
+            },
+        },
+        {
+            "shape": "T8_H1_N1",
+            "regime": "long",
+            "bytes": {"forward": 50_000_000},
+            "providers": {
+                "kda_cuda": {"forward": columns(1.25)},
+                "fla": {"forward": {"failed": "RuntimeError:\n  `no`"}},
+                "flash_kda": {"unsupported": "bounded gates only"},
+            },
+        },
         {"shape": "T9_H1_N1", "regime": "long", "failed": "kda_cuda is wrong"},
         {"shape": "T9_H1_N1", "regime": "fast", "left_out": "the budget of 3 s was spent"},
     ],
-}  # fmt: skip
+}
 
 
 def test_the_page_is_what_the_results_give():
@@ -64,10 +83,19 @@ def test_a_section():
 
 def test_the_essential_comes_first():
     """Medians over the rows that both have, and no line for who has none."""
-    steps = [{"shape": str(us), "bytes": {"forward": 1}, "providers": {
-        "kda_cuda": {"peak_mib": 2.0, "forward": columns(10.0)}, "copy": {"forward": columns(1.0)},
-        "fla": {"peak_mib": 3.0, "forward": columns(us)}, "cula": {"unsupported": "no"},
-    }} for us in (5.0, 20.0, 40.0)]  # fmt: skip
+    steps = [
+        {
+            "shape": str(us),
+            "bytes": {"forward": 1},
+            "providers": {
+                "kda_cuda": {"peak_mib": 2.0, "forward": columns(10.0)},
+                "copy": {"forward": columns(1.0)},
+                "fla": {"peak_mib": 3.0, "forward": columns(us)},
+                "cula": {"unsupported": "no"},
+            },
+        }
+        for us in (5.0, 20.0, 40.0)
+    ]
     lines = report.in_short([RESULT | {"rows": [*steps, *RESULT["rows"][2:]]}]).splitlines()
     of_fla = "| The forward, without gradients | NVIDIA X | – | fla | 3 | 2.00 (0.50 to 4.00) |"
     assert lines[2:] == [f"{of_fla} 2.00 (0.50 to 4.00) | 1.50 |"]
@@ -111,9 +139,13 @@ def test_what_must_be_said(bad):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "FileNotFoundError"), ('{"benchmark": "dec', "JSONDecodeError"), ("{}", "it is of no benchmark"),
-     ("[1]", "it is of no benchmark")],
-)  # fmt: skip
+    [
+        (None, "FileNotFoundError"),
+        ('{"benchmark": "dec', "JSONDecodeError"),
+        ("{}", "it is of no benchmark"),
+        ("[1]", "it is of no benchmark"),
+    ],
+)
 def test_files_that_cannot_be_reported_are_named(content, message, tmp_path, capsys):
     path, out = tmp_path / "x.json", tmp_path / "README.md"
     if content:

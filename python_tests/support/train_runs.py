@@ -17,9 +17,18 @@ from kda_cuda import train
 from kda_cuda.training import metrics
 
 MODEL = {
-    "vocab_size": 256, "hidden_size": 32, "num_layers": 2, "full_attention_every": 2, "num_heads": 2, "head_dim": 8,
-    "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "intermediate_size": 24,
-}  # fmt: skip
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "num_layers": 2,
+    "full_attention_every": 2,
+    "num_heads": 2,
+    "head_dim": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "intermediate_size": 24,
+}
 STEPS = 6
 EVERY = ["--tokens", "32", "--batch", "4", "--steps", str(STEPS), "--device", "cpu", "--save-every", "2"]
 PARALLEL = {  # a name for a run of two ranks -> its options

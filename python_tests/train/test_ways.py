@@ -80,11 +80,23 @@ def test_bfloat16_stays_near(arguments, plain, tmp_path):
 
 def test_kimi_linear_is_trained_and_loads(arguments, tmp_path):
     config = {
-        "model_type": "kimi_linear", "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "linear_num_heads": 2, "linear_head_dim": 16,
-        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16, "num_experts": 4,
-        "moe_intermediate_size": 16, "num_experts_per_token": 2, "layer_types": ["linear_attention", "full_attention"],
-    }  # fmt: skip
+        "model_type": "kimi_linear",
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "linear_num_heads": 2,
+        "linear_head_dim": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "num_experts_per_token": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     rows = run(arguments, tmp_path / "out", "--config", str(tmp_path / "config.json"), "--steps", "2")
     model = KimiLinearForCausalLM.from_pretrained(tmp_path / "out" / "model")
