@@ -28,7 +28,6 @@ from .signatures import SGLANG, differences
 
 __all__ = ["plugin", "register", "report", "unregister"]
 
-ENV_VAR = "KDA_CUDA_SGLANG"
 BACKEND = "sglang.srt.layers.attention.linear.kda_backend"
 KERNELS = ("decode_kernel", "extend_kernel", "verify_kernel")
 OF_OTHER_KERNELS = (  # arguments of ``extend`` that SGLang's own Triton kernel does not read either
@@ -306,7 +305,7 @@ def register() -> tuple[str, ...]:
 
 def plugin() -> None:
     """What SGLang calls in each of its processes (``sglang.srt.plugins``). Logs what :func:`register` would raise."""
-    if os.environ.get(ENV_VAR) == "0":
+    if os.environ.get("KDA_CUDA_SGLANG") == "0":
         return
     try:
         register()

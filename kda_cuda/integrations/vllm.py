@@ -28,7 +28,6 @@ from .vllm_work import WORK, Step, Work, checkpoints_of, steps_of
 
 __all__ = ["plugin", "register", "report", "unregister"]
 
-ENV_VAR = "KDA_CUDA_VLLM"
 EXPECTED = "expected that of vllm 0.33.0"
 ERRORS = (AttributeError, RuntimeError, TypeError, ValueError)
 _enabled = {"now": False}
@@ -167,7 +166,7 @@ def serve(name: str, layer: Any, arguments: dict) -> bool:
     """Runs the core attention of a layer of class ``name`` here. False: nothing has run, and vLLM must do it."""
     metadata = importlib.import_module("vllm.forward_context").get_forward_context().attn_metadata
     m = metadata.get(layer.prefix) if isinstance(metadata, dict) else None
-    if m is None or not _enabled["now"] or torch.compiler.is_compiling():
+    if m is None or not _enabled["now"]:
         return False
     try:
         work, caches = WORK[name](layer, **arguments), caches_of(layer)
@@ -195,10 +194,11 @@ def layer_class(base: type) -> type:
     signature = inspect.signature(own)
 
     def _forward(self, *args, **kwargs) -> None:
+        if torch.compiler.is_compiling():
+            return own(self, *args, **kwargs)
         arguments = signature.bind(self, *args, **kwargs).arguments
         given = {key: x for key, x in arguments.items() if x is not self}
-        if not serve(name, self, given):
-            own(self, *args, **kwargs)
+        return None if serve(name, self, given) else own(self, *args, **kwargs)
 
     members = {"_forward": breakable.eager_break_during_capture(_forward), "__module__": __name__}
     return type(f"KdaCuda{name}", (base,), members)
@@ -251,7 +251,7 @@ def register() -> tuple[str, ...]:
 
 def plugin() -> None:
     """What vLLM calls in each of its processes (``vllm.general_plugins``). Logs what :func:`register` would raise."""
-    if os.environ.get(ENV_VAR) == "0":
+    if os.environ.get("KDA_CUDA_VLLM") == "0":
         return
     try:
         register()

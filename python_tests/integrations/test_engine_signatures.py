@@ -145,11 +145,11 @@ def test_registration_imports_nothing_of_the_engine(stub_engine, engine):  # noq
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_switch(stub_engine, monkeypatch, engine):  # noqa: F811
-    door, before = stub_engine(engine), list(sys.meta_path)
-    monkeypatch.setenv(door.ENV_VAR, "0")
+    door, before, switch = stub_engine(engine), list(sys.meta_path), f"KDA_CUDA_{engine.upper()}"
+    monkeypatch.setenv(switch, "0")
     door.plugin()
     assert sys.meta_path == before
-    monkeypatch.setenv(door.ENV_VAR, "1")
+    monkeypatch.setenv(switch, "1")
     door.plugin()
     assert len(sys.meta_path) == len(before) + 1
 
