@@ -28,14 +28,14 @@ POOLED = {"use_qk_l2norm_in_kernel": True, "state_v_first": True}
 ACTIVATED = {"use_gate_in_kernel": False, "use_beta_sigmoid_in_kernel": False}  # g is log-decay, beta is in [0, 1]
 
 
-def raw_gates(A_log: Tensor, dt_bias: Tensor | None, lower_bound: float | None, raw_beta: bool = True) -> dict:
+def raw_gates(A_log: Tensor, dt_bias: Tensor | None, lower_bound: float | None) -> dict:
     """The options of gates that are computed here. ``A_log``: HV numbers in any shape; ``dt_bias``: HV * K."""
     return {
         "A_log": A_log.detach().reshape(-1),
         "dt_bias": None if dt_bias is None else dt_bias.detach().reshape(-1),
         "lower_bound": lower_bound,
         "use_gate_in_kernel": True,
-        "use_beta_sigmoid_in_kernel": raw_beta,
+        "use_beta_sigmoid_in_kernel": True,
     }
 
 

@@ -148,9 +148,11 @@ def extend(
     reads_chunks = track_ssm_h_src is None or track_ssm_h_src.numel() > 0
     if return_intermediate_states and track_state is None and reads_chunks:
         raise ValueError("states of all chunks are asked for, expected track_state")
+    if A_log is not None and not beta_is_raw:
+        raise ValueError("g is raw and beta_is_raw is False, expected both raw or both activated")
     gates = dict(steps.ACTIVATED, use_beta_sigmoid_in_kernel=beta_is_raw)
     if A_log is not None:
-        gates = steps.raw_gates(A_log, dt_bias, lower_bound, beta_is_raw)
+        gates = steps.raw_gates(A_log, dt_bias, lower_bound)
     x, before, checkpoints = _streams(q, k, v, g, beta), (), None
     if track_state is not None:
         longest = q.shape[1] if extend_seq_lens_cpu is None else max(extend_seq_lens_cpu, default=0)
