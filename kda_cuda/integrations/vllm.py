@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import calls
+from ..checks import rows_contiguous
 from . import engine_steps as steps
 from .serving import engine_folder, when_imported
 from .signatures import VLLM, VLLM_LAYERS, differences
@@ -39,27 +40,17 @@ _ledger = steps.Ledger(__name__)
 
 
 class Part(NamedTuple):
-    """A step whose call has been checked, before its convolutions."""
+    """A step whose call has been checked, with the streams as they are before their convolutions."""
 
     step: Step
     work: Work  # of its tokens
-    checkpoints: steps.Checkpoints | None
+    call: calls.Call
 
-    def call(self, streams: tuple[Tensor, ...], pool: Tensor) -> calls.Call | str:
-        x, step = self.work.inputs(streams), self.step
-        options = {"zero_is_null": True, "gates": self.work.gates}
-        if step.kind == "prefill":
-            return steps.prefill_call(
-                x, pool, step.slots, step.cu_seqlens, has_initial_state=step.has_initial_state,
-                checkpoints=self.checkpoints, **options,
-            )  # fmt: skip
-        out = self.work.out
-        if step.kind == "decode":
-            out = None if out is None else out[0].unsqueeze(1)
-            return steps.decode_call(x, pool, step.slots, out=out, **options)
-        return steps.verify_call(
-            x, pool, step.slots, cu_seqlens=step.cu_seqlens, accepted=step.accepted, out=out, **options
-        )
+    def convolved(self, streams: tuple[Tensor, ...]) -> calls.Call:
+        """The same call behind the convolutions, which change neither shape nor dtype."""
+        x, given = self.work.inputs(streams), self.call.arguments
+        q, k, v = (rows_contiguous(y).view(given.q.shape) for y in (x.q, x.k, x.v))
+        return self.call._replace(arguments=given._replace(q=q, k=k, v=v))
 
 
 class Caches(NamedTuple):
@@ -87,11 +78,23 @@ def plan(layer: Any, work: Work, m: Any, caches: Caches) -> list[Part] | calls.C
     parts = []
     for step in found:
         kept = checkpoints_of(step.checkpoint, getattr(layer, "_checkpoint_exporter", None))
-        parts.append(Part(step, work.select(step.tokens), kept))
-        call = parts[-1].call(parts[-1].work.streams, caches.pool)
+        own = work.select(step.tokens)
+        call = _call(step, own, kept, caches.pool)
         if isinstance(call, str):
             return call
+        parts.append(Part(step, own, call))
     return parts
+
+
+def _call(step: Step, work: Work, checkpoints: steps.Checkpoints | None, pool: Tensor) -> calls.Call | str:
+    x, out, options = work.inputs(work.streams), work.out, {"zero_is_null": True, "gates": work.gates}
+    if step.kind == "prefill":
+        options |= {"has_initial_state": step.has_initial_state, "checkpoints": checkpoints}
+        return steps.prefill_call(x, pool, step.slots, step.cu_seqlens, **options)
+    if step.kind == "decode":
+        return steps.decode_call(x, pool, step.slots, out=None if out is None else out[0].unsqueeze(1), **options)
+    options |= {"cu_seqlens": step.cu_seqlens, "accepted": step.accepted, "out": out}
+    return steps.verify_call(x, pool, step.slots, **options)
 
 
 def _whole_layer(layer: Any, work: Work, slots: Tensor, caches: Caches) -> calls.Call | str:
@@ -111,16 +114,13 @@ def _whole_layer(layer: Any, work: Work, slots: Tensor, caches: Caches) -> calls
 
 def execute(layer: Any, work: Work, parts: list[Part], m: Any, caches: Caches) -> None:
     for part in parts:
-        call = part.call(_convolved(part, caches.conv, m), caches.pool)
-        if isinstance(call, str):
-            raise RuntimeError(f"{call}; the same call was accepted before its convolutions")
-        o = steps.run(call)
+        o = steps.run(part.convolved(_convolved(part, caches.conv, m)))
         if isinstance(part.step.tokens, slice):
             if part.step.kind == "prefill":
                 part.work.out.copy_(o)
         else:
             work.out.index_copy_(1, part.step.tokens.long(), o.view(1, -1, *o.shape[2:]))
-        if part.checkpoints is not None:
+        if part.step.checkpoint is not None:
             layer._checkpoint_exporter.export(
                 part.step.checkpoint, raw_qkv=part.work.streams[0], conv_state=caches.conv,
                 cu_seqlens=part.step.cu_seqlens,
