@@ -4,7 +4,8 @@ Where SGLang has chosen its Triton kernels for KDA, which is its default, a hook
 their place: for decoding, for prompts and for the verification of drafts. Convolutions, norms, pools, prefix caching
 and CUDA graphs stay SGLang's. What cannot be served runs in SGLang's Triton kernels, from which the class inherits.
 
-``KDA_CUDA_SGLANG=0`` in the environment switches the plugin off. No GPU has run it yet.
+``KDA_CUDA_SGLANG=1`` in the environment switches the plugin on. No engine has run it on a GPU yet, so it is off at
+first.
 """
 
 from __future__ import annotations
@@ -307,7 +308,7 @@ def register() -> tuple[str, ...]:
 
 def plugin() -> None:
     """What SGLang calls in each of its processes (``sglang.srt.plugins``). Logs what :func:`register` would raise."""
-    if os.environ.get("KDA_CUDA_SGLANG") == "0":
+    if os.environ.get("KDA_CUDA_SGLANG") != "1":
         return
     try:
         register()

@@ -4,7 +4,7 @@ The layer classes are replaced by subclasses, in vLLM's own registry for that. A
 runs everything between the projections: convolutions, recurrence and, in some models, the gated norm. Projections,
 weights, caches, metadata and CUDA graphs stay vLLM's. What cannot be served runs in the method of the class itself.
 
-``KDA_CUDA_VLLM=0`` in the environment switches the plugin off. No GPU has run it yet.
+``KDA_CUDA_VLLM=1`` in the environment switches the plugin on. No engine has run it on a GPU yet, so it is off at first.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def register() -> tuple[str, ...]:
 
 def plugin() -> None:
     """What vLLM calls in each of its processes (``vllm.general_plugins``). Logs what :func:`register` would raise."""
-    if os.environ.get("KDA_CUDA_VLLM") == "0":
+    if os.environ.get("KDA_CUDA_VLLM") != "1":
         return
     try:
         register()

@@ -130,6 +130,7 @@ def stub_engine(tmp_path, monkeypatch):
     def load(engine: str) -> ModuleType:
         install_stubs(engine, tmp_path)
         monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv(f"KDA_CUDA_{engine.upper()}", "1")
         for name in [x for x in sys.modules if x == engine or x.startswith(f"{engine}.")]:
             del sys.modules[name]
         sys.modules.pop(f"kda_cuda.integrations.{engine}", None)

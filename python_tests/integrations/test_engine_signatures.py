@@ -146,7 +146,7 @@ def test_registration_imports_nothing_of_the_engine(stub_engine, engine):  # noq
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_switch(stub_engine, monkeypatch, engine):  # noqa: F811
     door, before, switch = stub_engine(engine), list(sys.meta_path), f"KDA_CUDA_{engine.upper()}"
-    monkeypatch.setenv(switch, "0")
+    monkeypatch.delenv(switch)
     door.plugin()
     assert sys.meta_path == before
     monkeypatch.setenv(switch, "1")
