@@ -109,9 +109,12 @@ def summary(rows: Sequence[dict]) -> list[str]:
 
 
 def commit() -> str | None:
-    """Of the checkout that runs; None for an installed package."""
+    """Of the checkout that runs; None for an installed package, also inside another project's checkout."""
+    folder = Path(__file__).parent
+    if not (folder.parents[1] / "setup.py").exists():
+        return None
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
     except OSError:
         return None
     return done.stdout.strip() or None

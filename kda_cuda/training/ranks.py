@@ -59,17 +59,24 @@ class World:
 
 
 def on_first_rank(action: Callable[[], None]) -> None:
-    """Runs ``action`` on rank 0. Every rank waits for it, and raises the OSError that it raised there."""
-    failure: list[OSError | None] = [None]
+    """Runs ``action`` on rank 0. Every rank waits for it. What it raises there, rank 0 raises.
+
+    The others raise an OSError as it was, and what else it was as a RuntimeError that says so: not every exception of a
+    library can be sent.
+    """
+    failure, sent = None, [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             action()
-        except OSError as error:
-            failure = [error]
+        except Exception as error:
+            failure = error
+            sent = [error if isinstance(error, OSError) else RuntimeError(f"rank 0: {type(error).__name__}: {error}")]
     if dist.is_initialized():
-        dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise failure[0]
+        dist.broadcast_object_list(sent, src=0)
+    if failure is not None:
+        raise failure
+    if sent[0] is not None:
+        raise sent[0]
 
 
 def compile_blocks(model: CausalLM, backend: str) -> None:

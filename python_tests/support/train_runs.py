@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from kda_cuda import train
 from kda_cuda.training import metrics
+from kda_cuda.training.ranks import on_first_rank
 
 MODEL = {
     "vocab_size": 256,
@@ -55,6 +56,21 @@ def run(arguments: list[str], out: Path, *more: str) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
 
 
+def failures_on_rank_0() -> list[str]:
+    """What this rank gets to know of errors on rank 0."""
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    found = []
+    for error in (OSError(28, "No space left on device"), ValueError("a shard")):
+        try:
+            on_first_rank(lambda error=error: fail(error))
+        except Exception as raised:
+            found.append(f"{type(raised).__name__}: {raised}")
+    return found
+
+
 def run_rank(rank: int, folder: str, ranks: int, arguments: list[str]) -> None:
     """All of ``PARALLEL`` on one rank, and the last two steps of the first one again, from its checkpoint."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -66,6 +82,7 @@ def run_rank(rank: int, folder: str, ranks: int, arguments: list[str]) -> None:
         shutil.rmtree(Path(folder, "fsdp", "checkpoints", f"step-{STEPS:08}"))
     dist.barrier()
     found["resumed"] = run(arguments, Path(folder, "fsdp"), *PARALLEL["fsdp"], "--resume")[-2:]
+    found["failures"] = failures_on_rank_0()
     Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -125,3 +126,14 @@ def test_bad_options(arguments, message, tmp_path):
     with pytest.raises(ValueError) as error:
         command.main([*TINY, *arguments, "--out", str(tmp_path / "none")])
     assert str(error.value).startswith(message) and not (tmp_path / "none").exists()
+
+
+def test_an_installed_package_has_no_commit(tmp_path, monkeypatch):
+    """Also where it lies in the checkout of another project."""
+    package = tmp_path / "site-packages" / "kda_cuda" / "synthetic"
+    package.mkdir(parents=True)
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(tmp_path)]
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "another project"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr(command, "__file__", str(package / "__main__.py"))
+    assert command.commit() is None

@@ -59,6 +59,14 @@ def test_two_ranks_resume(of_two_ranks):
         assert rows["resumed"] == rows["fsdp"][-2:]
 
 
+def test_every_rank_learns_why_rank_0_failed(of_two_ranks):
+    full = "OSError: [Errno 28] No space left on device"
+    assert [rows["failures"] for rows in of_two_ranks] == [
+        [full, "ValueError: a shard"],
+        [full, "RuntimeError: rank 0: ValueError: a shard"],
+    ]
+
+
 @pytest.mark.parametrize("options", [["--accumulate", "4"], ["--compile", "eager"]], ids=" ".join)
 def test_options_that_change_rounding_alone(options, arguments, plain, tmp_path):
     torch.compiler.reset()
