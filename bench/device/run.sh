@@ -60,7 +60,10 @@ step_tests() {
   local parallel=()
   unpack_wheels
   "$PYTHON" -c "import xdist" 2>/dev/null && parallel=(-n "${TEST_JOBS:-12}" --dist worksteal)
-  limited 540 tests.log "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider "${parallel[@]}" "$@"
+  # A test that waits for ever says where in the log: a kernel that hangs is found by the test that launched it.
+  limited 540 tests.log "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider -o faulthandler_timeout=150 --durations=8 \
+    "${parallel[@]}" "$@"
+  grep -oE 'File "[^"]*", line [0-9]+ in test_\w+' "$OUT/tests.log" | sort | uniq -c
   grep -E "^(FAILED|ERROR)|^E  " "$OUT/tests.log" | cut -c1-160 | head -40
   tail -n 4 "$OUT/tests.log"
 }

@@ -110,7 +110,8 @@ def test_a_step_that_fails_says_so(device_run):
 
 def test_tests_are_those_of_the_gpu(device_run, tmp_path):
     device_run("tests", "-k", "gate")
-    assert (tmp_path / "pytest_saw").read_text() == "pytest -m gpu -q -p no:cacheprovider -k gate\n"
+    told = "-o faulthandler_timeout=150 --durations=8"  # which test waits for ever, and which take longest
+    assert (tmp_path / "pytest_saw").read_text() == f"pytest -m gpu -q -p no:cacheprovider {told} -k gate\n"
 
 
 def test_bench(device_run):
