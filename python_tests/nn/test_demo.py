@@ -17,7 +17,7 @@ from kda_cuda import demo
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory) -> tuple[dict, Path]:
-    """The real demo on the real text, half of its steps."""
+    """The real demo on the real text, fewer steps of it."""
     out = tmp_path_factory.mktemp("demo")
     return demo.main(["--steps", "100", "--device", "cpu", "--out", str(out)]), out
 
