@@ -23,7 +23,7 @@ __all__ = ["bits_per_byte", "main", "order0_entropy", "step_by_step_difference",
 
 BATCH, TOKENS = 16, 256
 LEARNING_RATE = 3e-3
-STEPS = 130  # four minutes on two cores
+STEPS = 130  # one to four minutes on two cores
 RESET_EVERY = 8
 CACHE_TOKENS = {"1k": 1 << 10, "128k": 1 << 17, "1M": 1 << 20}
 STEP_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # of the largest logit

@@ -20,9 +20,18 @@ from ..prefilling import CHECKPOINT_TOKENS, prefill
 from .serving import attempt
 
 __all__ = [
-    "ACTIVATED", "Checkpoints", "Ledger", "Streams", "copy_call", "decode_call", "layer_call", "prefill_call",
-    "raw_gates", "run", "verify_call",
-]  # fmt: skip
+    "ACTIVATED",
+    "Checkpoints",
+    "Ledger",
+    "Streams",
+    "copy_call",
+    "decode_call",
+    "layer_call",
+    "prefill_call",
+    "raw_gates",
+    "run",
+    "verify_call",
+]
 
 POOLED = {"use_qk_l2norm_in_kernel": True, "state_v_first": True}
 ACTIVATED = {"use_gate_in_kernel": False, "use_beta_sigmoid_in_kernel": False}  # g is log-decay, beta is in [0, 1]

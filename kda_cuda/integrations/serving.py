@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -13,7 +14,7 @@ from types import ModuleType
 from .. import calls, variants
 from ..schemas import FUNCTIONAL, raw_op
 
-__all__ = ["attempt", "engine_folder", "import_if_present", "when_imported"]
+__all__ = ["attempt", "engine_folder", "import_if_present", "open_if_asked", "when_imported"]
 
 
 def attempt(bind: Callable[..., calls.Call], args: tuple, kwargs: dict) -> calls.Call | str:
@@ -96,3 +97,16 @@ def engine_folder(package: str, door: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"{door}: {package} is not installed, expected it")
     return Path(next(iter(spec.submodule_search_locations))).parent
+
+
+def open_if_asked(engine: str, switch: str | None, register: Callable[[], object]) -> None:
+    """What a plugin does when its engine calls it: registers if the environment says 1.
+
+    Logs what ``register`` raises, since an engine would not start.
+    """
+    if switch != "1":
+        return
+    try:
+        register()
+    except (ImportError, RuntimeError) as error:
+        logging.getLogger(__name__).warning("%s runs KDA by itself: %s", engine, error)

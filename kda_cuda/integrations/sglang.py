@@ -11,7 +11,6 @@ first.
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -24,7 +23,7 @@ from .. import calls
 from ..prefilling import CHECKPOINT_TOKENS
 from . import engine_steps as steps
 from .engine_steps import Streams
-from .serving import engine_folder, when_imported
+from .serving import engine_folder, open_if_asked, when_imported
 from .signatures import SGLANG, differences
 
 __all__ = ["plugin", "register", "report", "unregister"]
@@ -32,10 +31,16 @@ __all__ = ["plugin", "register", "report", "unregister"]
 BACKEND = "sglang.srt.layers.attention.linear.kda_backend"
 KERNELS = ("decode_kernel", "extend_kernel", "verify_kernel")
 OF_OTHER_KERNELS = (  # arguments of ``extend`` that SGLang's own Triton kernel does not read either
-    "chunk_indices", "chunk_offsets", "extend_prefix_lens", "layer_id", "num_state_checkpoints",
-    "state_checkpoint_cu_starts", "state_checkpoint_every_n_tokens", "state_checkpoint_indices",
+    "chunk_indices",
+    "chunk_offsets",
+    "extend_prefix_lens",
+    "layer_id",
+    "num_state_checkpoints",
+    "state_checkpoint_cu_starts",
+    "state_checkpoint_every_n_tokens",
+    "state_checkpoint_indices",
     "track_ssm_h_batch_src",
-)  # fmt: skip
+)
 ERRORS = (AttributeError, RuntimeError, TypeError, ValueError)
 _state = {"enabled": False, "registered": False}
 _ledger = steps.Ledger(__name__)
@@ -205,10 +210,16 @@ def target_verify(
     rows = intermediate_state_indices[:sequences, None]
     columns = torch.arange(cache_steps, device=rows.device, dtype=rows.dtype)
     call = steps.verify_call(
-        _streams(q, k, v, a, b), ssm_states, cache_indices[:sequences], cu_seqlens=query_start_loc, states=states,
-        state_slots=torch.where(rows < 0, -1, rows * pitch + columns), parents=parents, zero_is_null=False,
+        _streams(q, k, v, a, b),
+        ssm_states,
+        cache_indices[:sequences],
+        cu_seqlens=query_start_loc,
+        states=states,
+        state_slots=torch.where(rows < 0, -1, rows * pitch + columns),
+        parents=parents,
+        zero_is_null=False,
         gates=steps.raw_gates(A_log, dt_bias, lower_bound),
-    )  # fmt: skip
+    )
     return _planned(lambda o: o, call)
 
 
@@ -308,12 +319,7 @@ def register() -> tuple[str, ...]:
 
 def plugin() -> None:
     """What SGLang calls in each of its processes (``sglang.srt.plugins``). Logs what :func:`register` would raise."""
-    if os.environ.get("KDA_CUDA_SGLANG") != "1":
-        return
-    try:
-        register()
-    except (ImportError, RuntimeError) as error:
-        logging.getLogger(__name__).warning("SGLang runs KDA by itself: %s", error)
+    open_if_asked("SGLang", os.environ.get("KDA_CUDA_SGLANG"), register)
 
 
 def unregister() -> None:

@@ -46,24 +46,42 @@ VLLM: Signatures = {
             (*_CONV, "conv_states", "has_initial_state", "cache_indices", "query_start_loc", "metadata")
         ),
         "causal_conv1d_update": Called(
-            (*_CONV, "conv_state", "conv_state_indices", "num_accepted_tokens", "query_start_loc", "max_query_len",
-             "validate_data", "out")
+            (
+                *_CONV,
+                "conv_state",
+                "conv_state_indices",
+                "num_accepted_tokens",
+                "query_start_loc",
+                "max_query_len",
+                "validate_data",
+                "out",
+            )
         ),
     },
     f"{_MAMBA}.checkpoint": {
         "MambaPrefillCheckpointMetadata": Attributes(("checkpoint_offsets", "state_indices", "offsets")),
-        "MambaPrefillCheckpointExporter.export": Called(
-            ("self", "checkpoint", "raw_qkv", "conv_state", "cu_seqlens")
-        ),
+        "MambaPrefillCheckpointExporter.export": Called(("self", "checkpoint", "raw_qkv", "conv_state", "cu_seqlens")),
     },
     "vllm.v1.attention.backends.gdn_attn": {
-        "GDNAttentionMetadata": Attributes((
-            "num_prefills", "num_decodes", "num_spec_decodes", "num_actual_tokens", "checkpoint", "has_initial_state",
-            "spec_query_start_loc", "non_spec_query_start_loc", "spec_state_indices_tensor",
-            "non_spec_state_indices_tensor", "spec_token_indx", "non_spec_token_indx", "num_accepted_tokens",
-        )),
+        "GDNAttentionMetadata": Attributes(
+            (
+                "num_prefills",
+                "num_decodes",
+                "num_spec_decodes",
+                "num_actual_tokens",
+                "checkpoint",
+                "has_initial_state",
+                "spec_query_start_loc",
+                "non_spec_query_start_loc",
+                "spec_state_indices_tensor",
+                "non_spec_state_indices_tensor",
+                "spec_token_indx",
+                "non_spec_token_indx",
+                "num_accepted_tokens",
+            )
+        ),
     },
-}  # fmt: skip
+}
 
 _NORMED = Overridden(("self", "mixed_qkv", "g1", "g2", "beta", "core_attn_out"))
 _THREE_CONVS = ("q_conv1d", "k_conv1d", "v_conv1d")
@@ -106,25 +124,64 @@ SGLANG: Signatures = {
         "KDAKernelDispatcher": Attributes(("decode_kernel", "extend_kernel", "verify_kernel")),
     },
     f"{_LINEAR}.kernels.kda_triton": {
-        _TRITON: Attributes(
-            ("supports_packed_decode", "supports_fused_chain_verify", "supports_track_state_snapshot")
-        ),
+        _TRITON: Attributes(("supports_packed_decode", "supports_fused_chain_verify", "supports_track_state_snapshot")),
         f"{_TRITON}.decode": Overridden(("self", *_STREAMS, "A_log", "dt_bias", *_POOL, "lower_bound", "kwargs")),
         f"{_TRITON}.packed_decode": Overridden(
-            ("self", "mixed_qkv", "a", "b", "A_log", "dt_bias", "scale", "ssm_states", "cache_indices", "num_v_heads",
-             "head_v_dim", "lower_bound", "kwargs")
+            (
+                "self",
+                "mixed_qkv",
+                "a",
+                "b",
+                "A_log",
+                "dt_bias",
+                "scale",
+                "ssm_states",
+                "cache_indices",
+                "num_v_heads",
+                "head_v_dim",
+                "lower_bound",
+                "kwargs",
+            )
         ),
         f"{_TRITON}.extend": Overridden(
-            ("self", "q", "k", "v", "g", "beta", *_POOL, "A_log", "dt_bias", "lower_bound", "beta_is_raw",
-             "return_intermediate_states", "kwargs")
+            (
+                "self",
+                "q",
+                "k",
+                "v",
+                "g",
+                "beta",
+                *_POOL,
+                "A_log",
+                "dt_bias",
+                "lower_bound",
+                "beta_is_raw",
+                "return_intermediate_states",
+                "kwargs",
+            )
         ),
         f"{_TRITON}.target_verify": Overridden(
-            ("self", "A_log", "dt_bias", *_STREAMS, *_POOL, "intermediate_states_buffer", "intermediate_state_indices",
-             "cache_steps", "retrieve_parent_token", "lower_bound", "cache_ring", "replayssm_rawv", "replayssm_rawk",
-             "replayssm_g", "replayssm_beta", "kwargs")
+            (
+                "self",
+                "A_log",
+                "dt_bias",
+                *_STREAMS,
+                *_POOL,
+                "intermediate_states_buffer",
+                "intermediate_state_indices",
+                "cache_steps",
+                "retrieve_parent_token",
+                "lower_bound",
+                "cache_ring",
+                "replayssm_rawv",
+                "replayssm_rawk",
+                "replayssm_g",
+                "replayssm_beta",
+                "kwargs",
+            )
         ),
     },
-}  # fmt: skip
+}
 
 
 def differences(signatures: Signatures, folder: Path) -> list[str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import logging
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -23,7 +22,7 @@ from torch import Tensor
 from .. import calls
 from ..checks import rows_contiguous
 from . import engine_steps as steps
-from .serving import engine_folder, when_imported
+from .serving import engine_folder, open_if_asked, when_imported
 from .signatures import VLLM, VLLM_LAYERS, differences
 from .vllm_work import WORK, Step, Work, checkpoints_of, steps_of
 
@@ -106,10 +105,17 @@ def _whole_layer(layer: Any, work: Work, slots: Tensor, caches: Caches) -> calls
     width = work.g.shape[2] * work.g.shape[3]
     gate = work.output_gate[: len(rows.q)].unsqueeze(1)
     return steps.layer_call(
-        (*rows, gate), caches.pool, slots, gates=work.gates, zero_is_null=True, conv_state=caches.conv,
-        conv_weights=work.weights[0].split(width), norm_weight=norm.weight.detach(), norm_eps=norm.eps,
+        (*rows, gate),
+        caches.pool,
+        slots,
+        gates=work.gates,
+        zero_is_null=True,
+        conv_state=caches.conv,
+        conv_weights=work.weights[0].split(width),
+        norm_weight=norm.weight.detach(),
+        norm_eps=norm.eps,
         out=work.out[0].unsqueeze(1),
-    )  # fmt: skip
+    )
 
 
 def execute(layer: Any, work: Work, parts: list[Part], m: Any, caches: Caches) -> None:
@@ -122,9 +128,11 @@ def execute(layer: Any, work: Work, parts: list[Part], m: Any, caches: Caches) -
             work.out.index_copy_(1, part.step.tokens.long(), o.view(1, -1, *o.shape[2:]))
         if part.step.checkpoint is not None:
             layer._checkpoint_exporter.export(
-                part.step.checkpoint, raw_qkv=part.work.streams[0], conv_state=caches.conv,
+                part.step.checkpoint,
+                raw_qkv=part.work.streams[0],
+                conv_state=caches.conv,
                 cu_seqlens=part.step.cu_seqlens,
-            )  # fmt: skip
+            )
         _ledger.served[part.step.kind] += 1
     if work.output_gate is not None:
         work.out.copy_(layer.o_norm(work.out, work.output_gate))
@@ -138,11 +146,18 @@ def _convolved(part: Part, conv_state: Tensor, m: Any) -> tuple[Tensor, ...]:
     if step.kind == "prefill":
         return tuple(
             ops.causal_conv1d_fn(
-                x.transpose(0, 1), weight, None, activation="silu", conv_states=state, metadata=m,
-                has_initial_state=step.has_initial_state, cache_indices=step.slots, query_start_loc=step.cu_seqlens,
+                x.transpose(0, 1),
+                weight,
+                None,
+                activation="silu",
+                conv_states=state,
+                metadata=m,
+                has_initial_state=step.has_initial_state,
+                cache_indices=step.slots,
+                query_start_loc=step.cu_seqlens,
             ).transpose(0, 1)
             for x, weight, state in zip(streams, weights, states, strict=True)
-        )  # fmt: skip
+        )
     options = {"conv_state_indices": step.slots, "validate_data": True}
     if step.kind == "verify":
         options = {
@@ -154,11 +169,16 @@ def _convolved(part: Part, conv_state: Tensor, m: Any) -> tuple[Tensor, ...]:
         }
     return tuple(
         ops.causal_conv1d_update(
-            x, state, weight, None, activation="silu", out=torch.empty_like(x, memory_format=torch.contiguous_format),
+            x,
+            state,
+            weight,
+            None,
+            activation="silu",
+            out=torch.empty_like(x, memory_format=torch.contiguous_format),
             **options,
         )
         for x, weight, state in zip(streams, weights, states, strict=True)
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
@@ -251,12 +271,7 @@ def register() -> tuple[str, ...]:
 
 def plugin() -> None:
     """What vLLM calls in each of its processes (``vllm.general_plugins``). Logs what :func:`register` would raise."""
-    if os.environ.get("KDA_CUDA_VLLM") != "1":
-        return
-    try:
-        register()
-    except (ImportError, RuntimeError) as error:
-        logging.getLogger(__name__).warning("vLLM runs KDA by itself: %s", error)
+    open_if_asked("vLLM", os.environ.get("KDA_CUDA_VLLM"), register)
 
 
 def unregister() -> None:

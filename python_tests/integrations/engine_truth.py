@@ -20,7 +20,8 @@ from ..support import oracle
 HEADS, DIM, TAPS = 2, 32, 4
 WIDTH = HEADS * DIM
 STUBS = Path(__file__).parent / "stubs"
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # everything is fp32
+# Everything is fp32, beside float64: the bound that an integration has to keep, and outputs and states are of order 1.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 class Tokens(NamedTuple):
@@ -62,9 +63,19 @@ class Layer:
         """What the recurrence sees, float64 ``[1, T, ...]``."""
         q, k, v, g, beta = (x.double()[None] for x in (q, k, v, g, beta))
         x = SimpleNamespace(
-            q=q, k=k, v=v, g=g, beta=beta, A_log=self.A_log.double(), dt_bias=self.dt_bias.double(), use_gate=True,
-            lower_bound=self.lower_bound, use_qk_l2norm=True, use_beta_sigmoid=True, allow_neg_eigval=False,
-        )  # fmt: skip
+            q=q,
+            k=k,
+            v=v,
+            g=g,
+            beta=beta,
+            A_log=self.A_log.double(),
+            dt_bias=self.dt_bias.double(),
+            use_gate=True,
+            lower_bound=self.lower_bound,
+            use_qk_l2norm=True,
+            use_beta_sigmoid=True,
+            allow_neg_eigval=False,
+        )
         return oracle.transformed(x)
 
     def recurrence(self, qkv: tuple[Tensor, ...], x: Tokens, state: Tensor) -> tuple[Tensor, list[Tensor]]:

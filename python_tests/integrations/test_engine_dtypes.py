@@ -43,10 +43,13 @@ def vllm_work(name: str, inputs: int, pool: torch.dtype) -> tuple:
     convs = [SimpleNamespace(weight=empty(n * WIDTH, 1, 4, dtype=FP32), bias=None) for n in (3, 1, 1, 1)]
     layer = SimpleNamespace(
         **dict(zip(("conv1d", "q_conv1d", "k_conv1d", "v_conv1d"), convs, strict=True)),
-        A_log=empty(1, 1, HEADS, 1, dtype=FP32), dt_bias=empty(WIDTH, dtype=FP32), gate_lower_bound=None,
-        kda_lower_bound=-5.0, o_norm=SimpleNamespace(activation="sigmoid", weight=empty(DIM), eps=1e-5),
+        A_log=empty(1, 1, HEADS, 1, dtype=FP32),
+        dt_bias=empty(WIDTH, dtype=FP32),
+        gate_lower_bound=None,
+        kda_lower_bound=-5.0,
+        o_norm=SimpleNamespace(activation="sigmoid", weight=empty(DIM), eps=1e-5),
         _checkpoint_exporter=object(),
-    )  # fmt: skip
+    )
     arguments = {"g1": g[None], "beta": beta[None], "core_attn_out": out[None]}
     if name.startswith("Bailing"):
         names = ("q_proj_states", "k_proj_states", "v_proj_states")
@@ -61,25 +64,41 @@ def vllm_work(name: str, inputs: int, pool: torch.dtype) -> tuple:
 
 
 def metadata(**fields):
-    none = dict.fromkeys(("num_prefills", "num_decodes", "num_spec_decodes", "num_prefill_tokens",
-                          "num_decode_tokens", "num_spec_decode_tokens"), 0)  # fmt: skip
+    none = dict.fromkeys(
+        (
+            "num_prefills",
+            "num_decodes",
+            "num_spec_decodes",
+            "num_prefill_tokens",
+            "num_decode_tokens",
+            "num_spec_decode_tokens",
+        ),
+        0,
+    )
     return SimpleNamespace(**none | {"num_actual_tokens": TOKENS} | fields)
 
 
 def prompts():
     checkpoint = SimpleNamespace(checkpoint_offsets=bounds(64), state_indices=indices(2) + 20, offsets=[0, 64])
     return metadata(
-        num_prefills=2, num_prefill_tokens=TOKENS, has_initial_state=empty(2, dtype=torch.bool), checkpoint=checkpoint,
-        non_spec_query_start_loc=bounds(20, 4), non_spec_state_indices_tensor=indices(2, 9)[:, 0],
-    )  # fmt: skip
+        num_prefills=2,
+        num_prefill_tokens=TOKENS,
+        has_initial_state=empty(2, dtype=torch.bool),
+        checkpoint=checkpoint,
+        non_spec_query_start_loc=bounds(20, 4),
+        non_spec_state_indices_tensor=indices(2, 9)[:, 0],
+    )
 
 
 def drafts():
     """Six sequences of four, of which a CUDA graph has room for eight."""
     return metadata(
-        num_spec_decodes=6, num_spec_decode_tokens=TOKENS, spec_query_start_loc=bounds(4, 4, 4, 4, 4, 4, 0, 0),
-        spec_state_indices_tensor=indices(8, 4), num_accepted_tokens=torch.ones(8, dtype=INT),
-    )  # fmt: skip
+        num_spec_decodes=6,
+        num_spec_decode_tokens=TOKENS,
+        spec_query_start_loc=bounds(4, 4, 4, 4, 4, 4, 0, 0),
+        spec_state_indices_tensor=indices(8, 4),
+        num_accepted_tokens=torch.ones(8, dtype=INT),
+    )
 
 
 def single_tokens():
@@ -115,12 +134,30 @@ def test_sglang(shape, pool):
         tracking = {"track_state": empty(6, HEADS, DIM, DIM, dtype=FP32), "track_chunk_idx": indices(6) - 1}
         for kept in ({}, tracking) if pool == FP32 else ({},):
             sglang.extend(
-                q, k, v, a, b, **gates, **kept, cache_indices=slots[:6], query_start_loc=starts, beta_is_raw=True,
+                q,
+                k,
+                v,
+                a,
+                b,
+                **gates,
+                **kept,
+                cache_indices=slots[:6],
+                query_start_loc=starts,
+                beta_is_raw=True,
                 extend_seq_lens_cpu=[4] * 5 + [64],
-            )  # fmt: skip
+            )
         for parents in (None, torch.zeros(6, 4, dtype=torch.int64)):
             sglang.target_verify(
-                q=q, k=k, v=v, a=a, b=b, **gates, cache_indices=slots, query_start_loc=starts, cache_steps=4,
-                retrieve_parent_token=parents, intermediate_state_indices=indices(SLOTS) - 1,
+                q=q,
+                k=k,
+                v=v,
+                a=a,
+                b=b,
+                **gates,
+                cache_indices=slots,
+                query_start_loc=starts,
+                cache_steps=4,
+                retrieve_parent_token=parents,
+                intermediate_state_indices=indices(SLOTS) - 1,
                 intermediate_states_buffer=empty(SLOTS, 4, HEADS, DIM, DIM, dtype=pool),
-            )  # fmt: skip
+            )

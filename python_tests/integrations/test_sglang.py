@@ -76,10 +76,16 @@ def test_extend(device, tracked, lower_bound):
     kept = torch.full((4, HEADS, DIM, DIM), torch.nan, device=str(device))
     tracking = {"track_state": kept, "track_chunk_idx": ints(device, *chunk), "return_intermediate_states": True}
     planned = door.extend(
-        *streams(x), **layer.gates(), ssm_states=pool, cache_indices=ints(device, *slots), beta_is_raw=True,
-        query_start_loc=ints(device, 0, 130, 139, 139, 144), extend_seq_lens_cpu=lengths, layer_id=3,
+        *streams(x),
+        **layer.gates(),
+        ssm_states=pool,
+        cache_indices=ints(device, *slots),
+        beta_is_raw=True,
+        query_start_loc=ints(device, 0, 130, 139, 139, 144),
+        extend_seq_lens_cpu=lengths,
+        layer_id=3,
         **(tracking if tracked else {}),
-    )  # fmt: skip
+    )
     found = done(device, planned)
     o, chunks = found if tracked else (found, None)
     assert chunks is None and not o[0, 144:].any()
@@ -127,11 +133,20 @@ def test_target_verify(device, form, lower_bound):
     buffer = torch.full((4, steps, HEADS, DIM, DIM), torch.nan, device=str(device))
     bounds = ints(device, 0, *torch.tensor(lengths).cumsum(0).tolist())
     planned = door.target_verify(
-        layer.gates()["A_log"], layer.dt_bias, *streams(x), ssm_states=pool, cache_indices=ints(device, *slots, 0),
-        query_start_loc=bounds, intermediate_states_buffer=buffer[:, :4], cache_steps=4, lower_bound=lower_bound,
-        intermediate_state_indices=ints(device, *rows), cache_ring=False, replayssm_rawv=None,
+        layer.gates()["A_log"],
+        layer.dt_bias,
+        *streams(x),
+        ssm_states=pool,
+        cache_indices=ints(device, *slots, 0),
+        query_start_loc=bounds,
+        intermediate_states_buffer=buffer[:, :4],
+        cache_steps=4,
+        lower_bound=lower_bound,
+        intermediate_state_indices=ints(device, *rows),
+        cache_ring=False,
+        replayssm_rawv=None,
         retrieve_parent_token=ints(device, *PARENTS) if tree else None,
-    )  # fmt: skip
+    )
     o, end = done(device, planned), 0
     for n, length in enumerate(lengths):
         begin, end = end, end + length

@@ -142,9 +142,13 @@ def test_prompts(engine, device):
     x, slots = draw_tokens(80, device), [3, 1, 5, 0]
     bounds, begun = [0, 70, 75, 75, 75], [True, False, True, False]
     m = engine.metadata(
-        75, num_prefills=2, num_prefill_tokens=75, has_initial_state=engine.tensor(*begun, dtype=torch.bool),
-        non_spec_query_start_loc=engine.tensor(*bounds), non_spec_state_indices_tensor=engine.tensor(*slots),
-    )  # fmt: skip
+        75,
+        num_prefills=2,
+        num_prefill_tokens=75,
+        has_initial_state=engine.tensor(*begun, dtype=torch.bool),
+        non_spec_query_start_loc=engine.tensor(*bounds),
+        non_spec_state_indices_tensor=engine.tensor(*slots),
+    )
     o = run(device, engine, x, m)
     first, second = engine.truth(x.at(slice(0, 70)), 3), engine.truth(x.at(slice(70, 75)), 1, fresh=True)
     close(o[:75], torch.cat((first.o, second.o)))
@@ -157,9 +161,12 @@ def test_single_tokens(engine, device):
     """The whole layer in one call where its norm belongs to the core attention; a null slot; tokens of nobody."""
     x, slots = draw_tokens(5, device), [4, 0, 2, 9]
     m = engine.metadata(
-        4, num_decodes=4, num_decode_tokens=4, non_spec_query_start_loc=engine.tensor(0, 1, 2, 3, 4),
+        4,
+        num_decodes=4,
+        num_decode_tokens=4,
+        non_spec_query_start_loc=engine.tensor(0, 1, 2, 3, 4),
         non_spec_state_indices_tensor=engine.tensor(*slots, 0, 0),
-    )  # fmt: skip
+    )
     o = run(device, engine, x, m)
     truths = {slot: engine.truth(x.at([n]), slot) for n, slot in enumerate(slots) if slot}
     for n, slot in enumerate(slots):
@@ -183,9 +190,13 @@ def test_drafts(drafting, device, where):
     elif where == "side by side":
         drafts, prompt = [3, 4, 5, 6, 7, 8], [0, 1, 2]
     m = engine.metadata(
-        len(x.g), num_spec_decodes=3, num_spec_decode_tokens=6, spec_query_start_loc=engine.tensor(0, 4, 6, 6, 6),
-        spec_state_indices_tensor=engine.tensor(*columns), num_accepted_tokens=engine.tensor(*accepted, 1),
-    )  # fmt: skip
+        len(x.g),
+        num_spec_decodes=3,
+        num_spec_decode_tokens=6,
+        spec_query_start_loc=engine.tensor(0, 4, 6, 6, 6),
+        spec_state_indices_tensor=engine.tensor(*columns),
+        num_accepted_tokens=engine.tensor(*accepted, 1),
+    )
     if prompt:
         m.num_prefills, m.num_prefill_tokens = 1, 3
         m.has_initial_state = engine.tensor(False, dtype=torch.bool)
@@ -228,10 +239,14 @@ def checkpointed(engine, offsets: list[int], lengths: list[int]):
     kept = metadata(engine.tensor(*offsets), engine.tensor(8, 0), offsets)
     bounds = engine.tensor(0, lengths[0], sum(lengths))
     return engine.metadata(
-        sum(lengths), num_prefills=2, num_prefill_tokens=sum(lengths), checkpoint=kept,
-        has_initial_state=engine.tensor(True, True, dtype=torch.bool), non_spec_query_start_loc=bounds,
+        sum(lengths),
+        num_prefills=2,
+        num_prefill_tokens=sum(lengths),
+        checkpoint=kept,
+        has_initial_state=engine.tensor(True, True, dtype=torch.bool),
+        non_spec_query_start_loc=bounds,
         non_spec_state_indices_tensor=engine.tensor(3, 1),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("engine", CHECKPOINTED, indirect=True)
