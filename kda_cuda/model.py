@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from .checks import Checker
+from .nn.decode_graph import DecodeGraph
 from .nn.decoder import CausalLM, DecoderBlock
 from .nn.feed_forward import SwiGLU
 from .nn.hybrid_cache import HybridCache
 from .nn.kda import KimiDeltaAttention
 from .nn.mla import NoPEMultiLatentAttention
 
-__all__ = ["HybridCache", "HybridConfig", "HybridLM"]
+__all__ = ["DecodeGraph", "HybridCache", "HybridConfig", "HybridLM"]
 
 
 @dataclass(frozen=True)

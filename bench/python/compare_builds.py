@@ -1,7 +1,7 @@
-"""Two builds of kda_cuda beside each other on one GPU, in alternating repeats: chunkwise forwards and decoding.
+"""Two builds of kda_cuda beside each other on one GPU, in alternating repeats: forwards, serving prompts, decoding.
 
-python -m bench.python.compare_builds OLD [--json FILE] [--repeats N] [--device cuda|cpu]
-                                      [--shapes ten|large|all] [--only SHAPE ...] [--small-decode | --no-decode]
+python -m bench.python.compare_builds OLD [--json FILE] [--repeats N] [--device cuda|cpu] [--small-decode]
+                                      [--ops chunk_kda|prefill|decode ...] [--shapes ten|large|all] [--only SHAPE ...]
 
 OLD is another checkout, or any folder that contains a built package ``kda_cuda``. Each build runs in a process of its
 own. Both get the same inputs, and every row says whether they returned the same bits. A ratio is new over old.
@@ -24,12 +24,13 @@ from pathlib import Path
 
 import torch
 
-from .shapes import REGIMES, add_arguments, from_arguments, inputs, named, traffic_bytes
+from .shapes import REGIMES, add_arguments, even, from_arguments, inputs, named, traffic_bytes
 from .timing import eager_us, elapsed_us, graph_of, machine, side_stream, summary, synchronize
 
 ROOT = Path(__file__).parents[2]
 DECODE = {"batch": (1, 8, 32, 128, 512), "heads": (8, 32, 64), "tokens": (1, 4, 8), "state": ("fp32", "bf16")}
 SMALL_DECODE = {"batch": (1,), "heads": (8,), "tokens": (1, 4), "state": ("fp32",)}
+PROMPTS = tuple(even(*s) for s in ((1024, 32, 8), (2048, 8, 1), (4096, 32, 1), (8192, 16, 8)))
 TIMES = ("gpu_us", "eager_us")
 ROTATED_BYTES = 150 << 20  # inputs of a row together: more than the L2 holds
 SERVE = "import sys; sys.path.insert(0, sys.argv[1]); from bench.python.compare_builds import serve; serve(sys.argv[2])"
@@ -46,8 +47,7 @@ class Row:
         self.stack = ExitStack()
         self.stack.enter_context(torch.inference_mode())
         self.stack.enter_context(side_stream(device))
-        make = chunk_calls if row["op"] == "chunk_kda" else decode_calls
-        self.calls, self.results = make(row, device)
+        self.calls, self.results = CALLS[row["op"]](row, device)
         for call in self.calls:
             call()
         synchronize(device)
@@ -83,6 +83,28 @@ def chunk_calls(row: dict, device: str) -> tuple[list[Callable], Callable]:
     return [lambda a=a: chunk_kda(**a) for a in sets], lambda: chunk_kda(**sets[0])
 
 
+def prefill_calls(row: dict, device: str) -> tuple[list[Callable], Callable]:
+    """Prompts into every second slot of a pool, as an engine serves them."""
+    from kda_cuda import prefill
+
+    shape = named(row["shape"])
+    bounds = torch.tensor([0, *shape.lengths]).cumsum(0).to(device, torch.int32)
+    slots = 2 * torch.arange(len(shape.lengths), dtype=torch.int32, device=device)
+
+    def arguments(seed: int) -> dict:
+        a = inputs(shape, row["regime"], device, torch.bfloat16, seed=seed)
+        del a["output_final_state"]
+        pool = torch.zeros(2 * len(shape.lengths), shape.heads, 128, 128, device=device)
+        return a | {"cu_seqlens": bounds, "state_pool": pool, "slot_of": slots, "state_v_first": True}
+
+    def results() -> tuple[torch.Tensor, ...]:
+        fresh = arguments(0)
+        return prefill(**fresh), fresh["state_pool"]
+
+    sets = [arguments(i) for i in range(sets_of(traffic_bytes(shape, 128, 2), 8, device))]
+    return [lambda a=a: prefill(**a) for a in sets], results
+
+
 def decode_calls(row: dict, device: str) -> tuple[list[Callable], Callable]:
     from . import bench_decode
 
@@ -97,6 +119,9 @@ def decode_calls(row: dict, device: str) -> tuple[list[Callable], Callable]:
         return bench_decode.ours(fresh)(), fresh["initial_state"]
 
     return [bench_decode.ours(a) for a in sets], results
+
+
+CALLS = {"chunk_kda": chunk_calls, "prefill": prefill_calls, "decode": decode_calls}
 
 
 def serve(device: str) -> None:
@@ -143,13 +168,11 @@ class Build:
 
 
 def rows_of(args: argparse.Namespace) -> list[dict]:
-    rows = [
-        {"op": "chunk_kda", "shape": str(shape), "regime": regime}
-        for shape, regime in product(from_arguments(args), REGIMES)
-    ]
-    if args.decode:
-        rows += [{"op": "decode", **dict(zip(args.decode, row, strict=True))} for row in product(*args.decode.values())]
-    return rows
+    prompts = args.only or PROMPTS
+    sequences = [("chunk_kda", shape) for shape in from_arguments(args)] + [("prefill", shape) for shape in prompts]
+    rows = [{"op": op, "shape": str(shape), "regime": r} for (op, shape), r in product(sequences, REGIMES)]
+    rows += [{"op": "decode", **dict(zip(args.decode, row, strict=True))} for row in product(*args.decode.values())]
+    return [row for row in rows if row["op"] in args.ops]
 
 
 def compare(row: dict, builds: dict[str, Build], repeats: int) -> dict:
@@ -193,7 +216,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small-decode", dest="decode", action="store_const", const=SMALL_DECODE, default=DECODE)
-    parser.add_argument("--no-decode", dest="decode", action="store_const", const=None)
+    parser.add_argument("--ops", nargs="+", choices=CALLS, default=list(CALLS))
     add_arguments(parser)
     return parser
 

@@ -36,9 +36,28 @@ class RowCache:
         """Replaces every tensor that has a row a sequence."""
         raise NotImplementedError
 
-    def _rows(self) -> Tensor:
-        """One of those tensors."""
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those tensors, without checkpoints. What is there now; the next step may put others in their place."""
         raise NotImplementedError
+
+    def set_tensors(self, tensors: tuple[Tensor, ...]) -> None:
+        """Puts these in the place of :meth:`tensors`."""
+        raise NotImplementedError
+
+    def own(self) -> None:
+        """Makes the tensors fit to be written in the present mode of autograd."""
+        self.set_tensors(tuple(_own(x) for x in self.tensors()))
+
+    def keep_in(self, tensors: tuple[Tensor, ...]) -> None:
+        """Moves what the cache holds back into earlier :meth:`tensors`, where a step has not written them in place."""
+        for to, x in zip(tensors, self.tensors(), strict=True):
+            if to is not x:
+                to.copy_(x)
+        self.set_tensors(tensors)
+
+    def _rows(self) -> Tensor:
+        """One of the tensors."""
+        return self.tensors()[-1]
 
     @property
     def batch_size(self) -> int:
@@ -139,12 +158,11 @@ class KDACache(RowCache):
             c.lengths = change(lengths)
         self._kept = kept
 
-    def _rows(self) -> Tensor:
-        return self.state
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.conv, self.state
 
-    def own(self) -> None:
-        """Makes the tensors fit to be written in the present mode of autograd."""
-        self.conv, self.state = _own(self.conv), _own(self.state)
+    def set_tensors(self, tensors: tuple[Tensor, ...]) -> None:
+        self.conv, self.state = tensors
 
     def reset_state(self) -> None:
         """Forgets everything but the last inputs of the convolutions."""
@@ -218,8 +236,15 @@ class MLACache(RowCache):
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         self.buffer = change(self.buffer[:, : self.length])
 
-    def _rows(self) -> Tensor:
-        return self.buffer
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.buffer,)
+
+    def set_tensors(self, tensors: tuple[Tensor, ...]) -> None:
+        (self.buffer,) = tensors
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for so many tokens in all, the present ones included."""
+        self.buffer = self._with_room(tokens)
 
     def append(self, latents: Tensor, counts: Tensor | None = None) -> Tensor:
         """Adds ``[batch, tokens, width]`` and returns all latents so far, ``[batch, length, width]``.

@@ -10,6 +10,7 @@ from torch.nn.attention.bias import causal_lower_right
 from ..checks import Checker
 from ..context_parallel.streams import gather_tokens, key_spans
 from .cache import MLACache, check_rows
+from .latent_attention import attend_to_latents
 from .layouts import Documents, Layout, layout_of
 from .modules import LatentRMSNorm, device_and_dtype, is_plain
 
@@ -158,11 +159,10 @@ class NoPEMultiLatentAttention(nn.Module):
         expand = self.kv_b_proj.weight.to(q.dtype).unflatten(0, (q.shape[1], -1))
         to_key, to_value = expand.split((self.nope_dim, self.v_head_dim), dim=1)
         q_nope, q_rope = q.split((self.nope_dim, self.rope_dim), dim=-1)
-        q = torch.cat((q_nope @ to_key, q_rope), dim=-1).transpose(1, 2)
-        keys = latents.unsqueeze(1)
+        q = torch.cat((q_nope @ to_key, q_rope), dim=-1).squeeze(2)
         scale = (self.nope_dim + self.rope_dim) ** -0.5
-        o = F.scaled_dot_product_attention(q, keys, keys[..., : self.kv_lora_rank], attn_mask=mask, scale=scale)
-        return (o.transpose(1, 2) @ to_value.transpose(1, 2)).transpose(1, 2).flatten(-2)
+        o = attend_to_latents(q, latents, self.kv_lora_rank, scale, mask if mask is None else mask[:, 0, 0])
+        return (o.unsqueeze(2) @ to_value.transpose(1, 2)).transpose(1, 2).flatten(-2)
 
 
 def _visible(queries: int, latents: Tensor, starts: Tensor | None) -> Tensor | None:

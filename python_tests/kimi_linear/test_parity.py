@@ -13,6 +13,7 @@ from kda_cuda.models.kimi_linear.names import readable, released
 from ..support.kimi_linear import CONFIGS, relative_error, theirs, tokens
 
 LOGITS, GRADIENTS = 1e-4, 1e-3
+BF16 = 2  # times the error that transformers has in bf16, against its own fp32
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -68,6 +69,39 @@ def test_right_padding_of_a_prefill(pair):
     mask[1, 11:] = 0
     expected = model(x, attention_mask=mask).logits[mask.bool()]
     assert relative_error(ours(x, attention_mask=mask)[mask.bool()], expected) <= LOGITS
+
+
+def in_bf16(model: torch.nn.Module, device: str) -> torch.nn.Module:
+    return copy.deepcopy(model).to(device, torch.bfloat16)
+
+
+def test_bf16(pair, device):
+    """Logits of a prefill and of steps on top of it, and the gradient of the embedding."""
+    x = tokens(2, 70).to(device)
+    exact = copy.deepcopy(pair[0]).to(device)
+    found = {}
+    for name, model in {"exact": exact, "theirs": in_bf16(pair[0], device), "ours": in_bf16(pair[1], device)}.items():
+        logits = model(x) if name == "ours" else model(x).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), x[:, 1:].flatten()).backward()
+        found[name] = {"logits": logits.detach().float(), "embedding": model.model.embed_tokens.weight.grad.float()}
+        with torch.no_grad():
+            found[name]["steps"] = steps_in(model, x, name == "ours")
+    for what, truth in found["exact"].items():
+        ours, theirs = ((found[name][what] - truth).norm() for name in ("ours", "theirs"))
+        assert ours <= BF16 * theirs, what
+
+
+def steps_in(model: torch.nn.Module, x: torch.Tensor, is_ours: bool) -> torch.Tensor:
+    """Logits of the last eight tokens, one at a time."""
+    cache, past, logits = model.new_cache(len(x)) if is_ours else None, None, []
+    for piece in (x[:, :-8], *x[:, -8:].split(1, 1)):
+        if is_ours:
+            logits.append(model(piece, cache))
+        else:
+            outputs = model(piece, past_key_values=past, use_cache=True)
+            past = outputs.past_key_values
+            logits.append(outputs.logits)
+    return torch.cat(logits[1:], 1).float()
 
 
 def test_gradients_of_all_parameters(pair):
