@@ -246,22 +246,24 @@ class MLACache(RowCache):
         """Makes room for so many tokens in all, the present ones included."""
         self.buffer = self._with_room(tokens)
 
-    def append(self, latents: Tensor, counts: Tensor | None = None) -> Tensor:
+    def append(self, latents: Tensor, counts: Tensor | None = None, multiple: int = 1) -> Tensor:
         """Adds ``[batch, tokens, width]`` and returns all latents so far, ``[batch, length, width]``.
 
         ``counts`` ``[batch]``: only the first so many of each row are tokens. Rows then differ in length, and what the
-        result has after the tokens of a row is finite and means nothing.
+        result has after the tokens of a row is finite and means nothing. ``multiple``: likewise the result is extended
+        to a multiple of so many latents; only while gradients are disabled.
         """
         begin, end = self.length, self.length + latents.shape[1]
+        extent = -(-end // multiple) * multiple
         new = latents.to(self.buffer.dtype)
         if counts is not None or self.lengths is not None:
             place = self.row_lengths()[:, None] + torch.arange(end - begin, device=new.device)
-            self.buffer = self._with_room(end).scatter_(1, place.unsqueeze(-1).expand_as(new), new)
+            self.buffer = self._with_room(extent).scatter_(1, place.unsqueeze(-1).expand_as(new), new)
         else:
-            self.buffer = self._with_room(end)
+            self.buffer = self._with_room(extent)
             self.buffer[:, begin:end] = new
         self.advance(end - begin, counts)
-        return self.buffer[:, :end].to(latents.dtype)
+        return self.buffer[:, :extent].to(latents.dtype)
 
     def _with_room(self, end: int) -> Tensor:
         """A buffer that may be written up to ``end``. While gradients are enabled it is new, without further room."""

@@ -13,7 +13,8 @@ from .hybrid_cache import HybridCache
 
 __all__ = ["DecodeGraph"]
 
-LEAST_ROOM = 256  # latents; what a graph reads beyond those that are there is at most so many, or an eighth of them
+# Latents that a graph reads beyond those that are there: at most so many, or an eighth of them. A multiple of ALIGNED.
+LEAST_ROOM = 256
 
 
 class DecodeGraph:
@@ -126,8 +127,12 @@ class DecodeGraph:
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph):
-            self._logits = self._step()
+        try:
+            with torch.cuda.device(self.device), torch.cuda.graph(graph):
+                self._logits = self._step()
+        except RuntimeError as e:
+            message = f"model has a step that cannot be captured, expected one that does not wait for the device: {e}"
+            raise Checker("DecodeGraph").value_error(message) from e
         self._graph = graph
 
     def _advance(self) -> None:

@@ -124,8 +124,9 @@ class Experts(nn.Module):
         A token of top_k experts has as many rows, sorted by expert. No sum depends on the order of threads.
         """
         tokens, top_k = experts.shape
-        order = experts.flatten().argsort(stable=True)
-        ends = experts.flatten().bincount(minlength=len(self.down_proj)).cumsum(0).to(torch.int32)
+        by_expert, order = experts.flatten().sort(stable=True)
+        every = torch.arange(len(self.down_proj), device=x.device)
+        ends = torch.searchsorted(by_expert, every, right=True, out_int32=True)  # bincount would wait for a GPU
         rows = x.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1).index_select(0, order)
         gate, up = grouped_product(rows, self.gate_up_proj, ends).chunk(2, dim=1)
         rows = grouped_product(F.silu(gate) * up, self.down_proj, ends)

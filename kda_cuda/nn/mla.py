@@ -10,7 +10,7 @@ from torch.nn.attention.bias import causal_lower_right
 from ..checks import Checker
 from ..context_parallel.streams import gather_tokens, key_spans
 from .cache import MLACache, check_rows
-from .latent_attention import attend_to_latents
+from .latent_attention import ALIGNED, attend_to_latents
 from .layouts import Documents, Layout, layout_of
 from .modules import LatentRMSNorm, device_and_dtype, is_plain
 
@@ -116,11 +116,13 @@ class NoPEMultiLatentAttention(nn.Module):
         if isinstance(layout, Documents):
             return self._attend_alone(q, latents, layout)
         starts = None if cache is None else cache.lengths
+        if cache is not None and x.shape[1] == 1 and is_plain(self.kv_b_proj, nn.Linear):
+            latents = cache.append(latents, layout.counts, 1 if torch.is_grad_enabled() else ALIGNED)
+            seen, mask = (cache.length, None) if starts is None else (None, _visible(1, latents, starts)[:, 0, 0])
+            return self._attend_in_latent_space(q, latents, seen, mask)
         if cache is not None:
             latents = cache.append(latents, layout.counts)
-        absorb = cache is not None and x.shape[1] == 1 and is_plain(self.kv_b_proj, nn.Linear)
-        mask = _visible(x.shape[1], latents, starts)
-        return (self._attend_in_latent_space if absorb else self._attend)(q, latents, mask)
+        return self._attend(q, latents, _visible(x.shape[1], latents, starts))
 
     def _attend_alone(self, q: Tensor, latents: Tensor, layout: Documents) -> Tensor:
         """Every document by itself; tokens after the last one get zeros."""
@@ -151,18 +153,23 @@ class NoPEMultiLatentAttention(nn.Module):
         o = F.scaled_dot_product_attention(q, key, value, attn_mask=mask, is_causal=causal)
         return o.transpose(1, 2).flatten(-2)
 
-    def _attend_in_latent_space(self, q: Tensor, latents: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend_in_latent_space(self, q: Tensor, latents: Tensor, seen: int | None, mask: Tensor | None) -> Tensor:
         """One query, without expanding the past: (W_k c) . q = c . (W_k^T q), and likewise for W_v.
 
-        All heads then have the same keys and values, so they are the queries of one head, which reads the past once.
+        All heads then have the same keys and values. ``seen`` and ``mask`` are those of :func:`attend_to_latents`.
         """
         expand = self.kv_b_proj.weight.to(q.dtype).unflatten(0, (q.shape[1], -1))
         to_key, to_value = expand.split((self.nope_dim, self.v_head_dim), dim=1)
-        q_nope, q_rope = q.split((self.nope_dim, self.rope_dim), dim=-1)
-        q = torch.cat((q_nope @ to_key, q_rope), dim=-1).squeeze(2)
+        q_nope, q_rope = q.squeeze(2).split((self.nope_dim, self.rope_dim), dim=-1)
+        q = torch.cat((_by_head(q_nope, to_key), q_rope), dim=-1)
         scale = (self.nope_dim + self.rope_dim) ** -0.5
-        o = attend_to_latents(q, latents, self.kv_lora_rank, scale, mask if mask is None else mask[:, 0, 0])
-        return (o.unsqueeze(2) @ to_value.transpose(1, 2)).transpose(1, 2).flatten(-2)
+        o = attend_to_latents(q, latents, self.kv_lora_rank, scale, seen, mask)
+        return _by_head(o, to_value.transpose(1, 2)).flatten(1).unsqueeze(1)
+
+
+def _by_head(x: Tensor, weights: Tensor) -> Tensor:
+    """``[batch, heads, in]`` times ``[heads, in, out]``. A broadcast product copies the weights for every row."""
+    return torch.bmm(x.transpose(0, 1), weights).transpose(0, 1)
 
 
 def _visible(queries: int, latents: Tensor, starts: Tensor | None) -> Tensor | None:
