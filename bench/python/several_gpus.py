@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -202,23 +203,20 @@ def bench(row: Row, group: object, args: argparse.Namespace, device: str) -> dic
         found[what] |= own | {"efficiency": round(one / (ranks * us) if one else own["shard_us"] / us, 3)}
     said |= found
     said["sent_bytes"] = row.heads * row.head_dim * 2 * row.head_dim * 4 if ranks > 1 else 0
-    result = {"kda_cuda": said}
-    if args.fla:
-        result["fla"] = bench_fla(row, group, bounds.to(device), args.repeats, device)
-    return result
+    return {"kda_cuda": said}
 
 
-def bench_fla(row: Row, group: object, bounds: Tensor, repeats: int, device: str) -> dict:
+def bench_fla(row: Row, group: object, args: argparse.Namespace, device: str) -> dict:
     """A failure on one rank is one on all of them: it runs the same code everywhere."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     try:
-        bind = fla_of(group, bounds)
+        bind = fla_of(group, torch.tensor([0, row.tokens], device=device))
         said = {"errors": verified(bind, row, rank, ranks, device)}
         if bad := wrong(said["errors"]):
-            return said | {"failed": f"wrong, not timed: {bad}"}
-        return said | timed(row, bind, ranks, rank, repeats, device)
+            return {"fla": said | {"failed": f"wrong, not timed: {bad}"}}
+        return {"fla": said | timed(row, bind, ranks, rank, args.repeats, device)}
     except Exception as e:
-        return {"failed": f"{type(e).__name__}: {str(e)[:200]}"}
+        return {"fla": {"failed": f"{type(e).__name__}: {str(e)[:200]}"}}
 
 
 def simulate(row: Row, ranks: int, repeats: int, device: str) -> dict:
@@ -265,22 +263,30 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_rows(args: argparse.Namespace, one: Callable[[Row], dict]) -> tuple[list[dict], list[str]]:
-    """The results of the rows, and those that no time was left for. Rank 0's clock decides."""
-    begin, found, left_out = time.monotonic(), [], []
-    for row in rows_of(args):
+def run_rows(args: argparse.Namespace, result: dict, ones: list[Callable[[Row], dict]]) -> None:
+    """Adds the results of the rows, and those that no time was left for: all of the first kind, then of the next.
+
+    Rank 0's clock decides. What is there is written after each row: a peer that takes too long loses its own alone.
+    """
+    begin, rows = time.monotonic(), {}
+    result |= {"rows": [], "left_out": []}
+    for one, row in itertools.product(ones, rows_of(args)):
         late = torch.tensor([time.monotonic() - begin > args.seconds], dtype=torch.int32, device=device_of())
         if dist.is_initialized():
             dist.broadcast(late, 0)
         if late.item():
-            left_out.append(str(row))
-            continue
-        found.append({"regime": row.regime, "tokens": row.tokens, "heads": row.heads} | one(row))
+            result["left_out"].append(str(row) + (" of fla" if row in rows else ""))
+        else:
+            if row not in rows:
+                rows[row] = {"regime": row.regime, "tokens": row.tokens, "heads": row.heads}
+                result["rows"].append(rows[row])
+            rows[row] |= one(row)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            print(json.dumps(found[-1]), flush=True)
+            print(json.dumps(rows.get(row, {"left_out": str(row)})), flush=True)
+            if args.out:
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return found, left_out
 
 
 def device_of() -> str:
@@ -291,16 +297,16 @@ def main() -> None:
     args, device = arguments(), device_of()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    result = {"machine": timing.machine(device), "ranks": 1, "head_dim": args.head_dim}
     if args.simulate:
-        ranks, repeats = 1, args.repeats
-        rows, left_out = run_rows(args, lambda row: {str(n): simulate(row, n, repeats, device) for n in args.simulate})
+        run_rows(args, result, [lambda row: {str(n): simulate(row, n, args.repeats, device) for n in args.simulate}])
     else:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        ranks = dist.get_world_size()
-        rows, left_out = run_rows(args, lambda row: bench(row, dist.group.WORLD, args, device))
-    what = {"machine": timing.machine(device), "ranks": ranks, "head_dim": args.head_dim}
-    if args.out and (not dist.is_initialized() or dist.get_rank() == 0):
-        args.out.write_text(json.dumps(what | {"rows": rows, "left_out": left_out}, indent=1) + "\n")
+        result["ranks"] = dist.get_world_size()
+        ways = [bench, bench_fla] if args.fla else [bench]
+        run_rows(
+            args, result, [functools.partial(way, group=dist.group.WORLD, args=args, device=device) for way in ways]
+        )
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
