@@ -21,23 +21,22 @@ KDA_DEVICE uint4 load_piece(State const* from, int count) {
   }
   return {word[0], word[1], word[2], word[3]};
 }
-/// 16 bytes to a state of E, or at most `count` elements of it.
-template <class E, bool kVector, class State>
-KDA_DEVICE void store_piece(State* to, float const (&x)[16 / sizeof(State)], int count) {
-  if constexpr (!kVector) {
+/// 16 bytes of a state of E.
+template <class E, int kElements>
+KDA_DEVICE uint4 pack_piece(float const (&x)[kElements]) {
+  if constexpr (sizeof(E) == 4)
+    return {float_to_bits(x[0]), float_to_bits(x[1]), float_to_bits(x[2]), float_to_bits(x[3])};
+  else return {pack2<E>(x[0], x[1]), pack2<E>(x[2], x[3]), pack2<E>(x[4], x[5]), pack2<E>(x[6], x[7])};
+}
+/// At most `count` elements of E, one by one.
+template <class E, class State, int kElements>
+KDA_DEVICE void store_elements(State* to, float const (&x)[kElements], int count) {
 #pragma unroll
-    for (int j = 0; j < int(16 / sizeof(State)); ++j)
-      if (j < count) {
-        if constexpr (sizeof(State) == 4) to[j] = x[j];
-        else to[j].bits = uint16_t(pack2<E>(x[j], 0.f));
-      }
-  } else if (count > 0) {
-    uint4 piece;
-    if constexpr (sizeof(State) == 4)
-      piece = {float_to_bits(x[0]), float_to_bits(x[1]), float_to_bits(x[2]), float_to_bits(x[3])};
-    else piece = {pack2<E>(x[0], x[1]), pack2<E>(x[2], x[3]), pack2<E>(x[4], x[5]), pack2<E>(x[6], x[7])};
-    *reinterpret_cast<uint4*>(to) = piece;
-  }
+  for (int j = 0; j < kElements; ++j)
+    if (j < count) {
+      if constexpr (sizeof(State) == 4) to[j] = x[j];
+      else to[j].bits = uint16_t(pack2<E>(x[j], 0.f));
+    }
 }
 
 /// kCount neighbours in shared memory, 16-byte aligned.
@@ -94,10 +93,20 @@ struct StatePieces {
         x[i][2 * j] = pair.x, x[i][2 * j + 1] = pair.y;
       }
   }
+  /// All pieces are ready before the first is stored, so that no branch is needed where rows end.
   template <class E>
   KDA_DEVICE void store_as(State* to) const {
+    if constexpr (Shape::kVector) {
+      uint4 piece[kPieces];
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) store_piece<E, Shape::kVector>(to + self().offset(i), x[i], self().present(i));
+      for (int i = 0; i < kPieces; ++i) piece[i] = pack_piece<E>(x[i]);
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i)
+        if (self().present(i) > 0) *reinterpret_cast<uint4*>(to + self().offset(i)) = piece[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) store_elements<E>(to + self().offset(i), x[i], self().present(i));
+    }
   }
   KDA_DEVICE Derived const& self() const { return static_cast<Derived const&>(*this); }
 };
