@@ -30,6 +30,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--piece", type=int, default=8192, help="tokens of the prompt that are read at a time")
     parser.add_argument("--device", default=device)
+    parser.add_argument(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        help="replay single steps from a CUDA graph; default: on a GPU, with weights of 16 bits",
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code of the folder for its tokenizer")
     parser.add_argument("--dtype", help="of the weights, such as bfloat16; default: what config.json says")
     return parser.parse_args(arguments)
@@ -48,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompt = torch.tensor([encode(o.prompt)], dtype=torch.int64, device=o.device)
     stops = model.config.extra.get("eos_token_id")
     stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    graph = o.cuda_graph
+    if graph is None:
+        graph = prompt.is_cuda and model.weights_dtype().itemsize == 2
     steps = model.stream(
         prompt,
         o.max_new_tokens,
@@ -57,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seed=o.seed,
         piece=o.piece,
         stop_tokens=stops,
+        cuda_graph=graph,
     )
     found, shown, begin, first = [], "", time.perf_counter(), None
     for step in steps:

@@ -81,20 +81,23 @@ def _fake_gate_bwd(*arguments):
     return tuple(_like_or_empty(y, x.g) for y in (x.g, x.A_log, x.dt_bias))
 
 
+def _empty_like(x: Tensor | None, owner: Tensor) -> Tensor:
+    return owner.new_empty(0) if x is None else x.new_empty(x.shape)
+
+
 def _fake_conv_fwd(*arguments):
     x = Conv(*arguments)
-    y = x.x.new_empty(x.x.shape)
+    ys = tuple(_empty_like(stream, x.x) for stream in x[:3])
     if not x.output_final_state:
-        return y, y.new_empty(0)
-    batch, _, channels = x.x.shape
-    sequences = batch if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+        return *ys, x.x.new_empty(0)
+    sequences = x.x.shape[0] if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
     owner = x.x if x.initial_state is None else x.initial_state
-    return y, owner.new_empty((sequences, channels, x.weight.shape[1] - 1))
+    return *ys, owner.new_empty((sequences, x.weight.shape[0], x.weight.shape[1] - 1))
 
 
 def _fake_conv_bwd(*arguments):
     x = ConvBwd(*arguments)
-    return tuple(x.x.new_empty(0) if y is None else y.new_empty(y.shape) for y in x[2:6])
+    return tuple(_empty_like(y, x.x) for y in x[4:10])
 
 
 def _fake_norm_fwd(*arguments):
@@ -227,7 +230,7 @@ class _Saved:
 
 
 _GATE, _CHUNK = _Saved(Gate, GateBwd, ("g", "A_log", "dt_bias")), _Saved(Chunk, ChunkBwd, GRADIENTS)
-_CONV = _Saved(Conv, ConvBwd, ("x", "weight", "bias", "initial_state"))
+_CONV = _Saved(Conv, ConvBwd, ("x", "x2", "x3", "weight", "bias", "initial_state"))
 _NORM = _Saved(Norm, NormBwd, ("x", "gate", "weight"))
 
 
@@ -238,16 +241,17 @@ def _gate_backward(namespace: str, ctx, dy):
     return _GATE.gradients(ctx, _backward(namespace, "kda_gate_bwd", arguments.g, arguments))
 
 
-def _conv_backward(namespace: str, ctx, dy, dfinal_state):
-    if dy is None and dfinal_state is None:
+def _conv_backward(namespace: str, ctx, *gradients):
+    if all(d is None for d in gradients):
         return (None,) * len(Conv._fields)
+    *dys, dfinal_state = gradients
     if dfinal_state is not None and dfinal_state.numel() == 0:
         dfinal_state = None
-    arguments = _CONV.arguments(ctx, dy, dfinal_state)
-    x = arguments.x
-    if dy is None:
-        arguments = arguments._replace(dy=x.new_zeros(x.shape))
-    return _CONV.gradients(ctx, _backward(namespace, "short_conv_bwd", x, arguments))
+    arguments = _CONV.arguments(ctx, *dys, dfinal_state)
+    streams = (arguments.x, arguments.x2, arguments.x3)
+    dys = [None if x is None else x.new_zeros(x.shape) if dy is None else dy for dy, x in zip(dys, streams, strict=True)]
+    arguments = arguments._replace(dy=dys[0], dy2=dys[1], dy3=dys[2])
+    return _CONV.gradients(ctx, _backward(namespace, "short_conv_bwd", arguments.x, arguments))
 
 
 def _norm_backward(namespace: str, ctx, dy):

@@ -55,14 +55,16 @@ _DECODE_LAYER = (
 )
 _GATE = "(Tensor g, Tensor? A_log, Tensor? dt_bias, float? lower_bound, ScalarType dtype) -> Tensor"
 _GATE_BWD = "(Tensor dy, Tensor g, Tensor? A_log, Tensor? dt_bias, float? lower_bound) -> (Tensor, Tensor, Tensor)"
-_CONV = (  # with cu_seqlens x is [1, tokens, D]; returns y and the final state, empty where not asked for
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, bool silu, "
-    "bool output_final_state) -> (Tensor, Tensor)"
+# Streams x, x2 and x3 have their channels side by side in weight, bias and states. With cu_seqlens they are
+# [1, tokens, D]. Returns an output for each, and the final state; empty where absent or not asked for.
+_CONV_STREAMS = "Tensor x, Tensor? x2, Tensor? x3, Tensor weight, Tensor? bias, Tensor? initial_state"
+_CONV = (
+    f"({_CONV_STREAMS}, Tensor? cu_seqlens, bool silu, bool output_final_state) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-# Returns the gradients of x, weight, bias and initial_state. That of an absent argument is empty, in x's dtype.
+# Returns the gradients of x, x2, x3, weight, bias and initial_state. That of an absent argument is empty, in x's dtype.
 _CONV_BWD = (
-    "(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
-    "Tensor? cu_seqlens, bool silu) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"(Tensor dy, Tensor? dy2, Tensor? dy3, Tensor? dfinal_state, {_CONV_STREAMS}, Tensor? cu_seqlens, bool silu) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _NORM = "(Tensor x, Tensor gate, Tensor weight, float eps, bool silu) -> Tensor"  # silu: else sigmoid
 _NORM_BWD = "(Tensor dy, Tensor x, Tensor gate, Tensor weight, float eps, bool silu) -> (Tensor, Tensor, Tensor)"

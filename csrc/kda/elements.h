@@ -1,6 +1,7 @@
 // Elements whose type only the parameters know, and neighbours that move at once.
 #pragma once
 #include "kda/dtype.h"
+#include "platform/memory.h"
 
 namespace kda {
 
@@ -13,6 +14,14 @@ KDA_DEVICE void store_float(void* to, Dtype dtype, int64_t i, float x) {
   if (dtype == Dtype::kFloat32) static_cast<float*>(to)[i] = x;
   else if (dtype == Dtype::kBfloat16) static_cast<Bf16*>(to)[i] = from_float<Bf16>(x);
   else static_cast<Fp16*>(to)[i] = from_float<Fp16>(x);
+}
+
+/// Calls f(from) with the type that `from` points to, so that one branch stands before all loads of f.
+template <class F>
+KDA_DEVICE void with_elements(void const* from, Dtype dtype, F f) {
+  if (dtype == Dtype::kFloat32) f(static_cast<float const*>(from));
+  else if (dtype == Dtype::kBfloat16) f(static_cast<Bf16 const*>(from));
+  else f(static_cast<Fp16 const*>(from));
 }
 
 /// The 32-bit words of a piece.
@@ -38,7 +47,7 @@ struct Piece {
   Bits bits;
 
   KDA_DEVICE void load(E const* from) { bits = *reinterpret_cast<Bits const*>(from); }
-  KDA_DEVICE void store(E* to) const { *reinterpret_cast<Bits*>(to) = bits; }
+  KDA_DEVICE void store(E* to) const { store_whole(reinterpret_cast<Bits*>(to), bits); }
 
   KDA_DEVICE void unpack(float* x) const {
     uint32_t words[kWords];

@@ -13,6 +13,21 @@ KDA_DEVICE uint32_t shared_address(void const* p) {
 #endif
 }
 
+/// To global memory in one access: nvcc stores 16 bytes that were put together word by word as four words.
+/// PTX: st.global.v4.u32
+KDA_DEVICE void store_whole(uint4* to, uint4 bits) {
+#if defined(KDA_EMULATE)
+  *to = bits;
+#else
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
+#endif
+}
+template <class Bits>
+KDA_DEVICE void store_whole(Bits* to, Bits bits) {
+  *to = bits;
+}
+
 /// 16 bytes from global to shared memory, of which `valid` are read and the rest is zero.
 /// PTX: cp.async.cg.shared.global
 KDA_DEVICE void cp_async_16(void* to, void const* from, int valid = 16 KDA_WHERE) {

@@ -42,7 +42,18 @@ struct ConvCase {
   }
   int64_t channels() const { return weight.shape[0]; }
   int64_t width() const { return channels() + odd; }
-  ChannelRows rows(CaseTensor const& t) const { return {t.data(), t.shape[1] * width(), width()}; }
+  /// Channels of the first stream, and before the third one.
+  std::pair<int64_t, int64_t> stream_ends() const {
+    int64_t const piece = odd ? 1 : 16, first = channels() / 3 / piece * piece;
+    return {first, channels() - first};
+  }
+  /// Three streams side by side in one tensor.
+  void set_streams(ConvStreams& streams, CaseTensor const& t) const {
+    auto const [first, third] = stream_ends();
+    int64_t const begins[] = {0, first, third}, width_ = width(), bytes = bytes_of_dtype(t.dtype);
+    for (int i = 0; i < kConvStreams; ++i)
+      streams[i] = {static_cast<char*>(t.data()) + begins[i] * bytes, t.shape[1] * width_, width_};
+  }
   ConvStates states(CaseTensor const& t) const {
     return {t.data(), Dtype::kFloat32, channels() * (taps - 1), taps - 1, 1};
   }
@@ -57,7 +68,10 @@ struct ConvCase {
     return y;
   }
   void set(ShortConvCall& p) const {
-    p.x = rows(x), p.weight = weight.data(), p.bias = bias.data(), p.weight_dtype = Dtype::kFloat32;
+    set_streams(p.x, x);
+    auto const [first, third] = stream_ends();
+    p.stream_end[0] = int32_t(first), p.stream_end[1] = int32_t(third), p.stream_end[2] = int32_t(channels());
+    p.weight = weight.data(), p.bias = bias.data(), p.weight_dtype = Dtype::kFloat32;
     p.initial_state = states(state);
     p.plan.tokens = x.shape[1], p.plan.sequences = int32_t(sequences_of(c));
     p.plan.cu_seqlens = c.pointer_or_null<void>("cu_seqlens");
@@ -71,7 +85,7 @@ inline Tensors run_conv_fwd(ConvCase const& k) {
   CaseTensor const y = k.zeros(), final_state(FileDtype::kFloat32, k.state.shape);
   ShortConvFwdParams p{};
   k.set(p);
-  p.y = k.rows(y), p.final_state = k.states(final_state);
+  k.set_streams(p.y, y), p.final_state = k.states(final_state);
   ShortConvVariant const& variant = select_short_conv(kernel_dtype(k.x));
   variant.plan_fwd(p, k.x.shape[0] * k.x.shape[1]);
   variant.fwd(p, nullptr);
@@ -82,7 +96,8 @@ inline Tensors run_conv_bwd(ConvCase const& k) {
   CaseTensor const dbias(FileDtype::kFloat32, k.bias.shape), dstate(FileDtype::kFloat32, k.state.shape);
   ShortConvBwdParams p{};
   k.set(p);
-  p.dy = k.rows(k.dy), p.dx = k.rows(dx), p.d_final_state = k.states(k.dfinal), p.d_initial_state = k.states(dstate);
+  k.set_streams(p.dy, k.dy), k.set_streams(p.dx, dx);
+  p.d_final_state = k.states(k.dfinal), p.d_initial_state = k.states(dstate);
   p.dweight = dweight.data(), p.dbias = dbias.data();
   ShortConvVariant const& variant = select_short_conv(kernel_dtype(k.x));
   variant.plan_bwd(p, k.x.shape[0] * k.x.shape[1]);
@@ -146,7 +161,7 @@ class ConvTruth {
   }
 };
 
-/// Four taps of pieces, eight of pieces, and single channels.
+/// Four taps of pieces, eight of pieces, and single channels; each of three streams.
 inline void add_short_conv(std::vector<CaseRun>& runs, CaseFile const& c) {
   std::string const type = dtype_name(c["q"].dtype);
   for (auto const& [taps, odd] : {std::pair<int64_t, int64_t>{4, 0}, {8, 0}, {3, 1}}) {
@@ -181,7 +196,8 @@ struct NormCase {
     p.x = {x.data(), dim, dim}, p.gate = {gate.data(), dim, dim}, p.y = {y.data(), dim, dim};
     p.in_pieces = dim * bytes_of_dtype(x.dtype) % 16 == 0;
     p.weight = weight.data(), p.weight_dtype = Dtype::kFloat32;
-    p.outer = rows(), p.heads = 1, p.dim = int32_t(dim), p.eps = 1e-5f, p.activation = Activation::kSilu;
+    p.outer = rows(), p.heads = 1, p.dim = int32_t(dim), p.eps = 1e-5f, p.per_dim = 1.f / float(dim);
+    p.activation = Activation::kSilu;
     return p;
   }
 };

@@ -51,7 +51,8 @@ GatedRmsNormParams norm_params(char const* op, std::vector<Tensor> const& rows, 
   p.in_pieces = in_pieces;
   p.weight = weight.data_ptr(), p.weight_dtype = dtype_of_tensor(op, "weight", weight);
   p.outer = one_run ? count : x.size(0), p.heads = one_run ? 1 : int32_t(x.size(1)), p.dim = int32_t(x.size(2));
-  p.eps = float(eps), p.activation = silu ? Activation::kSilu : Activation::kSigmoid;
+  p.eps = float(eps), p.per_dim = 1.f / float(p.dim);
+  p.activation = silu ? Activation::kSilu : Activation::kSigmoid;
   return p;
 }
 

@@ -92,12 +92,9 @@ def _remember(cache, layer: int, inputs: list[Tensor], taps: int) -> None:
 
 def _convolve_streams(conv: nn.Conv1d, inputs: list[Tensor], state: Tensor | None, head_dim: int) -> list[Tensor]:
     """q, k and v by one convolution's weight, which has their channels one after the other."""
-    widths = [y.shape[-1] for y in inputs]
     with _accelerated(conv):
-        weights = conv.weight.split(widths)
-        biases = [None] * 3 if conv.bias is None else conv.bias.split(widths)
-        pasts = [None] * 3 if state is None else _past(state, conv.kernel_size[0]).split(widths, dim=1)
-        streams = [_convolved(*each) for each in zip(inputs, weights, biases, pasts, strict=True)]
+        past = None if state is None else _past(state, conv.kernel_size[0])
+        streams = _convolved(inputs, conv.weight, conv.bias, past)
     return [y.unflatten(-1, (-1, head_dim)) for y in streams]
 
 
@@ -131,11 +128,7 @@ def fla_forward(
     streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
     if self.use_short_conv:
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        pairs = [
-            _fla_convolved(*each, use_cache, cu_seqlens)
-            for each in zip(convolutions, streams, conv_states, strict=True)
-        ]
-        streams, conv_states = [y for y, _ in pairs], tuple(s for _, s in pairs)
+        streams, conv_states = _fla_convolved(convolutions, streams, conv_states, use_cache, cu_seqlens)
     else:
         streams, conv_states = [F.silu(y) for y in streams], None
     q, k, v = (
@@ -176,17 +169,27 @@ def _unpadded(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fla_convolved(
-    conv: nn.Module, x: Tensor, state: Tensor | None, keep: bool, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The convolved stream, and its last inputs ``[sequences, channels, taps]``, as fla's cache has them."""
-    if not is_plain(conv, type(conv)) or getattr(conv, "activation", None) not in ("silu", "swish"):
-        return conv(x=x, cache=state, output_final_state=keep, cu_seqlens=cu_seqlens)
-    taps = conv.weight.shape[-1]
-    past = None if state is None else _past(state, taps)
-    y = _convolved(x, conv.weight, None, past, cu_seqlens)
+    convolutions: tuple[nn.Module, ...],
+    xs: list[Tensor],
+    states: tuple[Tensor | None, ...],
+    keep: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
+    """The convolved streams, and their last inputs ``[sequences, channels, taps]``, as fla's cache has them."""
+    ours = all(is_plain(c, type(c)) and getattr(c, "activation", None) in ("silu", "swish") for c in convolutions)
+    if not ours:
+        options = {"output_final_state": keep, "cu_seqlens": cu_seqlens}
+        each = zip(convolutions, xs, states, strict=True)
+        ys, states = zip(*(conv(x=x, cache=state, **options) for conv, x, state in each), strict=True)
+        return list(ys), states
+    taps = convolutions[0].weight.shape[-1]
+    past = None if states[0] is None else torch.cat([_past(state, taps) for state in states], dim=1)
+    ys = _convolved(xs, torch.cat([conv.weight for conv in convolutions]), None, past, cu_seqlens)
     if not keep:
-        return y, None
-    return y, _last_inputs(x, state, taps) if cu_seqlens is None else _last_of_each(x[0], state, taps, cu_seqlens)
+        return ys, (None,) * 3
+    if cu_seqlens is None:
+        return ys, tuple(_last_inputs(x, state, taps) for x, state in zip(xs, states, strict=True))
+    return ys, tuple(_last_of_each(x[0], state, taps, cu_seqlens) for x, state in zip(xs, states, strict=True))
 
 
 def _last_inputs(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
@@ -219,10 +222,11 @@ def _past(state: Tensor, taps: int) -> Tensor:
 
 
 def _convolved(
-    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None = None
-) -> Tensor:
-    """In the dtype of the weight, which some models keep wider than the stream."""
-    return convolve(x.to(weight.dtype), weight, bias, past, cu_seqlens).to(x.dtype)
+    xs: list[Tensor], weight: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None = None
+) -> list[Tensor]:
+    """In the dtype of the weight, which some models keep wider than the streams."""
+    ys = convolve([x.to(weight.dtype) for x in xs], weight, bias, past, cu_seqlens)
+    return [y.to(x.dtype) for x, y in zip(xs, ys, strict=True)]
 
 
 def _kda(few: bool, q, k, v, g, beta, state: Tensor | None, keep_state: bool, **options) -> tuple[Tensor, Tensor]:

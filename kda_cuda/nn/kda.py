@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -265,21 +265,23 @@ class KimiDeltaAttention(KeepsFp32, nn.Module):
 
     def _convolved(self, x: Tensor, cache: KDACache | None, layout: Layout) -> list[Tensor]:
         """q, k, v ``[batch, tokens, heads, dim]``; the cache then holds the last inputs."""
-        inputs = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        inputs = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         past = None if cache is None else cache.conv
         if layout.cp_context is not None:
-            past = layout.pasts(exchange_conv_tails(inputs, layout.cp_context, self.conv_size).transpose(1, 2))
-        streams = self._convolve(inputs, past, layout.cu_seqlens).split(self._stream_widths(), dim=-1)
+            tails = exchange_conv_tails(torch.cat(inputs, dim=-1), layout.cp_context, self.conv_size)
+            past = layout.pasts(tails.transpose(1, 2))
+        streams = self._convolve(inputs, past, layout.cu_seqlens)
         if cache is not None:
-            seen = torch.cat((cache.conv, inputs.transpose(1, 2).to(cache.conv.dtype)), dim=2)
+            new = torch.cat(inputs, dim=-1).transpose(1, 2)
+            seen = torch.cat((cache.conv, new.to(cache.conv.dtype)), dim=2)
             cache.conv = _last_inputs(seen, self.conv_size - 1, layout.counts)
         dims = (self.head_dim, self.head_dim, self.v_head_dim)
         return [y.unflatten(-1, (-1, dim)) for y, dim in zip(streams, dims, strict=True)]
 
-    def _convolve(self, inputs: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """The streams of q, k and v side by side, convolved in one call if the modules are plain and alike.
+    def _convolve(self, inputs: list[Tensor], past: Tensor | None, cu_seqlens: Tensor | None) -> Sequence[Tensor]:
+        """The streams of q, k and v, convolved in one call if the modules are plain and alike.
 
-        ``inputs`` ``[batch, tokens, channels]``, ``past`` ``[sequences, channels, taps - 1]``.
+        ``inputs`` ``[batch, tokens, channels]`` of each, ``past`` ``[sequences, channels of all, taps - 1]``.
         """
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         plain = all(is_plain(conv, ShortConvolution, may_have_bias=True) for conv in convolutions)
@@ -287,11 +289,10 @@ class KimiDeltaAttention(KeepsFp32, nn.Module):
             biases = [conv.bias for conv in convolutions if conv.bias is not None]
             weight = torch.cat([conv.weight for conv in convolutions])
             return convolve(inputs, weight, torch.cat(biases) if biases else None, past, cu_seqlens)
-        widths = self._stream_widths()
-        pasts = [None] * 3 if past is None else past.split(widths, dim=1)
+        pasts = [None] * 3 if past is None else past.split(self._stream_widths(), dim=1)
         bounds = () if cu_seqlens is None else (cu_seqlens,)
-        streams = zip(convolutions, inputs.split(widths, dim=-1), pasts, strict=True)
-        return torch.cat([conv(y, before, *bounds) for conv, y, before in streams], dim=-1)
+        streams = zip(convolutions, inputs, pasts, strict=True)
+        return [conv(y, before, *bounds) for conv, y, before in streams]
 
     def _can_fuse(self, gate: Tensor) -> bool:
         """Whether one kernel may stand for convolutions, recurrence and norm: none of them is wrapped or replaced."""

@@ -13,17 +13,21 @@ PLAIN_WEIGHTS = (nn.Parameter, Tensor)
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None = None
-) -> Tensor:
+    x: Tensor | list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    past: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, ...]:
     """The causal depthwise convolution and SiLU of :class:`ShortConvolution`.
 
     Args:
-        x: ``[batch, tokens, channels]``.
+        x: ``[batch, tokens, channels]``; or up to three such streams, whose channels are side by side in what follows.
         weight: ``[channels, 1, taps]``; bias: ``[channels]``.
         past: ``[sequences, channels, taps - 1]``, the inputs before each; None: zeros, the start of a sequence.
         cu_seqlens: ``[sequences + 1]``, of the documents in one row; None: every row is a sequence.
     """
-    past = None if past is None else past.to(x.dtype)
+    past = None if past is None else past.to(x.dtype if isinstance(x, Tensor) else x[0].dtype)
     return short_conv(x, weight, bias, initial_state=past, cu_seqlens=cu_seqlens)[0]
 
 

@@ -61,15 +61,32 @@ def _past(initial_state: Tensor | None, first: int, rows: slice) -> Tensor | Non
     return None if initial_state is None else initial_state[first : first + rows.stop - rows.start]
 
 
+def _streams(*xs: Tensor | None) -> tuple[Tensor, list[int]]:
+    """Those that are there side by side, and how wide each is."""
+    there = [x for x in xs if x is not None]
+    return (there[0] if len(there) == 1 else torch.cat(there, -1)), [0 if x is None else x.shape[-1] for x in xs]
+
+
+def _apart(x: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
+    """The streams again, in memory of their own; empty where there was none."""
+    if x.shape[-1] == widths[0]:
+        return x, *(x.new_empty(0) for _ in widths[1:])
+    parts = x.split(widths, -1)
+    return tuple(part.contiguous() if width else x.new_empty(0) for part, width in zip(parts, widths, strict=True))
+
+
 def short_conv_fwd(
     x: Tensor,
+    x2: Tensor | None,
+    x3: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     silu: bool,
     output_final_state: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, widths = _streams(x, x2, x3)
     y, finals = x.new_zeros(x.shape), []
     for first, rows, tokens in _sequences(x, cu_seqlens):
         past = _past(initial_state, first, rows)
@@ -79,20 +96,25 @@ def short_conv_fwd(
         if output_final_state:
             owner = x if past is None else past
             finals.append(window.inputs[:, :, window.tokens :].to(owner.dtype))
-    return y, torch.cat(finals).contiguous() if output_final_state else x.new_empty(0)
+    return *_apart(y, widths), torch.cat(finals).contiguous() if output_final_state else x.new_empty(0)
 
 
 def short_conv_bwd(
     dy: Tensor,
+    dy2: Tensor | None,
+    dy3: Tensor | None,
     dfinal_state: Tensor | None,
     x: Tensor,
+    x2: Tensor | None,
+    x3: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(x.dtype)
+    (x, widths), (dy, _) = _streams(x, x2, x3), _streams(dy, dy2, dy3)
     dx = x.new_zeros(x.shape)
     dweight, dbias = weight.new_zeros(weight.shape, dtype=dtype), weight.new_zeros(weight.shape[:1], dtype=dtype)
     dstate = x.new_empty(0) if initial_state is None else initial_state.new_zeros(initial_state.shape)
@@ -106,4 +128,5 @@ def short_conv_bwd(
         dx[rows, tokens] = dinputs[:, :, window.taps - 1 :].transpose(1, 2).to(dx.dtype)
         if past is not None:
             _past(dstate, first, rows).copy_(dinputs[:, :, : window.taps - 1])
-    return dx, dweight.to(weight.dtype), x.new_empty(0) if bias is None else dbias.to(bias.dtype), dstate
+    dbias = x.new_empty(0) if bias is None else dbias.to(bias.dtype)
+    return *_apart(dx, widths), dweight.to(weight.dtype), dbias, dstate

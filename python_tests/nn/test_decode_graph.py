@@ -182,7 +182,7 @@ def test_generate(model, device):
 @torch.no_grad()
 def test_a_step_that_waits_cannot_be_captured(model, device):
     model.lm_head.register_forward_hook(lambda module, args, y: y * float(y.max() > 0))
-    cache, other = begun(model, device, [3, 3])
+    cache, other = begun(model, device, [4, 4])
     step = DecodeGraph(model, cache)
     check_steps(model, step, other, 1)
     with pytest.raises(ValueError, match="DecodeGraph: model has a step that cannot be captured, expected one that"):

@@ -161,7 +161,7 @@ def good_conv() -> dict:
 
 ONE_ROW = torch.zeros(1, 8, 6)
 CONV_CALLS = [
-    ({"x": [1.0]}, TypeError, "x is a list, expected a Tensor"),
+    ({"x": [[1.0]]}, TypeError, "x[0] is a list, expected a Tensor"),
     ({"x": torch.zeros(8, 6)}, ValueError, "x has shape [8, 6], expected 3 dimensions [B, T, D]"),
     (
         {"x": torch.zeros(2, 8, 6).long()},
@@ -173,6 +173,16 @@ CONV_CALLS = [
         ValueError,
         "x has shape [2, 8, 0], expected [B, T, D] with D >= 1",
     ),
+    ({"x": []}, ValueError, "x has 0 streams, expected 1 to 3"),
+    ({"x": [torch.zeros(2, 8, 6)] * 4}, ValueError, "x has 4 streams, expected 1 to 3"),
+    ({"x": [torch.zeros(2, 8, 3), None]}, TypeError, "x[1] is a NoneType, expected a Tensor"),
+    (
+        {"x": [torch.zeros(2, 8, 3), torch.zeros(2, 7, 3)]},
+        ValueError,
+        "x[1] is [2, 7, 3] in torch.float32 on cpu, expected dtype, device, B and T of x[0], which is [2, 8, 3] in "
+        "torch.float32 on cpu",
+    ),
+    ({"x": [torch.zeros(2, 8, 3)] * 3}, ValueError, "weight has shape [6, 4], expected [D=9, taps=4]"),
     ({"weight": None}, TypeError, "weight is a NoneType, expected a Tensor"),
     ({"weight": torch.zeros(6, 4, device="meta")}, ValueError, "weight is on meta, expected cpu like x"),
     ({"weight": torch.zeros(6)}, ValueError, "weight has shape [6], expected [D, taps] or [D, 1, taps]"),
@@ -259,10 +269,10 @@ def test_surrounding_kernels_name_what_is_wrong(device):
     ops = getattr(torch.ops, "kda_cuda_emulated" if device.name == "emulator" else "kda_cuda")
     x, weight, rows = (torch.zeros(shape, device=device) for shape in ((1, 8, 6), (6, 4), (4, 6)))
     with pytest.raises(ValueError) as raised:
-        ops.short_conv_fwd(x, weight[:5], None, None, None, True, False)
+        ops.short_conv_fwd(x, None, None, weight[:5], None, None, None, True, False)
     assert str(raised.value) == "kda_cuda::short_conv_fwd: weight has shape [5, 4], expected [6, 2 to 8]"
     with pytest.raises(ValueError) as raised:
-        ops.short_conv_bwd(x[:, :7], None, x, weight, None, None, None, True)
+        ops.short_conv_bwd(x[:, :7], None, None, None, x, None, None, weight, None, None, None, True)
     assert str(raised.value) == "kda_cuda::short_conv_bwd: dy has shape [1, 7, 6], expected [1, 8, 6]"
     with pytest.raises(ValueError) as raised:
         ops.gated_rmsnorm_fwd(rows, rows.half(), rows[0], 1e-5, False)

@@ -85,7 +85,9 @@ def surrounding_samples() -> dict[str, list[tuple]]:
         "cu_seqlens": torch.tensor(SEQUENCES),
         "silu": True,
     }
-    absent = dict.fromkeys(("bias", "initial_state", "cu_seqlens"))
+    rich |= {"x2": x[..., :3], "x3": None, "weight": torch.randn(11, 4), "bias": torch.randn(11)}
+    rich["initial_state"] = torch.randn(3, 11, 3)
+    absent = dict.fromkeys(("x2", "x3", "bias", "initial_state", "cu_seqlens"))
     poor = {"x": x.bfloat16().expand(2, T, 8), "weight": torch.randn(8, 2), **absent, "silu": False}
     conv = [Conv(**rich, output_final_state=True), Conv(**poor, output_final_state=False)]
     rows = {"x": torch.randn(B, T, H, K), "gate": torch.randn(B, T, H, K), "weight": torch.randn(K), "eps": 1e-5}
@@ -95,8 +97,8 @@ def surrounding_samples() -> dict[str, list[tuple]]:
         "short_conv_fwd": conv,
         "short_conv": conv,
         "short_conv_bwd": [
-            ConvBwd(**rich, dy=dy, dfinal_state=torch.randn(3, 8, 3)),
-            ConvBwd(**poor, dy=dy.bfloat16().expand(2, T, 8), dfinal_state=None),
+            ConvBwd(**rich, dy=dy, dy2=dy[..., :3], dy3=None, dfinal_state=torch.randn(3, 11, 3)),
+            ConvBwd(**poor, dy=dy.bfloat16().expand(2, T, 8), dy2=None, dy3=None, dfinal_state=None),
         ],
         "gated_rmsnorm_fwd": norm,
         "gated_rmsnorm": norm,
@@ -380,6 +382,8 @@ def test_meta_tensors():
     rows, weight = x["beta"], torch.zeros(HV, 4, device="meta")
     y, state = kda_cuda.short_conv(rows, weight, output_final_state=True)
     assert y.shape == rows.shape and state.shape == (B, HV, 3) and y.is_meta and state.is_meta
+    ys, _ = kda_cuda.short_conv((rows[..., :1], rows[..., 1:]), weight)
+    assert [y.shape[-1] for y in ys] == [1, HV - 1] and ys[1].is_meta
     assert kda_cuda.gated_rmsnorm(rows, rows, weight[:, 0]).shape == rows.shape
 
 

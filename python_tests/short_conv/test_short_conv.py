@@ -168,7 +168,7 @@ def test_infinite_inputs_reach_no_further_than_the_taps(device):
 # ---- sequences, one after another and in pieces ----------------------------------------------------------------------
 
 
-def plain(x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor, **options) -> tuple[Tensor, Tensor]:
+def plain(x: Tensor | list[Tensor], weight: Tensor, bias: Tensor, initial_state: Tensor, **options) -> tuple:
     return kda_cuda.short_conv(x, weight, bias, initial_state=initial_state, output_final_state=True, **options)
 
 
@@ -210,6 +210,60 @@ def test_streams_side_by_side(device):
     for i, x in enumerate(streams):
         y, final = plain(**x)
         assert torch.equal(together[0].chunk(3, 2)[i], y) and torch.equal(together[1].chunk(3, 1)[i], final)
+
+
+WIDTHS = [(16,), (8, 24), (40, 8, 16), (136, 136, 264), (3, 1, 5)]
+
+
+def streams_and_whole(widths: tuple[int, ...], device, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
+    given = inputs((2, 21, sum(widths), 4), device, dtype)
+    return [x.contiguous() for x in given["x"].split(list(widths), dim=-1)], given
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_streams(dtype, widths, device):
+    """Values, states and gradients of tensors of their own are those of one tensor with all channels."""
+    streams, given = streams_and_whole(widths, device, dtype)
+    make = torch.Generator().manual_seed(2)
+    dy, dfinal = (torch.randn(given[n].shape, generator=make).to(device, dtype) for n in ("x", "initial_state"))
+    whole = leaves_of(given)
+    y, final = plain(**whole)
+    expected = [y, final, *torch.autograd.grad([y, final], list(whole.values()), [dy, dfinal])]
+    parameters = leaves_of({name: given[name] for name in ("weight", "bias", "initial_state")})
+    for count in (len(widths), 1):  # 1: a list of one stream is several streams too
+        xs = [x.detach().requires_grad_() for x in (streams if count > 1 else [given["x"]])]
+        ys, own_final = plain(xs, **parameters)
+        assert isinstance(ys, tuple) and [y.shape for y in ys] == [x.shape for x in xs]
+        dys = dy.split([x.shape[-1] for x in xs], dim=-1)
+        d = torch.autograd.grad([*ys, own_final], [*xs, *parameters.values()], [*dys, dfinal])
+        got = [torch.cat(ys, -1), own_final, torch.cat(d[: len(xs)], -1), *d[len(xs) :]]
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b) if device.runs_kernels else torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_streams_that_nobody_asks_about(device):
+    """One output alone has a gradient; one input alone needs one."""
+    streams, given = streams_and_whole((40, 8, 16), device, torch.float32)
+    weight = given["weight"].requires_grad_()
+    ys, final = kda_cuda.short_conv((streams[0], streams[1].requires_grad_(), streams[2]), weight)
+    assert final is None
+    ys[1].sum().backward()
+    alone = streams[1].detach().requires_grad_()
+    own_weight = weight.detach()[40:48].clone().requires_grad_()
+    kda_cuda.short_conv(alone, own_weight)[0].sum().backward()
+    torch.testing.assert_close(streams[1].grad, alone.grad)
+    torch.testing.assert_close(weight.grad[40:48], own_weight.grad)
+    assert not weight.grad[:40].any() and not weight.grad[48:].any()
+
+
+def test_streams_packed_and_padded(device):
+    streams, given = streams_and_whole((8, 24), device, torch.bfloat16)
+    cu_seqlens = torch.tensor([0, 4, 4, 17], device=device)
+    options = {"cu_seqlens": cu_seqlens}
+    expected, _ = kda_cuda.short_conv(given["x"][:1], given["weight"], **options)
+    ys, _ = kda_cuda.short_conv([x[:1] for x in streams], given["weight"], **options)
+    assert torch.equal(torch.cat(ys, -1), expected) and not ys[1][0, 17:].any()
 
 
 def test_without_what_may_be_left_out(device):

@@ -18,7 +18,7 @@ struct WideNormKernels {
   using K = Kernel<GatedRmsNormParams>;
   static K fwd() { return {{"gated_rmsnorm_fwd_wide", &typeid(E), kNormThreads, 0}, gated_rmsnorm_fwd_wide_kernel<E>}; }
   static K bwd() { return {{"gated_rmsnorm_bwd_wide", &typeid(E), kNormThreads, 0}, gated_rmsnorm_bwd_wide_kernel<E>}; }
-  static K reduce() { return {{"gated_rmsnorm_reduce", &typeid(void), kSumThreads, 0}, gated_rmsnorm_reduce_kernel}; }
+  static K reduce() { return {{"gated_rmsnorm_reduce", &typeid(void), kNormSumThreads, 0}, gated_rmsnorm_reduce_kernel}; }
 };
 template <class E>
 std::vector<KernelLaunch> gated_rmsnorm_kernels() {

@@ -24,7 +24,7 @@ struct GatedRmsNormParams {
   Dtype weight_dtype;
   int64_t outer;
   int32_t heads, dim;
-  float eps;
+  float eps, per_dim;  // the latter is 1 / dim
   Activation activation;
   float* partial;  // backward: [runs, dim]
   int32_t runs;    // backward: the rows are cut into so many runs, whose sums are added in order
@@ -32,7 +32,8 @@ struct GatedRmsNormParams {
 
 inline constexpr int kNormThreads = 128, kNormElements = 8;  // of a row, per thread
 inline constexpr int kNormMaxPieceDim = 32 * kNormElements;  // longer rows are read by loops
-inline constexpr int kNormRowsPerRun = 32, kNormMaxRuns = 1024;
+inline constexpr int kNormRowsPerRun = 32, kNormMaxRuns = 4096;
+inline constexpr int kNormSumThreads = 1024;
 
 inline int32_t gated_rmsnorm_runs(int64_t rows) {
   int64_t const runs = (rows + kNormRowsPerRun - 1) / kNormRowsPerRun;

@@ -11,6 +11,8 @@ struct RowScale {
   float down, rstd;
 
   KDA_DEVICE float normalised(float x) const { return x * down * rstd; }
+  /// From the gradient of the normalised row to that of x.
+  KDA_DEVICE float of_gradient() const { return rstd * down; }
 };
 
 /// Whether a sum of squares of x tells too little: it may have overflowed, or underflowed beside a tiny eps.
@@ -27,7 +29,7 @@ KDA_DEVICE float down_scale(float largest, float eps) {
 
 /// `squares`: the sum over the row of (x * down)^2.
 KDA_DEVICE RowScale row_scale(GatedRmsNormParams const& p, float squares, float down) {
-  return {down, rsqrt_accurate(squares / float(p.dim) + p.eps * down * down)};
+  return {down, rsqrt_accurate(squares * p.per_dim + p.eps * down * down)};
 }
 
 /// One element of the backward, before the sum over the row.
@@ -40,17 +42,16 @@ struct NormGradient {
 
   /// What nobody asks for has no gradient, whatever it holds: padding may be NaN.
   template <class E>
-  KDA_DEVICE static NormGradient of(GatedRmsNormParams const& p, RowScale scale, float x, float gate, float dy,
-                                    float weight, E) {
+  KDA_DEVICE static NormGradient of(GatedRmsNormParams const& p, float n, float gate, float dy, float weight, E) {
     bool const asked = dy != 0.f;
-    float const n = scale.normalised(x), known = asked ? n : 0.f;
-    float2 const open = activation<E>(p.activation, asked ? gate : 0.f);
+    float const known = asked ? n : 0.f;
+    float2 const open = gate_activation<E>(p.activation, asked ? gate : 0.f);
     float const dn = dy * weight * open.x, through = dy * known;
-    return {n, dn, through * weight * open.y, through * open.x, dn * (known * (1.f / float(p.dim)))};
+    return {n, dn, through * weight * open.y, through * open.x, dn * (known * p.per_dim)};
   }
   /// `mean`: of n dn over the row.
-  KDA_DEVICE float dx(RowScale scale, float mean) const {
-    return dn == 0.f && mean == 0.f ? 0.f : (dn - n * mean) * scale.rstd * scale.down;
+  KDA_DEVICE float dx(float scale, float mean) const {
+    return dn == 0.f && mean == 0.f ? 0.f : (dn - n * mean) * scale;
   }
 };
 

@@ -38,7 +38,7 @@ KDA_GLOBAL void __launch_bounds__(kNormThreads) gated_rmsnorm_fwd_wide_kernel(Ga
   RowScale const scale = wide_scale(p, x);
   for (int c = lane_index(); c < p.dim; c += 32) {
     float const weight = load_float(p.weight, p.weight_dtype, c);
-    float const open = activation<E>(p.activation, to_float(gate[c])).x;
+    float const open = gate_activation<E>(p.activation, to_float(gate[c])).x;
     y[c] = from_float<E>(scale.normalised(to_float(x[c])) * weight * open);
   }
 }
@@ -58,7 +58,7 @@ KDA_GLOBAL void __launch_bounds__(kNormThreads) gated_rmsnorm_bwd_wide_kernel(Ga
     E *const dx = place.of(p.dx, element), *const dgate = place.of(p.dgate, element);
     RowScale const scale = wide_scale(p, x);
     auto const gradient = [&](int c) {
-      return NormGradient::of(p, scale, to_float(x[c]), to_float(gate[c]), to_float(dy[c]),
+      return NormGradient::of(p, scale.normalised(to_float(x[c])), to_float(gate[c]), to_float(dy[c]),
                               load_float(p.weight, p.weight_dtype, c), E{});
     };
     float mean = 0.f;
@@ -66,7 +66,7 @@ KDA_GLOBAL void __launch_bounds__(kNormThreads) gated_rmsnorm_bwd_wide_kernel(Ga
     mean = warp_sum(mean);
     for (int c = lane_index(); c < p.dim; c += 32) {
       NormGradient const d = gradient(c);
-      dx[c] = from_float<E>(d.dx(scale, mean)), dgate[c] = from_float<E>(d.dgate);
+      dx[c] = from_float<E>(d.dx(scale.of_gradient(), mean)), dgate[c] = from_float<E>(d.dgate);
       dweight[c] += d.dweight;
     }
   }

@@ -30,14 +30,14 @@ struct ConvBwdStorage {
     }
   }
   /// Adds the block's runs in order. All threads of the block.
-  KDA_DEVICE void add_up(ShortConvBwdParams const& p) {
+  KDA_DEVICE void add_up(ShortConvBwdParams const& p, ConvBlock<Shape> const& block) {
     sync_block();
-    int const absent = Shape::kTaps - p.taps, first = int(blockIdx.y) * Shape::kBlockChannels;
+    int const absent = Shape::kTaps - p.taps, first = block.first_channel;
     for (int i = thread_index(); i < Shape::kBlockChannels && first + i < p.channels; i += kConvThreads)
       for (int k = absent; k <= Shape::kTaps; ++k) {
         float total = 0.f;
         for (int warp = 0; warp < kConvWarps; ++warp) total += sum[warp][k][i];
-        p.partial[(int64_t(blockIdx.x) * (p.taps + 1) + k - absent) * p.channels + first + i] = total;
+        p.partial[(int64_t(block.run) * (p.taps + 1) + k - absent) * p.channels + first + i] = total;
       }
   }
 };
@@ -49,26 +49,42 @@ struct ConvBackward {
   using Channels = typename Shape::Channels;
   ShortConvBwdParams const& p;
   ConvThread<Shape> const& me;
-  ConvFilter<Shape> const filter;
+  int const steps;           // tokens whose dz reach into the run
+  int const known;           // of these: beyond the sequence there is nothing
+  int const first_in_final;  // the token of the run that is the first one of the final state
+  int const inner_end;       // tokens before it are no matter of the final state, nor are those kAhead behind them
+  ConvCursor<Shape> x_from, dy_from, to;  // dx, kPast tokens behind
+  Channels x_ahead[Shape::kAhead], dy_ahead[Shape::kAhead];
   float window[Shape::kPast][Shape::kChannels], gradients[Shape::kPast][Shape::kChannels] = {};  // of x and of dz
   ConvGradients<Shape> sum;
-  ConvStream<Shape> to;  // dx, kPast tokens behind
-  int first_in_final;    // the token of the run that is the first one of the final state
 
-  KDA_DEVICE ConvBackward(ShortConvBwdParams const& params, ConvThread<Shape> const& thread,
-                          ConvWeights<Shape> const& weights)
-      : p(params), me(thread), filter(params, weights), to(me.stream(p.dx, me.run.begin - Shape::kPast)) {
-    me.load_window(p, me.run.begin, window);
+  /// The first inputs are on their way from here on.
+  KDA_DEVICE ConvBackward(ShortConvBwdParams const& params, ConvThread<Shape> const& thread)
+      : p(params),
+        me(thread),
+        steps(me.run.count + Shape::kPast),
+        known(at_most(me.run.sequence_end - me.run.begin, steps)),
+        first_in_final(at_most(me.run.sequence_end - me.run.begin, 1 << 30) - p.taps + 1),
+        inner_end(p.d_final_state.data ? at_most(first_in_final, me.run.count) : me.run.count),
+        x_from(me.cursor(p.x, me.run.begin)),
+        dy_from(me.cursor(p.dy, me.run.begin)),
+        to(me.cursor(p.dx, me.run.begin - Shape::kPast)) {
+#pragma unroll
+    for (int u = 0; u < Shape::kAhead; ++u) {
+      bool const exists = me.present && u < known;
+      x_from.fetch_next(x_ahead[u], exists), dy_from.fetch_next(dy_ahead[u], exists);
+    }
   }
+  static KDA_DEVICE int at_most(int64_t x, int limit) { return x < limit ? int(x) : limit; }
 
   /// dz from dy. What nobody asks for has no gradient, whatever it holds.
-  KDA_DEVICE void through_activation(float const (&x)[Shape::kChannels], float (&dz)[Shape::kChannels]) const {
+  KDA_DEVICE void through_activation(ConvFilter<Shape> const& filter, float const (&x)[Shape::kChannels],
+                                     float (&dz)[Shape::kChannels]) const {
     if (p.activation == Activation::kNone) return;
     float z[Shape::kChannels];
     filter.sums(window, x, z);
 #pragma unroll
-    for (int c = 0; c < Shape::kChannels; ++c)
-      dz[c] = dz[c] == 0.f ? 0.f : dz[c] * activation<E>(Activation::kSilu, z[c]).y;
+    for (int c = 0; c < Shape::kChannels; ++c) dz[c] *= silu<E>(dz[c] == 0.f ? 0.f : z[c]).y;
   }
   KDA_DEVICE void add_weights(float const (&x)[Shape::kChannels], float const (&dz)[Shape::kChannels]) {
 #pragma unroll
@@ -79,8 +95,8 @@ struct ConvBackward {
       sum.bias[c] += dz[c];
     }
   }
-  /// Of the token `index` of the run, or before it where that is below zero.
-  KDA_DEVICE void store_gradient(int index, float (&dx)[Shape::kChannels]) {
+  /// What the states have to do with dx of the token `index` of the run, or of one before it where that is below zero.
+  KDA_DEVICE void exchange_with_states(int index, float (&dx)[Shape::kChannels]) const {
     if (p.d_final_state.data && index >= first_in_final && index < me.run.count) {
       float passed[Shape::kChannels];
       me.load_state(p.d_final_state, index - first_in_final, passed);
@@ -89,46 +105,42 @@ struct ConvBackward {
     }
     if (me.run.is_first && p.d_initial_state.data && index < 0 && index + p.taps > 0)
       me.store_state(p.d_initial_state, index + p.taps - 1, dx);
-    to.store_next(dx, index >= 0 && index < me.run.count);
   }
 
-  KDA_DEVICE void step(Channels const& x_piece, Channels const& dy_piece, int index) {
-    float x[Shape::kChannels], dz[Shape::kChannels], dx[Shape::kChannels];
-    x_piece.unpack(x), dy_piece.unpack(dz);
-    through_activation(x, dz);
-    if (index < me.run.count) add_weights(x, dz);
+  /// kAhead tokens. Inner: they and as many behind them belong to the run, and no state has to do with their dx.
+  template <bool kInner>
+  KDA_DEVICE void step(ConvFilter<Shape> const& filter, int first) {
 #pragma unroll
-    for (int c = 0; c < Shape::kChannels; ++c) dx[c] = 0.f;
+    for (int u = 0; u < Shape::kAhead; ++u) {
+      int const index = first + u;
+      float x[Shape::kChannels], dz[Shape::kChannels], dx[Shape::kChannels];
+      x_ahead[u].unpack(x), dy_ahead[u].unpack(dz);
+      bool const more = kInner || index + Shape::kAhead < known;
+      x_from.fetch_next(x_ahead[u], more), dy_from.fetch_next(dy_ahead[u], more);
+      through_activation(filter, x, dz);
+      if (kInner || index < me.run.count) add_weights(x, dz);
 #pragma unroll
-    for (int k = Shape::kTaps - 1; k >= 0; --k) {
-      if (!filter.has(k)) continue;
+      for (int c = 0; c < Shape::kChannels; ++c) dx[c] = 0.f;
 #pragma unroll
-      for (int c = 0; c < Shape::kChannels; ++c)
-        dx[c] = fmaf(filter.tap[k][c], k ? gradients[k ? Shape::kTaps - 1 - k : 0][c] : dz[c], dx[c]);
+      for (int k = Shape::kTaps - 1; k >= 0; --k) {
+        if (!filter.has(k)) continue;
+#pragma unroll
+        for (int c = 0; c < Shape::kChannels; ++c)
+          dx[c] = fmaf(filter.tap[k][c], k ? gradients[k ? Shape::kTaps - 1 - k : 0][c] : dz[c], dx[c]);
+      }
+      push<Shape>(window, x), push<Shape>(gradients, dz);
+      int const of = index - Shape::kPast;  // dx
+      if (!kInner) exchange_with_states(of, dx);
+      to.store_next(dx, kInner || (of >= 0 && of < me.run.count));
     }
-    push<Shape>(window, x), push<Shape>(gradients, dz);
-    store_gradient(index - Shape::kPast, dx);
   }
 
-  KDA_DEVICE void walk() {
-    int const steps = me.run.count + Shape::kPast;
-    int64_t const left = me.run.sequence_end - me.run.begin;
-    int const known = left < steps ? int(left) : steps;  // beyond the sequence there is nothing
-    first_in_final = left < (1 << 30) ? int(left) - p.taps + 1 : 1 << 30;
-    ConvStream<Shape> x_from = me.stream(p.x, me.run.begin), dy_from = me.stream(p.dy, me.run.begin);
-    Channels x_ahead[Shape::kAhead], dy_ahead[Shape::kAhead];
-#pragma unroll
-    for (int u = 0; u < Shape::kAhead; ++u)
-      x_from.fetch_next(x_ahead[u], u < known), dy_from.fetch_next(dy_ahead[u], u < known);
+  KDA_DEVICE void walk(ConvFilter<Shape> const& filter) {
+    me.load_window(p, me.run.begin, window);
 #pragma unroll 1
     for (int index = 0; index < steps; index += Shape::kAhead) {
-#pragma unroll
-      for (int u = 0; u < Shape::kAhead; ++u) {
-        Channels const x = x_ahead[u], dy = dy_ahead[u];
-        bool const more = index + u + Shape::kAhead < known;
-        x_from.fetch_next(x_ahead[u], more), dy_from.fetch_next(dy_ahead[u], more);
-        step(x, dy, index + u);
-      }
+      if (index >= Shape::kPast && index + 2 * Shape::kAhead <= inner_end) step<true>(filter, index);
+      else step<false>(filter, index);
     }
   }
 };
@@ -138,22 +150,19 @@ template <class Shape>
 KDA_GLOBAL void __launch_bounds__(kConvThreads, Shape::kBackwardBlocks)
     short_conv_bwd_kernel(ShortConvBwdParams const p) {
   KDA_SHARED(ConvBwdStorage<Shape>, storage);
-  if (int(blockIdx.x) >= p.run_blocks) return clear_unowned<Shape>(p, p.dx);
-  storage.weights.load(p);
-  ConvThread<Shape> const me(p);
-  if (me.present) {
-    ConvBackward<Shape> backward(p, me, storage.weights);
-    backward.walk();
-    storage.put(backward.sum);
-  } else {
-    storage.put({});
-  }
-  storage.add_up(p);
+  ConvBlock<Shape> const block(p);
+  if (block.run >= p.run_blocks) return clear_unowned<Shape>(p, p.dx, block);
+  ConvThread<Shape> const me(p, block);
+  ConvBackward<Shape> backward(p, me);
+  storage.weights.load(p, block.first_channel);
+  if (me.present) backward.walk(ConvFilter<Shape>(p, storage.weights));
+  storage.put(backward.sum);
+  storage.add_up(p, block);
 }
 
 /// Adds the blocks in order.
-static KDA_GLOBAL void __launch_bounds__(kSumThreads) short_conv_reduce_kernel(ShortConvBwdParams const p) {
-  KDA_SHARED(ColumnSumStorage, storage);
+static KDA_GLOBAL void __launch_bounds__(kConvSumThreads) short_conv_reduce_kernel(ShortConvBwdParams const p) {
+  KDA_SHARED(ColumnSumStorage<kConvSumThreads>, storage);
   wait_for_previous_kernel();
   sum_columns(storage, p.partial, p.run_blocks, int64_t(p.taps + 1) * p.channels, [&](int64_t column, float sum) {
     int const tap = int(column / p.channels), channel = int(column % p.channels);

@@ -18,37 +18,34 @@ struct ShortConvBwdKernel {
   }
 };
 inline Kernel<ShortConvBwdParams> short_conv_reduce() {
-  return {{"short_conv_reduce", &typeid(void), kSumThreads, 0}, short_conv_reduce_kernel};
+  return {{"short_conv_reduce", &typeid(void), kConvSumThreads, 0}, short_conv_reduce_kernel};
 }
 
-/// Calls f(Shape{}): pieces of four channels and up to four taps or eight, or any call by single channels.
+/// Calls f(Shape{}): pieces of four channels and four taps or any number, or any call by single channels.
 template <class E, bool kBackward, class F>
 void for_each_conv_shape(F f) {
-  constexpr int kAhead = kBackward ? 3 : sizeof(E) == 4 ? 4 : 8;
-  f(ConvShape<E, 2, 4, 4, kAhead>{}), f(ConvShape<E, 5, 8, 4, 2>{}), f(ConvShape<E, 2, 8, 1, 2>{});
+  constexpr int kAhead = kBackward || sizeof(E) == 4 ? 3 : 6;  // of four taps: then registers need no turning
+  f(ConvShape<E, 4, 4, 4, kAhead>{}), f(ConvShape<E, 2, 8, 4, 2>{}), f(ConvShape<E, 2, 8, 1, 2>{});
 }
 /// The one that serves p.
 template <class E, bool kBackward, class F>
 void with_conv_shape(ShortConvCall const& p, F f) {
   for_each_conv_shape<E, kBackward>([&](auto shape) {
     using Shape = decltype(shape);
-    bool const serves = Shape::kChannels == 1 || (p.taps > 4) == (Shape::kTaps == 8);
+    bool const serves = Shape::kChannels == 1 || (p.taps == 4) == (Shape::kTaps == 4);
     if (serves && p.in_pieces == (Shape::kChannels > 1)) f(shape);
   });
 }
-template <class Shape>
-unsigned conv_channel_blocks(ShortConvCall const& p) {
-  return unsigned((p.channels + Shape::kBlockChannels - 1) / Shape::kBlockChannels);
-}
-template <class Shape>
-dim3 conv_grid(ShortConvCall const& p) {
-  return dim3(unsigned(p.run_blocks + (p.plan.cu_seqlens ? kConvClearBlocks : 0)), conv_channel_blocks<Shape>(p));
+inline dim3 conv_grid(ShortConvCall const& p) {
+  return dim3(unsigned(p.run_blocks + (p.plan.cu_seqlens ? kConvClearBlocks : 0)) * unsigned(p.channel_blocks));
 }
 
 template <class E, bool kBackward>
 void plan_short_conv(ShortConvCall& p, int64_t batch_tokens) {
   with_conv_shape<E, kBackward>(p, [&](auto shape) {
-    p.plan.chunk = conv_run_tokens(batch_tokens, conv_channel_blocks<decltype(shape)>(p));
+    constexpr int kChannels = decltype(shape)::kBlockChannels;
+    p.channel_blocks = (p.channels + kChannels - 1) / kChannels;
+    p.plan.chunk = conv_run_tokens(batch_tokens, p.channel_blocks);
     p.run_blocks = conv_run_blocks(p.plan);
   });
 }
@@ -56,14 +53,14 @@ template <class E>
 void launch_short_conv_fwd(ShortConvFwdParams const& p, cudaStream_t stream) {
   with_conv_shape<E, false>(p, [&](auto shape) {
     using Shape = decltype(shape);
-    launch(ShortConvFwdKernel<Shape>::get(), conv_grid<Shape>(p), stream, p);
+    launch(ShortConvFwdKernel<Shape>::get(), conv_grid(p), stream, p);
   });
 }
 template <class E>
 void launch_short_conv_bwd(ShortConvBwdParams const& p, cudaStream_t stream) {
   with_conv_shape<E, true>(p, [&](auto shape) {
     using Shape = decltype(shape);
-    launch(ShortConvBwdKernel<Shape>::get(), conv_grid<Shape>(p), stream, p);
+    launch(ShortConvBwdKernel<Shape>::get(), conv_grid(p), stream, p);
   });
   launch_early(true, short_conv_reduce(), dim3(column_sum_blocks(int64_t(p.taps + 1) * p.channels)), stream, p);
 }

@@ -25,9 +25,14 @@ struct ConvStates {
   }
 };
 
+/// Tensors whose channels are side by side in one call, such as those of q, k and v.
+inline constexpr int kConvStreams = 3;
+using ConvStreams = ChannelRows[kConvStreams];
+
 /// y_t = activation(bias + sum_j weight_j x_{t - taps + 1 + j}), for each channel.
 struct ShortConvCall {
-  ChannelRows x;
+  ConvStreams x;
+  int32_t stream_end[kConvStreams];  // stream i has the channels before this one that no earlier stream has
   void const* weight;  // [channels, taps]
   void const* bias;    // [channels]; null: none
   Dtype weight_dtype;  // of both
@@ -35,24 +40,25 @@ struct ShortConvCall {
   ChunkPlan plan;  // its chunks are the runs of tokens that warps have
   int32_t channels, taps;
   Activation activation;
-  bool in_pieces;      // 16 bytes can be moved at once, everywhere
-  int32_t run_blocks;  // each of kConvWarps runs; set by the launch
+  bool in_pieces;          // 16 bytes can be moved at once, everywhere
+  int32_t run_blocks;      // each of kConvWarps runs; set by the plan
+  int32_t channel_blocks;  // set by the plan
 };
 struct ShortConvFwdParams : ShortConvCall {
-  ChannelRows y;
+  ConvStreams y;
   ConvStates final_state;
 };
 struct ShortConvBwdParams : ShortConvCall {
-  ChannelRows dy, dx;
+  ConvStreams dy, dx;
   ConvStates d_final_state, d_initial_state;
   void* dweight;   // [channels, taps]
   void* dbias;     // [channels]; null: none
   float* partial;  // [run_blocks, taps + 1, channels], added in order, so bits never vary
 };
 
-inline constexpr int kConvWarps = 4, kConvThreads = 32 * kConvWarps;
+inline constexpr int kConvWarps = 4, kConvThreads = 32 * kConvWarps, kConvSumThreads = 256;
 inline constexpr int kConvClearBlocks = 8;      // for the tokens that no sequence has
-inline constexpr int kConvWantedBlocks = 1024;  // runs become shorter where there would be fewer
+inline constexpr int kConvWantedBlocks = 4096;  // runs become shorter where there would be fewer
 inline constexpr int kConvShortestRun = 8, kConvLongestRun = 128;
 
 /// Tokens of a run, from shapes alone.

@@ -22,6 +22,15 @@ struct ConvShape {
   static constexpr int kBackwardBlocks = kTaps > 4 ? 2 : kWide ? 3 : 4;  // a thread its registers without spills
 };
 
+/// Blocks of the same runs follow each other: together they read whole rows.
+template <class Shape>
+struct ConvBlock {
+  int run, first_channel;
+
+  KDA_DEVICE explicit ConvBlock(ShortConvCall const& p)
+      : run(int(blockIdx.x) / p.channel_blocks), first_channel(int(blockIdx.x) % p.channel_blocks * Shape::kBlockChannels) {}
+};
+
 /// The weights of the block's channels, in fp32; zeros for absent taps and channels.
 template <class Shape>
 struct ConvWeights {
@@ -29,16 +38,22 @@ struct ConvWeights {
   float bias[Shape::kBlockChannels];
 
   /// All threads of the block.
-  KDA_DEVICE void load(ShortConvCall const& p) {
-    int const absent = Shape::kTaps - p.taps, first = int(blockIdx.y) * Shape::kBlockChannels;
-    for (int i = thread_index(); i < Shape::kBlockChannels; i += kConvThreads) {
-      int const channel = first + i;
-      bool const there = channel < p.channels;
-      for (int k = 0; k < Shape::kTaps; ++k)
-        tap[k][i] =
-            there && k >= absent ? load_float(p.weight, p.weight_dtype, int64_t(channel) * p.taps + k - absent) : 0.f;
-      bias[i] = there && p.bias ? load_float(p.bias, p.weight_dtype, channel) : 0.f;
-    }
+  KDA_DEVICE void load(ShortConvCall const& p, int first_channel) {
+    with_elements(p.weight, p.weight_dtype, [&](auto const* weight) {
+      int const absent = Shape::kTaps - p.taps;
+      auto const* const biases = static_cast<decltype(weight)>(p.bias);
+      for (int i = thread_index(); i < Shape::kBlockChannels; i += kConvThreads) {
+        int const channel = first_channel + i;
+        bool const there = channel < p.channels;
+        float loaded[Shape::kTaps];
+#pragma unroll
+        for (int k = 0; k < Shape::kTaps; ++k)
+          loaded[k] = there && k >= absent ? to_float(weight[int64_t(channel) * p.taps + k - absent]) : 0.f;
+        bias[i] = there && biases ? to_float(biases[channel]) : 0.f;
+#pragma unroll
+        for (int k = 0; k < Shape::kTaps; ++k) tap[k][i] = loaded[k];
+      }
+    });
     sync_block();
   }
 };
@@ -66,7 +81,7 @@ struct ConvRun {
 
 /// A thread's channels of one token after another: of what is read ahead, or of what is written.
 template <class Shape>
-struct ConvStream {
+struct ConvCursor {
   using E = typename Shape::Element;
   E* at;
   int64_t stride;
@@ -84,6 +99,23 @@ struct ConvStream {
   }
 };
 
+/// Where a few neighbouring channels lie: in one stream.
+struct ConvPlace {
+  int stream, column;
+
+  KDA_DEVICE ConvPlace(ShortConvCall const& p, int channel) {
+    static_assert(kConvStreams == 3);
+    stream = (channel >= p.stream_end[0]) + (channel >= p.stream_end[1]);
+    column = channel - (stream == 0 ? 0 : stream == 1 ? p.stream_end[0] : p.stream_end[1]);
+  }
+  KDA_DEVICE ChannelRows of(ConvStreams const& streams) const {
+    ChannelRows const &a = streams[0], &b = streams[1], &c = streams[2];
+    return {stream == 0 ? a.data : stream == 1 ? b.data : c.data,
+            stream == 0 ? a.batch_stride : stream == 1 ? b.batch_stride : c.batch_stride,
+            stream == 0 ? a.token_stride : stream == 1 ? b.token_stride : c.token_stride};
+  }
+};
+
 /// One thread: where its channels lie.
 template <class Shape>
 struct ConvThread {
@@ -91,18 +123,18 @@ struct ConvThread {
   ConvRun run;
   int channel;
   bool present;
+  ConvPlace place;
 
-  KDA_DEVICE explicit ConvThread(ShortConvCall const& p)
-      : run(p.plan, int64_t(blockIdx.x) * kConvWarps + warp_index()),
-        channel(int(blockIdx.y) * Shape::kBlockChannels + lane_index() * Shape::kChannels),
-        present(run.exists && channel < p.channels) {}
+  KDA_DEVICE ConvThread(ShortConvCall const& p, ConvBlock<Shape> const& block)
+      : run(p.plan, int64_t(block.run) * kConvWarps + warp_index()),
+        channel(block.first_channel + lane_index() * Shape::kChannels),
+        present(run.exists && channel < p.channels),
+        place(p, channel) {}
 
-  KDA_DEVICE E* at(ChannelRows const& rows, int64_t token) const {
-    return static_cast<E*>(rows.data) + run.batch_row * rows.batch_stride + token * rows.token_stride + channel;
-  }
-
-  KDA_DEVICE ConvStream<Shape> stream(ChannelRows const& rows, int64_t from) const {
-    return {at(rows, from), rows.token_stride};
+  KDA_DEVICE ConvCursor<Shape> cursor(ConvStreams const& streams, int64_t token) const {
+    ChannelRows const rows = place.of(streams);
+    E* const row = static_cast<E*>(rows.data) + run.batch_row * rows.batch_stride + token * rows.token_stride;
+    return {row + place.column, rows.token_stride};
   }
 
   KDA_DEVICE void load_state(ConvStates const& states, int tap, float (&x)[Shape::kChannels]) const {
@@ -119,14 +151,16 @@ struct ConvThread {
   /// The inputs before a token: of the sequence, then of its initial state, then zeros.
   KDA_DEVICE void load_window(ShortConvCall const& p, int64_t of,
                               float (&window)[Shape::kPast][Shape::kChannels]) const {
+    int64_t token = of - Shape::kPast;
+    ConvCursor<Shape> from = cursor(p.x, token);
 #pragma unroll
-    for (int k = 0; k < Shape::kPast; ++k) {
-      int64_t const token = of - Shape::kPast + k, before = token - run.sequence_begin + p.taps - 1;
+    for (int k = 0; k < Shape::kPast; ++k, ++token, from.at += from.stride) {
+      int64_t const before = token - run.sequence_begin + p.taps - 1;
 #pragma unroll
       for (int c = 0; c < Shape::kChannels; ++c) window[k][c] = 0.f;
       if (token >= run.sequence_begin) {
         typename Shape::Channels piece;
-        piece.load(at(p.x, token));
+        piece.load(from.at);
         piece.unpack(window[k]);
       } else if (p.initial_state.data && before >= 0) {
         load_state(p.initial_state, int(before), window[k]);
@@ -179,15 +213,17 @@ KDA_DEVICE void push(float (&window)[Shape::kPast][Shape::kChannels], float cons
 
 /// Zeros for the tokens that no sequence has: what the last blocks of a grid do.
 template <class Shape>
-KDA_DEVICE void clear_unowned(ShortConvCall const& p, ChannelRows const& rows) {
+KDA_DEVICE void clear_unowned(ShortConvCall const& p, ConvStreams const& streams, ConvBlock<Shape> const& block) {
   using E = typename Shape::Element;
-  int const channel = int(blockIdx.y) * Shape::kBlockChannels + lane_index() * Shape::kChannels;
+  int const channel = block.first_channel + lane_index() * Shape::kChannels;
   if (channel >= p.channels) return;
-  int64_t const first = (int64_t(blockIdx.x) - p.run_blocks) * kConvWarps + warp_index();
+  ConvPlace const place(p, channel);
+  ChannelRows const rows = place.of(streams);
+  int64_t const first = int64_t(block.run - p.run_blocks) * kConvWarps + warp_index();
   for (int32_t side = 0; side < 2; ++side) {
     Sequence const range = unowned(p.plan, p.plan.sequences + side);
     for (int64_t t = first; t < range.length; t += kConvClearBlocks * kConvWarps)
-      typename Shape::Channels{}.store(static_cast<E*>(rows.data) + (range.begin + t) * rows.token_stride + channel);
+      typename Shape::Channels{}.store(static_cast<E*>(rows.data) + (range.begin + t) * rows.token_stride + place.column);
   }
 }
 
