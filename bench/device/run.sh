@@ -62,6 +62,7 @@ step_tests() {
   local parallel=()
   unpack_wheels '/(fla_core|flash_linear)'  # with it transformers would compile Triton kernels in the tests of parity
   "$PYTHON" -c "import xdist" 2>/dev/null && parallel=(-n "${TEST_JOBS:-12}" --dist worksteal)
+  export OMP_NUM_THREADS=1  # every test has an oracle on the CPU, whose threads would stand in each other's way
   # A test that waits for ever says where in the log: a kernel that hangs is found by the test that launched it.
   limited 540 tests.log "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider -o faulthandler_timeout=150 --durations=8 \
     "${parallel[@]}" "$@"

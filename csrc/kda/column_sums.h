@@ -4,22 +4,21 @@
 
 namespace kda {
 
-inline constexpr int kSumColumns = 8;  // of a block
-
-template <int kThreads>
+/// A block sums kColumns columns; each of its threads an equal share of the runs of one.
+template <int kThreads, int kColumns>
 struct ColumnSumStorage {
-  static constexpr int kSlices = kThreads / kSumColumns;
-  float slice[kSlices][kSumColumns];
+  static constexpr int kSlices = kThreads / kColumns;
+  float slice[kSlices][kColumns];
 };
 
 /// Calls store(column, sum) for the columns of this block of `partial` [runs, columns], fp32. A grid has a block for
-/// every kSumColumns columns.
-template <int kThreads, class Store>
-KDA_DEVICE void sum_columns(ColumnSumStorage<kThreads>& storage, float const* partial, int64_t runs, int64_t columns,
-                            Store store) {
-  constexpr int kSlices = ColumnSumStorage<kThreads>::kSlices;
-  int const mine = thread_index() % kSumColumns, slice = thread_index() / kSumColumns;
-  int64_t const column = int64_t(blockIdx.x) * kSumColumns + mine;
+/// every kColumns columns.
+template <int kThreads, int kColumns, class Store>
+KDA_DEVICE void sum_columns(ColumnSumStorage<kThreads, kColumns>& storage, float const* partial, int64_t runs,
+                            int64_t columns, Store store) {
+  constexpr int kSlices = ColumnSumStorage<kThreads, kColumns>::kSlices;
+  int const mine = thread_index() % kColumns, slice = thread_index() / kColumns;
+  int64_t const column = int64_t(blockIdx.x) * kColumns + mine;
   float sum = 0.f;
   if (column < columns) {
 #pragma unroll 8
@@ -34,6 +33,8 @@ KDA_DEVICE void sum_columns(ColumnSumStorage<kThreads>& storage, float const* pa
   store(column, total);
 }
 
-inline unsigned column_sum_blocks(int64_t columns) { return unsigned((columns + kSumColumns - 1) / kSumColumns); }
+inline unsigned column_sum_blocks(int64_t columns, int of_block) {
+  return unsigned((columns + of_block - 1) / of_block);
+}
 
 }  // namespace kda

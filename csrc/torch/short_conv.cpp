@@ -114,8 +114,9 @@ struct ConvCall {
  private:
   void require_beside(char const* op, char const* name, OptionalTensor const& y) const {
     if (!y) return;
-    require(y->dim() == 3 && y->size(0) == x.size(0) && y->size(1) == x.size(1) && y->size(2) >= 1, op,
-            std::string(name) + " has shape " + shape_text(*y) + " and x " + shape_text(x) + ", expected equal B and T");
+    require(
+        y->dim() == 3 && y->size(0) == x.size(0) && y->size(1) == x.size(1) && y->size(2) >= 1, op,
+        std::string(name) + " has shape " + shape_text(*y) + " and x " + shape_text(x) + ", expected equal B and T");
     require(y->scalar_type() == x.scalar_type(), op, std::string(name) + " has another dtype than x");
   }
   void set_plan(char const* op) {
@@ -174,8 +175,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> short_conv_bwd(
   char const* op = "short_conv_bwd";
   OnDeviceOf device(x);
   ConvCall call(op, x, x2, x3, weight, bias, initial_state, cu_seqlens, silu);
-  require_device_of(op, "x", x,
-                    {{"dy", &dy}, {"dy2", if_given(dy2)}, {"dy3", if_given(dy3)}, {"dfinal_state", if_given(dfinal_state)}});
+  require_device_of(
+      op, "x", x,
+      {{"dy", &dy}, {"dy2", if_given(dy2)}, {"dy3", if_given(dy3)}, {"dfinal_state", if_given(dfinal_state)}});
   require_like(op, "dy", dy, "x", x);
   require(bool(dy2) == bool(x2) && bool(dy3) == bool(x3), op, "expected a gradient for each stream");
   if (x2) require_like(op, "dy2", *dy2, "x2", *x2);

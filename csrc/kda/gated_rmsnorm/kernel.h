@@ -8,12 +8,12 @@ namespace kda {
 template <class ElementType, int kLanesOfRow>
 struct NormShape {
   using Element = ElementType;
-  static constexpr int kLanes = kLanesOfRow;              // that share a row; 8, 16 or 32
-  static constexpr int kGroups = kNormThreads / kLanes;   // rows of a block at once
-  static constexpr int kRowsAtOnce = 4;                   // of a group, forward: their loads are on their way together
-  static constexpr int kRowsPerBlock = kRowsAtOnce * kGroups;  // forward
-  static constexpr int kCount = 16 / sizeof(Element);     // elements of a piece
-  static constexpr int kPieces = kNormElements / kCount;  // of a thread
+  static constexpr int kLanes = kLanesOfRow;             // that share a row; 8, 16 or 32
+  static constexpr int kGroups = kNormThreads / kLanes;  // rows of a block at once
+  static constexpr int kRowsAtOnce = 4;                  // of a group, forward: their loads are on their way together
+  static constexpr int kRowsPerBlock = kRowsAtOnce * kGroups;           // forward
+  static constexpr int kCount = 16 / sizeof(Element);                   // elements of a piece
+  static constexpr int kPieces = kNormElements / kCount;                // of a thread
   static constexpr int kBackwardBlocks = sizeof(Element) == 4 ? 5 : 7;  // on a multiprocessor, without spills
 };
 
@@ -178,7 +178,8 @@ struct GradientPieces {
 
 /// A block per run of rows. The loads of a row are on their way while the one before is computed.
 template <class Shape>
-KDA_GLOBAL void __launch_bounds__(kNormThreads, Shape::kBackwardBlocks) gated_rmsnorm_bwd_kernel(GatedRmsNormParams const p) {
+KDA_GLOBAL void __launch_bounds__(kNormThreads, Shape::kBackwardBlocks)
+    gated_rmsnorm_bwd_kernel(GatedRmsNormParams const p) {
   using E = typename Shape::Element;
   KDA_SHARED(NormBwdStorage<Shape>, storage);
   E* const element = nullptr;
@@ -213,7 +214,8 @@ KDA_GLOBAL void __launch_bounds__(kNormThreads, Shape::kBackwardBlocks) gated_rm
 
 /// Adds the runs in order.
 static KDA_GLOBAL void __launch_bounds__(kNormSumThreads) gated_rmsnorm_reduce_kernel(GatedRmsNormParams const p) {
-  KDA_SHARED(ColumnSumStorage<kNormSumThreads>, storage);
+  using Storage = ColumnSumStorage<kNormSumThreads, kNormSumColumns>;
+  KDA_SHARED(Storage, storage);
   wait_for_previous_kernel();
   sum_columns(storage, p.partial, p.runs, p.dim,
               [&](int64_t column, float sum) { store_float(p.dweight, p.weight_dtype, column, sum); });

@@ -18,7 +18,9 @@ struct WideNormKernels {
   using K = Kernel<GatedRmsNormParams>;
   static K fwd() { return {{"gated_rmsnorm_fwd_wide", &typeid(E), kNormThreads, 0}, gated_rmsnorm_fwd_wide_kernel<E>}; }
   static K bwd() { return {{"gated_rmsnorm_bwd_wide", &typeid(E), kNormThreads, 0}, gated_rmsnorm_bwd_wide_kernel<E>}; }
-  static K reduce() { return {{"gated_rmsnorm_reduce", &typeid(void), kNormSumThreads, 0}, gated_rmsnorm_reduce_kernel}; }
+  static K reduce() {
+    return {{"gated_rmsnorm_reduce", &typeid(void), kNormSumThreads, 0}, gated_rmsnorm_reduce_kernel};
+  }
 };
 template <class E>
 std::vector<KernelLaunch> gated_rmsnorm_kernels() {
@@ -58,7 +60,7 @@ void launch_gated_rmsnorm_bwd(GatedRmsNormParams const& p, cudaStream_t stream) 
   bool const in_pieces = with_norm_shape<E>(
       p, [&](auto shape) { launch(GatedRmsNormKernels<decltype(shape)>::bwd(), dim3(unsigned(p.runs)), stream, p); });
   if (!in_pieces) launch(WideNormKernels<E>::bwd(), blocks_for(p.runs, kNormWarps), stream, p);
-  launch_early(true, WideNormKernels<E>::reduce(), dim3(column_sum_blocks(p.dim)), stream, p);
+  launch_early(true, WideNormKernels<E>::reduce(), dim3(column_sum_blocks(p.dim, kNormSumColumns)), stream, p);
 }
 
 template <class E>

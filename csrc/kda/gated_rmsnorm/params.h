@@ -33,7 +33,7 @@ struct GatedRmsNormParams {
 inline constexpr int kNormThreads = 128, kNormElements = 8;  // of a row, per thread
 inline constexpr int kNormMaxPieceDim = 32 * kNormElements;  // longer rows are read by loops
 inline constexpr int kNormRowsPerRun = 32, kNormMaxRuns = 4096;
-inline constexpr int kNormSumThreads = 1024;
+inline constexpr int kNormSumThreads = 1024, kNormSumColumns = 8;
 
 inline int32_t gated_rmsnorm_runs(int64_t rows) {
   int64_t const runs = (rows + kNormRowsPerRun - 1) / kNormRowsPerRun;

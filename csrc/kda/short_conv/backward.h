@@ -162,7 +162,8 @@ KDA_GLOBAL void __launch_bounds__(kConvThreads, Shape::kBackwardBlocks)
 
 /// Adds the blocks in order.
 static KDA_GLOBAL void __launch_bounds__(kConvSumThreads) short_conv_reduce_kernel(ShortConvBwdParams const p) {
-  KDA_SHARED(ColumnSumStorage<kConvSumThreads>, storage);
+  using Storage = ColumnSumStorage<kConvSumThreads, kConvSumColumns>;
+  KDA_SHARED(Storage, storage);
   wait_for_previous_kernel();
   sum_columns(storage, p.partial, p.run_blocks, int64_t(p.taps + 1) * p.channels, [&](int64_t column, float sum) {
     int const tap = int(column / p.channels), channel = int(column % p.channels);

@@ -24,7 +24,7 @@ inline Kernel<ShortConvBwdParams> short_conv_reduce() {
 /// Calls f(Shape{}): pieces of four channels and four taps or any number, or any call by single channels.
 template <class E, bool kBackward, class F>
 void for_each_conv_shape(F f) {
-  constexpr int kAhead = kBackward || sizeof(E) == 4 ? 3 : 6;  // of four taps: then registers need no turning
+  constexpr int kAhead = sizeof(E) == 4 ? 3 : 6;  // of four taps: a multiple of 3, so that registers need no turning
   f(ConvShape<E, 4, 4, 4, kAhead>{}), f(ConvShape<E, 2, 8, 4, 2>{}), f(ConvShape<E, 2, 8, 1, 2>{});
 }
 /// The one that serves p.
@@ -45,7 +45,8 @@ void plan_short_conv(ShortConvCall& p, int64_t batch_tokens) {
   with_conv_shape<E, kBackward>(p, [&](auto shape) {
     constexpr int kChannels = decltype(shape)::kBlockChannels;
     p.channel_blocks = (p.channels + kChannels - 1) / kChannels;
-    p.plan.chunk = conv_run_tokens(batch_tokens, p.channel_blocks);
+    constexpr int kAtOnce = kBackward ? decltype(shape)::kBackwardBlocks : decltype(shape)::kForwardBlocks;
+    p.plan.chunk = conv_run_tokens(batch_tokens, p.channel_blocks, kAtOnce);
     p.run_blocks = conv_run_blocks(p.plan);
   });
 }
@@ -62,7 +63,8 @@ void launch_short_conv_bwd(ShortConvBwdParams const& p, cudaStream_t stream) {
     using Shape = decltype(shape);
     launch(ShortConvBwdKernel<Shape>::get(), conv_grid(p), stream, p);
   });
-  launch_early(true, short_conv_reduce(), dim3(column_sum_blocks(int64_t(p.taps + 1) * p.channels)), stream, p);
+  launch_early(true, short_conv_reduce(), dim3(column_sum_blocks(int64_t(p.taps + 1) * p.channels, kConvSumColumns)),
+               stream, p);
 }
 
 template <class E>

@@ -33,9 +33,9 @@ using ConvStreams = ChannelRows[kConvStreams];
 struct ShortConvCall {
   ConvStreams x;
   int32_t stream_end[kConvStreams];  // stream i has the channels before this one that no earlier stream has
-  void const* weight;  // [channels, taps]
-  void const* bias;    // [channels]; null: none
-  Dtype weight_dtype;  // of both
+  void const* weight;                // [channels, taps]
+  void const* bias;                  // [channels]; null: none
+  Dtype weight_dtype;                // of both
   ConvStates initial_state;
   ChunkPlan plan;  // its chunks are the runs of tokens that warps have
   int32_t channels, taps;
@@ -56,15 +56,23 @@ struct ShortConvBwdParams : ShortConvCall {
   float* partial;  // [run_blocks, taps + 1, channels], added in order, so bits never vary
 };
 
-inline constexpr int kConvWarps = 4, kConvThreads = 32 * kConvWarps, kConvSumThreads = 256;
-inline constexpr int kConvClearBlocks = 8;      // for the tokens that no sequence has
-inline constexpr int kConvWantedBlocks = 4096;  // runs become shorter where there would be fewer
-inline constexpr int kConvShortestRun = 8, kConvLongestRun = 128;
+inline constexpr int kConvWarps = 4, kConvThreads = 32 * kConvWarps, kConvSumThreads = 256, kConvSumColumns = 32;
+inline constexpr int kConvClearBlocks = 8;  // for the tokens that no sequence has
+inline constexpr int kConvShortestRun = 8, kConvLongestRun = 256;
+inline constexpr int kConvRunCost = 12;           // what a run costs beside its tokens, in tokens
+inline constexpr int kConvMultiprocessors = 132;  // of an H100, which the lengths of runs are made for
 
-/// Tokens of a run, from shapes alone.
-inline int64_t conv_run_tokens(int64_t tokens, int64_t channel_blocks) {
-  int64_t const run = tokens * channel_blocks / (kConvWarps * kConvWantedBlocks) / kConvShortestRun * kConvShortestRun;
-  return run < kConvShortestRun ? kConvShortestRun : run > kConvLongestRun ? kConvLongestRun : run;
+/// Tokens of a run, from shapes alone, so that bits are those of every GPU: as few turns of all multiprocessors as
+/// there can be, with `blocks_at_once` on each, none of them half empty.
+inline int64_t conv_run_tokens(int64_t tokens, int64_t channel_blocks, int blocks_at_once) {
+  int64_t best = kConvShortestRun, least = INT64_MAX;
+  for (int64_t run = kConvShortestRun; run <= kConvLongestRun; run += kConvShortestRun) {
+    int64_t const blocks = (tokens + kConvWarps * run - 1) / (kConvWarps * run) * channel_blocks;
+    int64_t const at_once = kConvMultiprocessors * blocks_at_once, turns = (blocks + at_once - 1) / at_once;
+    int64_t const cost = turns * (run + kConvRunCost);
+    if (cost <= least) best = run, least = cost;
+  }
+  return best;
 }
 inline int32_t conv_run_blocks(ChunkPlan const& plan) { return int32_t((plan.cells() + kConvWarps - 1) / kConvWarps); }
 

@@ -18,8 +18,8 @@ struct ConvShape {
   static constexpr int kBlockChannels = 32 * kChannels;
   static constexpr int kAhead = kTokensAhead;  // whose loads are on their way together
   static constexpr bool kWide = sizeof(Element) == 4;
-  static constexpr int kForwardBlocks = kTaps > 4 ? 3 : kWide ? 5 : 6;   // on a multiprocessor: as many as leave
-  static constexpr int kBackwardBlocks = kTaps > 4 ? 2 : kWide ? 3 : 4;  // a thread its registers without spills
+  static constexpr int kForwardBlocks = kTaps > 4 ? 3 : kWide ? 5 : 6;  // on a multiprocessor: as many as leave
+  static constexpr int kBackwardBlocks = kTaps > 4 ? 2 : 3;             // a thread its registers
 };
 
 /// Blocks of the same runs follow each other: together they read whole rows.
@@ -28,7 +28,8 @@ struct ConvBlock {
   int run, first_channel;
 
   KDA_DEVICE explicit ConvBlock(ShortConvCall const& p)
-      : run(int(blockIdx.x) / p.channel_blocks), first_channel(int(blockIdx.x) % p.channel_blocks * Shape::kBlockChannels) {}
+      : run(int(blockIdx.x) / p.channel_blocks),
+        first_channel(int(blockIdx.x) % p.channel_blocks * Shape::kBlockChannels) {}
 };
 
 /// The weights of the block's channels, in fp32; zeros for absent taps and channels.
@@ -110,9 +111,15 @@ struct ConvPlace {
   }
   KDA_DEVICE ChannelRows of(ConvStreams const& streams) const {
     ChannelRows const &a = streams[0], &b = streams[1], &c = streams[2];
-    return {stream == 0 ? a.data : stream == 1 ? b.data : c.data,
-            stream == 0 ? a.batch_stride : stream == 1 ? b.batch_stride : c.batch_stride,
-            stream == 0 ? a.token_stride : stream == 1 ? b.token_stride : c.token_stride};
+    return {stream == 0   ? a.data
+            : stream == 1 ? b.data
+                          : c.data,
+            stream == 0   ? a.batch_stride
+            : stream == 1 ? b.batch_stride
+                          : c.batch_stride,
+            stream == 0   ? a.token_stride
+            : stream == 1 ? b.token_stride
+                          : c.token_stride};
   }
 };
 
@@ -223,7 +230,8 @@ KDA_DEVICE void clear_unowned(ShortConvCall const& p, ConvStreams const& streams
   for (int32_t side = 0; side < 2; ++side) {
     Sequence const range = unowned(p.plan, p.plan.sequences + side);
     for (int64_t t = first; t < range.length; t += kConvClearBlocks * kConvWarps)
-      typename Shape::Channels{}.store(static_cast<E*>(rows.data) + (range.begin + t) * rows.token_stride + place.column);
+      typename Shape::Channels{}.store(static_cast<E*>(rows.data) + (range.begin + t) * rows.token_stride +
+                                       place.column);
   }
 }
 
