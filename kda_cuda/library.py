@@ -249,7 +249,9 @@ def _conv_backward(namespace: str, ctx, *gradients):
         dfinal_state = None
     arguments = _CONV.arguments(ctx, *dys, dfinal_state)
     streams = (arguments.x, arguments.x2, arguments.x3)
-    dys = [None if x is None else x.new_zeros(x.shape) if dy is None else dy for dy, x in zip(dys, streams, strict=True)]
+    for i, x in enumerate(streams):
+        if dys[i] is None and x is not None:
+            dys[i] = x.new_zeros(x.shape)
     arguments = arguments._replace(dy=dys[0], dy2=dys[1], dy3=dys[2])
     return _CONV.gradients(ctx, _backward(namespace, "short_conv_bwd", arguments.x, arguments))
 

@@ -58,9 +58,7 @@ _GATE_BWD = "(Tensor dy, Tensor g, Tensor? A_log, Tensor? dt_bias, float? lower_
 # Streams x, x2 and x3 have their channels side by side in weight, bias and states. With cu_seqlens they are
 # [1, tokens, D]. Returns an output for each, and the final state; empty where absent or not asked for.
 _CONV_STREAMS = "Tensor x, Tensor? x2, Tensor? x3, Tensor weight, Tensor? bias, Tensor? initial_state"
-_CONV = (
-    f"({_CONV_STREAMS}, Tensor? cu_seqlens, bool silu, bool output_final_state) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+_CONV = f"({_CONV_STREAMS}, Tensor? cu_seqlens, bool silu, bool output_final_state) -> (Tensor, Tensor, Tensor, Tensor)"
 # Returns the gradients of x, x2, x3, weight, bias and initial_state. That of an absent argument is empty, in x's dtype.
 _CONV_BWD = (
     f"(Tensor dy, Tensor? dy2, Tensor? dy3, Tensor? dfinal_state, {_CONV_STREAMS}, Tensor? cu_seqlens, bool silu) -> "

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.modules import convolve, gated_rms_norm, is_plain, is_unhooked
+from ..nn.projections import linears
 from ..ops import chunk_kda, fused_recurrent_kda
 
 FLAGS = {"use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
@@ -34,31 +35,36 @@ def transformers_forward(self, hidden_states, cache_params=None, attention_mask=
     if attention_mask is not None:  # padding as in transformers: its tokens are zero
         x = (x * attention_mask[:, :, None]).to(x.dtype)
     conv_state, state = _states(cache, self.layer_idx)
-    inputs = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+    gate, ours = self.forget_gate, is_unhooked(self.forget_gate)
+    (f, second_f), (g, second_g) = _halves(gate, "f") if ours else (gate, None), _halves(self, "g")
+    *inputs, beta, g, output_gate = linears(x, self.q_proj, self.k_proj, self.v_proj, self.b_proj, f, g)
     q, k, v = _convolve_streams(self.conv1d, inputs, conv_state, self.head_dim)
     if cache is not None:
         _remember(cache, self.layer_idx, inputs, self.conv_kernel_size)
-    gate, g = self.forget_gate, None
-    if is_unhooked(gate):
-        g, options = (
-            _raw_gate(gate, x),
-            {
-                "use_gate_in_kernel": True,
-                "A_log": gate.A_log,
-                "dt_bias": gate.dt_bias,
-                "lower_bound": lower_bound_of(gate),
-            },
-        )
-        g = g.unflatten(-1, (-1, self.head_dim))
-    else:
-        g, options = gate(x), {}
+    options = {}
+    if ours:
+        g = (g if second_f is None else second_f(g)).unflatten(-1, (-1, self.head_dim))
+        options = {
+            "use_gate_in_kernel": True,
+            "A_log": gate.A_log,
+            "dt_bias": gate.dt_bias,
+            "lower_bound": lower_bound_of(gate),
+        }
     few = state is not None and x.shape[1] == 1
-    o, new_state = _kda(few, q, k, v, g, self.b_proj(x), state, cache is not None, **options)
+    o, new_state = _kda(few, q, k, v, g, beta, state, cache is not None, **options)
     if cache is not None:
         cache.update_recurrent_state(new_state, self.layer_idx)
-    output_gate = self.g_proj(x) if "g_proj" in self._modules else self.g_b_proj(self.g_a_proj(x))
+    output_gate = output_gate if second_g is None else second_g(output_gate)
     y = _gated_norm(self.o_norm, o, output_gate.unflatten(-1, (-1, self.head_dim)), "variance_epsilon")
     return self.o_proj(y.flatten(-2))
+
+
+def _halves(module: nn.Module, name: str) -> tuple[nn.Module, nn.Module | None]:
+    """The projection of a gate; or the one to few channels, and the one from them."""
+    modules = module._modules
+    if f"{name}_proj" in modules:
+        return modules[f"{name}_proj"], None
+    return modules[f"{name}_a_proj"], modules[f"{name}_b_proj"]
 
 
 def lower_bound_of(gate: nn.Module) -> float | None:
@@ -66,10 +72,6 @@ def lower_bound_of(gate: nn.Module) -> float | None:
     if hasattr(gate, "safe_gate"):
         return gate.lower_bound if gate.safe_gate else None
     return getattr(gate, "safe_gate_lower_bound", None)
-
-
-def _raw_gate(gate: nn.Module, x: Tensor) -> Tensor:
-    return gate.f_proj(x) if "f_proj" in gate._modules else gate.f_b_proj(gate.f_a_proj(x))
 
 
 def _states(cache, layer: int) -> tuple[Tensor | None, Tensor | None]:
@@ -125,7 +127,7 @@ def fla_forward(
     x, cu_seqlens, places = hidden_states, kwargs.get("cu_seqlens"), None
     if cu_seqlens is None and attention_mask is not None:
         x, cu_seqlens, places = _unpadded(x, attention_mask[:, -tokens:])
-    streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+    *streams, beta = linears(x, self.q_proj, self.k_proj, self.v_proj, self.b_proj)
     if self.use_short_conv:
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         streams, conv_states = _fla_convolved(convolutions, streams, conv_states, use_cache, cu_seqlens)
@@ -142,7 +144,7 @@ def fla_forward(
         k,
         v,
         g,
-        self.b_proj(x),
+        beta,
         state,
         bool(use_cache),
         use_gate_in_kernel=True,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..checks import Checker
 from .modules import KeepsFp32
+from .projections import linears
 
 __all__ = ["MixtureOfExperts", "Router", "SwiGLU"]
 
@@ -24,7 +25,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = linears(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Router(KeepsFp32, nn.Module):

@@ -15,6 +15,7 @@ from ..ops import chunk_kda, fused_recurrent_kda
 from .cache import KDACache, check_rows
 from .layouts import Layout, PaddedRows, layout_of
 from .modules import GatedRMSNorm, KeepsFp32, ShortConvolution, convolve, device_and_dtype, fit_on_load, is_plain
+from .projections import linears
 
 __all__ = ["KimiDeltaAttention"]
 
@@ -213,15 +214,17 @@ class KimiDeltaAttention(KeepsFp32, nn.Module):
 
     def _forward(self, x: Tensor, cache: KDACache | None, layout: Layout) -> Tensor:
         counts = layout.counts
-        gate = self._gate("f", x).unflatten(-1, (-1, self.head_dim))
-        beta = self.b_proj(x)
-        output_gate = self._gate("g", x).unflatten(-1, (-1, self.v_head_dim))
+        *inputs, gate, output_gate, beta = linears(
+            x, self.q_proj, self.k_proj, self.v_proj, self._first("f"), self._first("g"), self.b_proj
+        )
+        gate = self._second("f", gate).unflatten(-1, (-1, self.head_dim))
+        output_gate = self._second("g", output_gate).unflatten(-1, (-1, self.v_head_dim))
         single_step = cache is not None and x.shape[1] == 1
         if cache is not None:
             cache.own()
         if single_step and self._can_fuse(gate):
-            return self.o_proj(self._fused_step(x, gate, beta, output_gate, cache, counts).flatten(-2))
-        q, k, v = self._convolved(x, cache, layout)
+            return self.o_proj(self._fused_step(inputs, gate, beta, output_gate, cache, counts).flatten(-2))
+        q, k, v = self._convolved(inputs, cache, layout)
         if cache is not None and isinstance(layout, PaddedRows):  # padding leaves the state as it is
             padding = layout.padding(x.shape[1]).unsqueeze(-1)
             gate, beta = gate.masked_fill(padding.unsqueeze(-1), NEVER), beta.masked_fill(padding, NEVER)
@@ -256,16 +259,17 @@ class KimiDeltaAttention(KeepsFp32, nn.Module):
         }
         return op(q, k, v, gate, beta, **own | more)
 
-    def _gate(self, name: str, x: Tensor) -> Tensor:
-        """The pre-activation of a gate, ``[batch, tokens, heads * dim]``."""
+    def _first(self, name: str) -> nn.Module:
+        """What computes a gate's pre-activation ``[batch, tokens, heads * dim]``, or the first of two that do."""
         whole = self._modules.get(f"{name}_proj")
-        if whole is not None:
-            return whole(x)
-        return self._modules[f"{name}_b_proj"](self._modules[f"{name}_a_proj"](x))
+        return self._modules[f"{name}_a_proj"] if whole is None else whole
 
-    def _convolved(self, x: Tensor, cache: KDACache | None, layout: Layout) -> list[Tensor]:
+    def _second(self, name: str, y: Tensor) -> Tensor:
+        second = self._modules.get(f"{name}_b_proj")
+        return y if second is None else second(y)
+
+    def _convolved(self, inputs: list[Tensor], cache: KDACache | None, layout: Layout) -> list[Tensor]:
         """q, k, v ``[batch, tokens, heads, dim]``; the cache then holds the last inputs."""
-        inputs = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         past = None if cache is None else cache.conv
         if layout.cp_context is not None:
             tails = exchange_conv_tails(torch.cat(inputs, dim=-1), layout.cp_context, self.conv_size)
@@ -305,10 +309,16 @@ class KimiDeltaAttention(KeepsFp32, nn.Module):
         )
 
     def _fused_step(
-        self, x: Tensor, gate: Tensor, beta: Tensor, output_gate: Tensor, cache: KDACache, counts: Tensor | None
+        self,
+        inputs: list[Tensor],
+        gate: Tensor,
+        beta: Tensor,
+        output_gate: Tensor,
+        cache: KDACache,
+        counts: Tensor | None,
     ) -> Tensor:
         """Everything between the projections in one launch; the cache is updated in place."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in inputs)
         rows = None
         if counts is not None:  # rows without a token have a null slot
             rows = torch.where(counts > 0, torch.arange(len(counts), device=counts.device), -1)
