@@ -249,9 +249,8 @@ def _conv_backward(namespace: str, ctx, *gradients):
         dfinal_state = None
     arguments = _CONV.arguments(ctx, *dys, dfinal_state)
     streams = (arguments.x, arguments.x2, arguments.x3)
-    for i, x in enumerate(streams):
-        if dys[i] is None and x is not None:
-            dys[i] = x.new_zeros(x.shape)
+    for i, x in enumerate(streams):  # an absent stream has an empty output, which may have a gradient
+        dys[i] = None if x is None else x.new_zeros(x.shape) if dys[i] is None else dys[i]
     arguments = arguments._replace(dy=dys[0], dy2=dys[1], dy3=dys[2])
     return _CONV.gradients(ctx, _backward(namespace, "short_conv_bwd", arguments.x, arguments))
 

@@ -33,6 +33,7 @@ import torch
 from kda_cuda.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from kda_cuda.nn.hybrid_cache import HybridCache
 from kda_cuda.nn.kda import KimiDeltaAttention
+from kda_cuda.nn.latent_attention import ALIGNED
 
 from . import timing
 
@@ -137,7 +138,8 @@ def filled_cache(model: KimiLinearForCausalLM, sequences: int, tokens: int, room
             layer.state.normal_(std=0.1)
             layer.conv.normal_()
         else:
-            layer.buffer = layer.buffer.new_empty(sequences, tokens + room, layer.buffer.shape[2]).normal_()
+            held = -(-(tokens + room) // ALIGNED) * ALIGNED  # a step reads so many
+            layer.buffer = layer.buffer.new_empty(sequences, held, layer.buffer.shape[2]).normal_()
         layer.length = tokens
     return cache
 

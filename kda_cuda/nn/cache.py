@@ -11,6 +11,8 @@ from ..checks import Checker, check_contents
 
 __all__ = ["KDACache", "MLACache", "concatenate"]
 
+LEAST_GROWTH = 64  # latents that a buffer grows by, at least
+
 
 def _own(x: Tensor) -> Tensor:
     """``x``, or a copy of it that may be written and differentiated in the present mode of autograd.
@@ -266,11 +268,15 @@ class MLACache(RowCache):
         return self.buffer[:, :extent].to(latents.dtype)
 
     def _with_room(self, end: int) -> Tensor:
-        """A buffer that may be written up to ``end``. While gradients are enabled it is new, without further room."""
+        """A buffer that may be written up to ``end``. While gradients are enabled it is new, without further room.
+
+        Otherwise it grows by an eighth: twice as much may be more memory than there is for a long context.
+        """
         held, grads = self.buffer[:, : self.length], torch.is_grad_enabled()
         if not grads and end <= self.buffer.shape[1]:
             return _own(self.buffer)
-        room = (end if grads else max(end, 2 * self.buffer.shape[1])) - self.length
+        size = self.buffer.shape[1]
+        room = (end if grads else max(end, size + max(LEAST_GROWTH, size // 8))) - self.length
         return torch.cat((_own(held), held.new_zeros(len(held), room, held.shape[2])), dim=1)
 
     def reset_state(self) -> None:
