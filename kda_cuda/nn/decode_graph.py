@@ -126,11 +126,13 @@ class DecodeGraph:
                 layer.length, layer.lengths = length, lengths
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[self.device.index or 0]
+        random = generator.clone_state()
         try:
             with torch.cuda.device(self.device), torch.cuda.graph(graph):
                 self._logits = self._step()
         except RuntimeError as e:
+            generator.graphsafe_set_state(random)  # torch leaves it as if the capture were still going on
             if "captur" not in str(e):  # an error of the model itself
                 raise
             message = f"model has a step that cannot be captured, expected one that does not wait for the device: {e}"

@@ -10,15 +10,18 @@ from .modules import is_plain
 __all__ = ["linears"]
 
 NARROW = 256  # outputs; products with fewer leave most of a GPU idle, so they are computed together
+FEW_ROWS = 64  # for fewer, putting weights together costs more than it saves
 
 
 def linears(x: Tensor, *modules: nn.Module) -> list[Tensor]:
     """``module(x)`` of each module.
 
-    Where gradients are recorded, linear modules that are no more than their weight are one function: narrow ones share
-    a product, and the gradient of ``x`` is added up within the products instead of by an addition for each module.
+    Linear modules that are no more than their weight are computed together: narrow ones share a product, and the
+    gradient of ``x`` is added up within the products instead of by an addition for each module. Bits are the same
+    with gradients and without, so that a forward may be repeated.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    grads = torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or not (grads or x.numel() >= FEW_ROWS * x.shape[-1]):
         return [module(x) for module in modules]
     plain = [is_plain(module, nn.Linear) for module in modules]
     given, weights = x, [module.weight for module, own in zip(modules, plain, strict=True) if own]
@@ -28,28 +31,33 @@ def linears(x: Tensor, *modules: nn.Module) -> list[Tensor]:
     fits = all((w.dtype, w.device, w.shape[1]) == (given.dtype, given.device, given.shape[-1]) for w in weights)
     if len(weights) < 2 or x.dim() < 2 or not fits:  # an error is that of the module
         return [module(x) for module in modules]
-    products = iter(_Linears.apply(given, *weights))
+    products = iter(_Linears.apply(given, *weights) if grads else _products(given, weights))
     return [next(products) if own else module(x) for module, own in zip(modules, plain, strict=True)]
 
 
-class _Linears(torch.autograd.Function):
+def _products(x: Tensor, weights: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:
     """``x @ weight.T`` of each weight ``[outputs, inputs]``."""
+    rows, ys = x.flatten(0, -2), [x] * len(weights)
+    for group in _groups(rows, weights):
+        product = rows @ _beside([weights[i] for i in group]).T
+        for i, y in zip(group, product.split([len(weights[i]) for i in group], dim=1), strict=True):
+            ys[i] = y.unflatten(0, x.shape[:-1])
+    return tuple(ys)
+
+
+class _Linears(torch.autograd.Function):
+    """:func:`_products` with gradients."""
 
     @staticmethod
     def forward(ctx, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *weights)
-        rows, ys = x.flatten(0, -2), [None] * len(weights)
-        for group in _groups(weights):
-            product = rows @ _beside([weights[i] for i in group]).T
-            for i, y in zip(group, product.split([len(weights[i]) for i in group], dim=1), strict=True):
-                ys[i] = y.unflatten(0, x.shape[:-1])
-        return tuple(ys)
+        return _products(x, weights)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         rows, dx, dweights = x.flatten(0, -2), None, [None] * len(weights)
-        for group in _groups(weights):
+        for group in _groups(rows, weights):
             if all(gradients[i] is None for i in group):
                 continue
             dy = _beside([_rows_of(gradients[i], rows, weights[i]) for i in group], dim=1)
@@ -63,10 +71,10 @@ class _Linears(torch.autograd.Function):
         return (None if dx is None else dx.view(x.shape), *dweights)
 
 
-def _groups(weights: tuple[Tensor, ...] | list[Tensor]) -> list[list[int]]:
+def _groups(rows: Tensor, weights: tuple[Tensor, ...] | list[Tensor]) -> list[list[int]]:
     """The weights of each product."""
-    narrow = [i for i, weight in enumerate(weights) if len(weight) <= NARROW]
-    return [[i] for i, weight in enumerate(weights) if len(weight) > NARROW] + ([narrow] if narrow else [])
+    narrow = [i for i, weight in enumerate(weights) if len(weight) <= NARROW and len(rows) >= FEW_ROWS]
+    return [[i] for i in range(len(weights)) if i not in narrow] + ([narrow] if narrow else [])
 
 
 def _beside(parts: list[Tensor], dim: int = 0) -> Tensor:

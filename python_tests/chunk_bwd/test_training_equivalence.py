@@ -12,6 +12,7 @@ from kda_cuda import demo, variants
 from kda_cuda.model import HybridConfig, HybridLM
 
 from ..support.bwd_calls import KERNELS
+from ..support.devices import forget_recipes
 
 pytestmark = [
     pytest.mark.devices("emulator", "cuda"),
@@ -47,6 +48,7 @@ def losses(device, monkeypatch):
         with monkeypatch.context() as patch, sdpa_kernel(SDPBackend.MATH):  # the others add with atomics
             patch.setattr(variants._emulation, "on", on_kernels and device.name == "emulator")
             if not on_kernels:
+                forget_recipes()
                 patch.setattr(variants, "_kernels", dict.fromkeys(variants._kernels, frozenset()))
             history, kernels = device.run(lambda: demo.train(model, corpus(tokens), STEPS, dtype, seed))
         own = {kernel for kernel in kernels if kernel.startswith("chunk_")}

@@ -13,7 +13,7 @@ WIDTHS = (300, 24, 8, 270)  # two that are narrow
 CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 5e-2}}
 
 
-def made(dtype=torch.float32, inputs: int = 32) -> tuple[list[nn.Linear], torch.Tensor]:
+def made(dtype=torch.float32, inputs: int = 32, rows: int = 14) -> tuple[list[nn.Linear], torch.Tensor]:
     torch.manual_seed(0)
     return [nn.Linear(inputs, width, bias=False, dtype=dtype) for width in WIDTHS], torch.randn(
         2, 7, inputs, dtype=dtype
@@ -57,8 +57,9 @@ def products(monkeypatch) -> list:
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("used", [(0, 1, 2, 3), (0, 3), (1,), (1, 3)], ids=str)
-def test_values_and_gradients(dtype, used, products):
-    modules, x = made(dtype)
+@pytest.mark.parametrize("rows", [14, 90])
+def test_values_and_gradients(dtype, rows, used, products):
+    modules, x = made(dtype, rows=rows)
     check(modules, x, used=used)
     assert products == [4]
 
@@ -87,11 +88,17 @@ def test_what_is_more_than_a_weight_is_called(products):
     assert products == [2]
 
 
-def test_without_gradients_modules_are_called(products):
-    modules, x = made()
+@pytest.mark.parametrize("rows", [7, 64])
+def test_bits_are_those_without_gradients(rows, products):
+    """So that a forward which is repeated for its gradients is the one that was."""
+    modules, _ = made()
+    x = torch.randn(1, rows, 32)
     with torch.no_grad():
-        linears(x, *modules)
+        expected = linears(x, *modules)
     assert products == []
+    assert all(torch.equal(a, b) for a, b in zip(linears(x, *modules), expected, strict=True))
+    for a, b in zip(expected, one_by_one(x, *modules), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("shape", [(0, 7, 32), (2, 0, 32), (32,)], ids=str)

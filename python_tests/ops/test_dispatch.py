@@ -10,6 +10,7 @@ import torch
 import kda_cuda
 from kda_cuda import library, variants
 
+from ..support.devices import forget_recipes
 from .test_ops import ALL_TRANSFORMS, gate, streams
 
 WITHOUT = "runs the PyTorch reference instead of a kernel: "
@@ -25,8 +26,7 @@ def not_warned(monkeypatch):
 def without_kernel(monkeypatch, device, *ops: str) -> None:
     """As if the loaded library did not implement ``ops``."""
     namespace = library.NAMESPACE_EMULATED if device.name == "emulator" else library.NAMESPACE
-    for function in (kda_cuda.chunk_kda, kda_cuda.kda_gate):
-        function.recipes.forget()  # who serves an earlier call
+    forget_recipes()
     left = {**variants._kernels, namespace: variants.kernels(namespace) - set(ops)}
     monkeypatch.setattr(variants, "_kernels", left)
 

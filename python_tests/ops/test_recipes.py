@@ -23,8 +23,7 @@ pytestmark = pytest.mark.skipif(recipes.signature is None, reason="no kda_cuda._
 
 @pytest.fixture(autouse=True)
 def nothing_known() -> None:
-    for name in FUNCTIONS:
-        getattr(kda_cuda, name).recipes.forget()
+    forget_recipes()
 
 
 @pytest.fixture

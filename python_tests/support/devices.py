@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import kda_cuda
 from kda_cuda import testing
 
 NAMES = ("cpu", "emulator", "cuda")
@@ -62,3 +63,11 @@ def _profiled(call: Callable[[], Any]) -> tuple[Any, list[str]]:
         torch.cuda.synchronize()
     names = [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     return result, [name.split("kda::")[1].split("_kernel")[0] for name in names if "kda::" in name]
+
+
+def forget_recipes() -> None:
+    """Calls are checked again, as in a new process: who serves them may have been changed meanwhile."""
+    for name in kda_cuda.__all__:
+        recipes = getattr(getattr(kda_cuda, name), "recipes", None)
+        if recipes is not None:
+            recipes.forget()
