@@ -14,6 +14,7 @@ import kda_cuda
 from kda_cuda import recipes
 from kda_cuda.checks import Checker
 
+from ..support.devices import forget_recipes
 from .test_ops import ALL_TRANSFORMS, HV, B, K, V, gate, streams
 from .test_threads import WRITTEN, pool_of, public_calls
 
