@@ -71,6 +71,7 @@ inline std::vector<Program> programs() {
       {"functions", bytes_of<functions>, 0x1p-21f, 0x1p-126f},
       {"log2_fast", bytes_of<logarithms>, 0x1p-21f, 1.f},
       {"float2", bytes_of<float2_products>, 0, 0},
+      {"whole_stores", bytes_of<whole_stores>, 0, 0},
       {"cp_async", bytes_of<copies>, 0, 0},
       {"matrix_moves", bytes_of<matrix_moves>, 0, 0},
       {"mma_bf16", bytes_of<mma_16<Bf16, false>>, 0, 0},

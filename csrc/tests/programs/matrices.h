@@ -4,6 +4,18 @@
 
 namespace kda::tests {
 
+// ---- stores ----------------------------------------------------------------------------------------------------
+
+/// 16 bytes that were put together word by word, from each thread; and two words at once.
+KDA_GLOBAL void whole_stores_kernel(uint4* out) {
+  uint32_t const i = uint32_t(thread_index());
+  store_whole(out + i, uint4{i, i * i, i << 16, ~i});
+  uint2* const halves = reinterpret_cast<uint2*>(out + 64);
+  store_whole(halves + 2 * i, uint2{i + 1000, i});
+  store_whole(halves + 2 * i + 1, uint2{i, i ^ 0xABCDu});
+}
+inline std::vector<uint4> whole_stores() { return run(whole_stores_kernel, dim3(1), dim3(64), 0, 128); }
+
 // ---- cp.async --------------------------------------------------------------------------------------------------
 
 struct CopyStages {
