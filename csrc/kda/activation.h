@@ -20,12 +20,6 @@ KDA_DEVICE float2 sigmoids(float x) {
 
 enum class Activation : int32_t { kNone, kSigmoid, kSilu };
 
-/// silu(x), and its derivative.
-template <class E>
-KDA_DEVICE float2 silu(float x) {
-  float2 const s = sigmoids<E>(x);
-  return {x * s.x, s.x * fmaf(x, s.y, 1.f)};
-}
 /// f(x), and f'(x), where f is a sigmoid or a SiLU: without a branch.
 template <class E>
 KDA_DEVICE float2 gate_activation(Activation f, float x) {
@@ -33,6 +27,10 @@ KDA_DEVICE float2 gate_activation(Activation f, float x) {
   float const factor = is_silu ? x : 1.f, rest = is_silu ? 1.f : 0.f;
   float2 const s = sigmoids<E>(x);
   return {factor * s.x, s.x * fmaf(factor, s.y, rest)};
+}
+template <class E>
+KDA_DEVICE float2 silu(float x) {
+  return gate_activation<E>(Activation::kSilu, x);
 }
 
 }  // namespace kda
