@@ -16,9 +16,8 @@ CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2
 
 def made(dtype=torch.float32, inputs: int = 32, rows: int = 14) -> tuple[list[nn.Linear], torch.Tensor]:
     torch.manual_seed(0)
-    return [nn.Linear(inputs, width, bias=False, dtype=dtype) for width in WIDTHS], torch.randn(
-        2, 7, inputs, dtype=dtype
-    )
+    modules = [nn.Linear(inputs, width, bias=False, dtype=dtype) for width in WIDTHS]
+    return modules, torch.randn(2, rows // 2, inputs, dtype=dtype)
 
 
 def one_by_one(x: torch.Tensor, *modules: nn.Module) -> list[torch.Tensor]:
